@@ -1,0 +1,1 @@
+"""A function of tensors in, a compiled artefact out."""
