@@ -179,6 +179,21 @@ class Engine:
         parts = [torch.softmax(self.classifier.logits(images[rows]), dim=1)[:n] for rows, n in _batches(len(images))]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
+    def check_target(self, target: str | int) -> int:
+        """Index of a label given by name or index; -1 for `runner-up`, which depends on the image.
+
+        Raises:
+            UsageError: it is no label.
+        """
+        if target == "runner-up":
+            return -1
+        if isinstance(target, str) and target in self.labels:
+            return self.labels.index(target)
+        if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(self.labels):
+            return target
+        known = ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
+        raise UsageError(f"target: {target!r} is no label; expected runner-up, an index or one of {known}")
+
     def resolve_targets(
         self,
         targets: Targets,
@@ -196,19 +211,8 @@ class Engine:
             targets = [targets] * batch
         if len(targets) != batch:
             raise UsageError(f"targets: expected {batch}, one per image, got {len(targets)}")
-        second = probabilities.topk(2, dim=1).indices[:, 1]
-        labels = self.labels
-        out = []
-        for i, target in enumerate(targets):
-            if target == "runner-up":
-                out.append(int(second[i]))
-            elif isinstance(target, str) and target in labels:
-                out.append(labels.index(target))
-            elif isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(labels):
-                out.append(target)
-            else:
-                known = ", ".join(labels[:12]) + (", ..." if len(labels) > 12 else "")
-                raise UsageError(f"target: {target!r} is no label; expected runner-up, an index or one of {known}")
+        second = probabilities.topk(2, dim=1).indices[:, 1].tolist()
+        out = [s if t == "runner-up" else self.check_target(t) for t, s in zip(targets, second, strict=True)]
         return torch.tensor(out, dtype=torch.long)
 
     def counterfactual(

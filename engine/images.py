@@ -21,8 +21,8 @@ MAX_PIXELS = 64_000_000
 def load_image(path: Path, size: int) -> Tensor:
     """Read any common image as RGB at `size` x `size`: [3, size, size] float32 in [0, 1].
 
-    EXIF rotation is applied, transparency is laid over white, 16-bit channels keep their precision until the resize
-    (Lanczos, directly to the square).
+    EXIF rotation is applied, transparency is laid over white, 16-bit greys are reduced to 8 bits, and other sizes are
+    resized (Lanczos, directly to the square).
 
     Raises:
         CounterlensError: the file cannot be read as an image, or has more than 64 megapixels (refused before

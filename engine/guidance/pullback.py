@@ -24,7 +24,7 @@ def pullback(
     (`torch.autograd.grad`) also takes activation checkpointing, xformers and custom operators.
     """
     if mode == "functional":
-        y, pull = torch.func.vjp(fn, x)
+        y, pull = torch.func.vjp(fn, x)  # type: ignore[misc]  # a third value only with has_aux
         return y, lambda v: pull(v)[0]
     if mode != "autograd":
         raise ValueError(f"pullback: expected one of {', '.join(PULLBACK_MODES)}, got {mode!r}")

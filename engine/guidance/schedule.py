@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..errors import UsageError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -42,20 +44,20 @@ def make_schedule(
         strength: in (0, 1].
 
     Raises:
-        ValueError: steps or strength are out of range, or no step would run.
+        UsageError: steps or strength are out of range, or no step would run.
 
     Source: the schedule of the official LDCE code (arXiv 2310.06668, supplement, implementation details).
     """
     if not 1 <= steps < train_timesteps:
-        raise ValueError(f"steps: expected 1 to {train_timesteps - 1}, got {steps}")
+        raise UsageError(f"steps: expected 1 to {train_timesteps - 1}, got {steps}")
     if not 0 < strength <= 1:
-        raise ValueError(f"strength: expected a number in (0, 1], got {strength}")
+        raise UsageError(f"strength: expected a number in (0, 1], got {strength}")
     k = math.floor(strength * steps + 1e-9)
     if k < 1:
-        raise ValueError(f"strength: {strength} of {steps} steps leaves no step to run; raise strength or steps")
+        raise UsageError(f"strength: {strength} of {steps} steps leaves no step to run; raise strength or steps")
     tau = [i * (train_timesteps // steps) + 1 for i in range(steps)]
     if tau[-1] >= train_timesteps:
-        raise ValueError(f"steps: {steps} steps reach timestep {tau[-1]} of {train_timesteps}; use fewer")
+        raise UsageError(f"steps: {steps} steps reach timestep {tau[-1]} of {train_timesteps}; use fewer")
     return Schedule(
         timesteps=tuple(reversed(tau[:k])),
         timesteps_prev=tuple(reversed([0, *tau[: k - 1]])),

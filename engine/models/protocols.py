@@ -15,7 +15,7 @@ class Diffusion(Protocol):
     alphas_cumprod: Tensor  # [T] float64
     latent_shape: tuple[int, int, int]
     image_size: int
-    labels: Sequence[str]
+    labels: list[str]
 
     def modules(self) -> list[nn.Module]:
         """Every module that is differentiated through or run."""
@@ -45,7 +45,7 @@ class Diffusion(Protocol):
 class Classifier(Protocol):
     """A differentiable classifier of images in [0, 1], its preprocessing included."""
 
-    labels: Sequence[str]
+    labels: list[str]
     module: nn.Module
 
     def logits(self, image: Tensor) -> Tensor:

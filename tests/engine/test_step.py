@@ -159,8 +159,13 @@ def test_frozen_leaves_modules_as_they_were() -> None:
     module[0].weight.requires_grad_(False)
     module[2].eval()
     before = [m.training for m in module.modules()], [p.requires_grad for p in module.parameters()]
-    with pytest.raises(RuntimeError, match="inside"), frozen(module):
-        assert not any(m.training for m in module.modules())
-        assert not any(p.requires_grad for p in module.parameters())
-        raise RuntimeError("inside")
+
+    def fail_inside() -> None:
+        with frozen(module):
+            assert not any(m.training for m in module.modules())
+            assert not any(p.requires_grad for p in module.parameters())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
     assert ([m.training for m in module.modules()], [p.requires_grad for p in module.parameters()]) == before
