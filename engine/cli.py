@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .errors import CounterlensError
+from .errors import CounterlensError, UsageError
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -146,6 +146,10 @@ def counterfactual(
         guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
         filter=filter, gradient=gradient, noise=noise, seed=seed,
     )  # fmt: skip
+    names = _names(images)
+    overwritten = {(out / f"{n}.png").resolve() for n in names} & {p.resolve() for p in images}
+    if overwritten:
+        raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
     out = make_folder(out)
     from .engine import Engine
 
@@ -159,7 +163,6 @@ def counterfactual(
     table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file or error")
     failed = 0
     log_path = out / "results.jsonl"
-    names = _names(images)
     with _progress("counterfactuals") as progress, _open_for_append(log_path) as log:
         task = progress.task_ids[0]
         for record in _counterfactual_records(engine, images, names, choice, out, progress, task):
@@ -294,6 +297,8 @@ def samples(
 
 @app.command()
 def info(
+    out: Annotated[Path | None, typer.Option(help="Folder to write info.json to as well.")] = None,
+    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
     pack: PackOption = "digits",
     as_json: JsonFlag = False,
 ) -> None:
@@ -304,6 +309,13 @@ def info(
     from .info import describe
 
     facts = describe(pack)
+    if out is not None:
+        from .images import make_folder
+
+        try:
+            (make_folder(out) / "info.json").write_text(json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            raise CounterlensError(f"{out / 'info.json'}: cannot be written ({error.strerror or error})") from error
     if as_json:
         _print_json(facts)
         return

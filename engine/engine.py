@@ -128,6 +128,7 @@ class Engine:
         config: defaults for every call.
         pack_settings: tuned numbers of the modes `realistic` and `audit`.
         backend: of the kernels: `auto`, `triton`, `cpp` or `reference`.
+        source: the pack and classifier that this is, where a config must not ask for another.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Engine:
         *,
         pack_settings: dict[str, dict[str, Any]],
         backend: str = "auto",
+        source: dict[str, str] | None = None,
     ) -> None:
         if list(diffusion.labels) != list(classifier.labels):
             raise UsageError(
@@ -148,6 +150,8 @@ class Engine:
         self.config = config or Config()
         self.pack_settings = pack_settings
         self.backend = backend
+        self.source = source or {}
+        self._check_source(self.config)
 
     @classmethod
     def from_pack(cls, name: str = "digits", classifier: str = "clean", config: Config | None = None) -> Engine:
@@ -158,7 +162,13 @@ class Engine:
         """
         pack = Pack(name)
         settings = {mode: pack.manifest["settings"][mode] for mode in ("realistic", "audit")}
-        return cls(pack.diffusion(), pack.classifier(classifier), config, pack_settings=settings)
+        source = {"pack": name, "classifier": classifier}
+        return cls(pack.diffusion(), pack.classifier(classifier), config, pack_settings=settings, source=source)
+
+    def _check_source(self, config: Config) -> None:
+        for field, mine in self.source.items():
+            if field in config.model_fields_set and getattr(config, field) != mine:
+                raise UsageError(f"{field}: this engine has {mine!r}, the config asks for {getattr(config, field)!r}")
 
     @property
     def labels(self) -> list[str]:
@@ -243,6 +253,7 @@ class Engine:
             UsageError: images, targets, seeds or config do not fit.
         """
         config = config or self.config
+        self._check_source(config)
         settings = config.settings(self.pack_settings)
         self._check_images(images)
         with frozen(*self.diffusion.modules(), self.classifier.module):

@@ -97,6 +97,9 @@ def test_usage_errors(digits: Path, tmp_path: Path) -> None:
         out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
         one_line_error(run("counterfactual", file, *arguments, *out), 2, *words)
     assert run("counterfactual").returncode == 2
+    before = file.read_bytes()
+    one_line_error(run("counterfactual", file, "--out", file.parent), 2, "overwritten", file.name)
+    assert file.read_bytes() == before
 
 
 def test_target_that_equals_the_prediction(digits: Path, tmp_path: Path) -> None:
@@ -136,7 +139,8 @@ def test_info(tmp_path: Path) -> None:
     facts = json.loads(run("info", "--json").stdout)
     assert facts["operations"]["consensus_filter"]["reference"] == []
     assert facts["pack"]["classifiers"] == ["clean", "judge", "shortcut"]
-    assert "consensus_filter" in run("info").stdout
+    assert "consensus_filter" in run("info", "--out", tmp_path).stdout
+    assert json.loads((tmp_path / "info.json").read_text()) == facts
 
 
 @pytest.mark.parametrize("command", ["demo", "counterfactual", "samples", "info"])

@@ -157,6 +157,14 @@ def test_bad_arguments_are_named(tiny) -> None:
         Engine(tiny[0], SoftmaxClassifier(tiny[1].module, ["a", "b"]), pack_settings={})
 
 
+def test_a_config_for_another_classifier_is_refused(tiny) -> None:
+    source = {"pack": "digits", "classifier": "clean"}
+    engine = Engine(*tiny, pack_settings={"realistic": SETTINGS}, source=source)
+    with pytest.raises(UsageError, match=r"^classifier:.*'clean'.*'shortcut'"):
+        engine.counterfactual(images(1), config=Config(classifier="shortcut"))
+    assert len(engine.counterfactual(images(1), config=Config(classifier="clean"))) == 1
+
+
 def test_no_images_is_no_error(tiny) -> None:
     result = make_engine(tiny).counterfactual(images(0))
     assert result.images.shape == (0, 3, 16, 16)
