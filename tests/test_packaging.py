@@ -66,3 +66,22 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
         train.CHECKPOINT_SECONDS = train_seconds
     for name, value in whole.items():
         assert torch.equal(value, resumed[name])
+
+
+@pytest.mark.slow
+def test_recipe_makes_a_pack_that_opens(tmp_path: Path) -> None:
+    """The whole recipe with two steps a stage: an untrained pack, but a valid one."""
+    pytest.importorskip("sklearn", reason="needs scikit-learn (the extra `train`)")
+    from rich.progress import Progress
+
+    from counterlens.engine import Engine
+    from counterlens.engine.packs import Pack, train
+
+    with Progress(disable=True) as progress:
+        folder = train.train(tmp_path, 0, dict.fromkeys(train.STEPS, 2), 1, progress)
+    shipped = Pack("digits")
+    for name, value in Pack(str(folder)).digits.items():
+        assert torch.equal(value, shipped.digits[name])
+    engine = Engine.from_pack(str(folder))
+    result = engine.counterfactual(shipped.samples("test", count=2).images)
+    assert result.images.isfinite().all()
