@@ -1,0 +1,83 @@
+"""What every recorded result says about itself: device, versions, commit, date."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "diffusers", "triton", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Device, threads, versions, commit (with `+` if the tree was changed) and date."""
+    root = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+    # Results being written do not change the code that was measured.
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", ":(top,exclude)bench/results"], cwd=root, capture_output=True, text=True
+    )
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {_cpu()}"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "commit": commit.stdout.strip() + ("+" if changed.stdout.strip() else ""),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_result(name: str, payload: dict[str, Any]) -> Path:
+    """Write `bench/results/NAME.json` with the environment beside the payload."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
+    return path
+
+
+def time_calls(fn: Callable[[], object], *, seconds: float = 2.0, least: int = 10) -> dict[str, float]:
+    """p20, p50 and p80 of the wall time of `fn`, in seconds, after two warm-up calls."""
+    fn()
+    fn()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
+    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    return {"p20": p20, "p50": p50, "p80": p80, "calls": len(times)}
+
+
+def interval(values: torch.Tensor, *, draws: int = 4000, seed: int = 0) -> dict[str, float]:
+    """Mean of per-sample values with its 95 % bootstrap interval."""
+    values = values.double().flatten()
+    g = torch.Generator().manual_seed(seed)
+    means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(dim=1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return {"mean": values.mean().item(), "low": low, "high": high, "n": len(values)}
