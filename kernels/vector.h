@@ -19,11 +19,11 @@ inline T larger(T largest, T value) {
 template <typename T>
 T largest_magnitude(const T *v, int64_t n) {
   T lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
     for (int64_t j = 0; j < kLanes; ++j) lane[j] = larger(lane[j], v[i + j]);
   T largest = 0;
-  for (; i < n; ++i) largest = larger(largest, v[i]);
+  for (int64_t i = whole; i < n; ++i) largest = larger(largest, v[i]);
   for (int64_t j = 0; j < kLanes; ++j) largest = larger(largest, lane[j]);
   return largest;
 }
@@ -32,11 +32,11 @@ T largest_magnitude(const T *v, int64_t n) {
 template <typename T, typename Term>
 inline T lane_sum(int64_t n, const Term &term) {
   T lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
     for (int64_t j = 0; j < kLanes; ++j) lane[j] += term(i + j);
   T sum = 0;
-  for (; i < n; ++i) sum += term(i);
+  for (int64_t i = whole; i < n; ++i) sum += term(i);
   for (int64_t width = kLanes / 2; width > 0; width /= 2)
     for (int64_t j = 0; j < width; ++j) lane[j] += lane[j + width];
   return sum + lane[0];
