@@ -165,8 +165,8 @@ def consensus_filter(
         ValueError: shapes, mode, angle or chunk do not fit. TypeError: dtypes do not fit.
         BackendError: the named backend cannot run; the message says why.
 
-    Source: LDCE (arXiv 2310.06668), section 3.2. Deviation: the cosine is clamped to [-1, 1] and antiparallel chunks are
-    removed; the official code's unclamped acos keeps some of them by rounding.
+    Source: LDCE (arXiv 2310.06668), section 3.2. Deviation: the cosine is clamped to [-1, 1] and antiparallel chunks
+    are removed; the official code's unclamped acos keeps some of them by rounding.
     """
     check_mode(mode)
     if score.ndim != 4 or score.shape != reference.shape:

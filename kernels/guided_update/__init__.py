@@ -151,8 +151,8 @@ def guided_update(
         backend: `auto`, `triton`, `cpp` or `reference`. Only reference can be differentiated through.
 
     Returns:
-        z_prev and z0 (the predicted clean latents, from the guided noise), [B, C, H, W] in z's dtype; kept_fraction [B],
-        the share of chunks within the angle limit, in float32 (float64 for float64 inputs).
+        z_prev and z0 (the predicted clean latents, from the guided noise), [B, C, H, W] in z's dtype; and kept_fraction
+        [B], the share of chunks within the angle limit, in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: shapes, devices, mode, angle, chunk or alphas do not fit. TypeError: dtypes do not fit.
