@@ -103,15 +103,24 @@ def choose_backend(
     return requested
 
 
-def define_op(schema: str, function: Callable, fake: Callable) -> None:
+def define_op(
+    schema: str,
+    function: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
     """Register a custom operation `counterlens::...` so that torch.compile can trace past it.
 
-    `fake` makes outputs of the right shape and dtype without computing them.
+    `fake` makes outputs of the right shape and dtype without computing them; `backward` and `setup_context` are those
+    of an autograd.Function.
     """
     LIBRARY.define(schema)
     name = schema.partition("(")[0]
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"counterlens::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"counterlens::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
