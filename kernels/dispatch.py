@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "cpp", "reference")
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LIBRARY = torch.library.Library("counterlens", "FRAGMENT")
 
 
 class BackendError(ValueError):
@@ -23,6 +27,53 @@ def missing_cpp() -> list[str]:
     return []
 
 
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1 before triton is imported)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def missing_triton() -> list[str]:
+    """Why Triton kernels cannot be used at all; empty when they can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return [f"triton cannot be imported ({error})"]
+    if not torch.cuda.is_available() and not interpreting():
+        return ["there is no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"]
+    return []
+
+
+def environment_reasons(backend: str) -> list[str]:
+    """Why `backend` cannot run here whatever the tensors; empty when it can."""
+    return {"cpp": missing_cpp, "triton": missing_triton}.get(backend, list)()
+
+
+def tensor_reasons(backend: str, name: str, tensor: Tensor, others: Sequence[Tensor | None] = ()) -> list[str]:
+    """Why `backend` cannot run on `tensor`, called `name` in the message; empty when it can.
+
+    `others` are the further inputs: none of the operations that call this has a backward of its own.
+    """
+    reasons = environment_reasons(backend)
+    if backend == "cpp" and tensor.device.type != "cpu":
+        reasons.append(f"{name} is on {tensor.device}, cpp needs the CPU")
+    if backend == "triton":
+        if not reasons and not tensor.is_cuda and not interpreting():
+            reasons.append(f"{name} is on {tensor.device}, triton needs CUDA")
+        if tensor.dtype == torch.float64:
+            reasons.append(f"{name} is float64, triton takes float16, bfloat16 and float32")
+    if backend != "reference" and any_requires_grad(tensor, *others):
+        reasons.append(f"an input requires a gradient and {backend} has no backward (use torch.no_grad or reference)")
+    return reasons
+
+
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would want to differentiate through any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def choose_backend(
     operation: str,
     requested: str,
@@ -32,11 +83,14 @@ def choose_backend(
     """Name the backend that runs `operation` on `tensor`.
 
     `auto` reads COUNTERLENS_BACKEND; without it, triton is tried on CUDA tensors and cpp on CPU tensors, and reference
-    runs where those cannot. A backend that was named, by argument or variable, runs or raises.
+    runs where those cannot. A backend that was named, by argument or variable, runs or raises. While a graph is
+    exported, `auto` is reference: the graph must hold operations that other runtimes know.
 
     Raises:
         BackendError: the named backend is unknown or cannot run here; the message holds its reasons.
     """
+    if requested == "auto" and torch.compiler.is_exporting():
+        return "reference"
     if requested == "auto":
         requested = os.environ.get("COUNTERLENS_BACKEND", "auto")
     if requested == "auto":
@@ -47,3 +101,35 @@ def choose_backend(
     if reasons := not_supported_reasons(requested):
         raise BackendError(f"{operation}: backend {requested!r} cannot run: {'; '.join(reasons)}")
     return requested
+
+
+def define_op(
+    schema: str,
+    function: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Register a custom operation `counterlens::...` so that torch.compile can trace past it.
+
+    `fake` makes outputs of the right shape and dtype without computing them; `backward` and `setup_context` are those
+    of an autograd.Function.
+    """
+    LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"counterlens::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"counterlens::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type sums are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: not while a graph is traced or captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -8,14 +8,41 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_backend, missing_cpp
+from ..dispatch import FLOATING, choose_backend, compute_dtype, define_op, tensor_reasons, values_readable
 from . import reference as _reference
 
 Mode = Literal["zero", "project", "global", "off"]
 MODES: tuple[Mode, ...] = ("zero", "project", "global", "off")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-__all__ = ["MODES", "Mode", "angle_limits", "consensus_filter", "not_supported_reasons"]
+__all__ = ["MODES", "Mode", "angle_limits", "check_chunk", "check_mode", "consensus_filter", "not_supported_reasons"]
+
+
+def check_mode(mode: str) -> None:
+    """Raise ValueError for a mode that there is not."""
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+
+
+def check_chunk(chunk: int, height: int, width: int) -> None:
+    """Raise ValueError unless `chunk` divides height and width."""
+    if chunk < 1 or height % chunk or width % chunk:
+        raise ValueError(f"chunk: expected a divisor of height {height} and width {width}, got {chunk}")
+
+
+def _check_angles(values: list[float], mode: str) -> None:
+    if mode == "off":
+        return
+    if any(not 0 <= v <= 180 for v in values):
+        raise ValueError(f"angle_deg: expected degrees in [0, 180], got {values}")
+    if mode in ("project", "global") and any(v >= 90 for v in values):
+        raise ValueError(f"angle_deg: mode {mode!r} needs a limit below 90 degrees, got {values}")
+
+
+def limit_numbers(angle_deg: float, mode: str = "zero") -> tuple[float, float]:
+    """Cosine and tangent of one angle limit in degrees. Raises as `angle_limits` does."""
+    _check_angles([float(angle_deg)], mode)
+    radians = float(angle_deg) * (math.pi / 180)
+    return 0.0 if angle_deg == 90 else math.cos(radians), math.tan(radians)
 
 
 def angle_limits(
@@ -27,25 +54,21 @@ def angle_limits(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and tangent of the angle limit, each [B]; a number or [B] degrees in [0, 180].
 
-    The cosine of exactly 90 degrees is 0, so that orthogonal vectors are kept there.
+    The cosine of exactly 90 degrees is 0, so that orthogonal vectors are kept there. Angles in a tensor are checked
+    where reading them costs nothing: on the CPU, outside a traced graph.
 
     Raises:
         ValueError: a limit is outside [0, 180], or at least 90 for `project` or `global`, or of the wrong shape.
     """
-    if isinstance(angle_deg, Tensor) and angle_deg.ndim > 0 and angle_deg.shape != (batch,):
+    if not isinstance(angle_deg, Tensor):
+        cos_number, tan_number = limit_numbers(angle_deg, mode)
+        cos = torch.full((batch,), cos_number, dtype=dtype, device=device)
+        return cos, torch.full((batch,), tan_number, dtype=dtype, device=device)
+    if angle_deg.ndim > 0 and angle_deg.shape != (batch,):
         raise ValueError(f"angle_deg: expected a number or [{batch}], got {list(angle_deg.shape)}")
-    if isinstance(angle_deg, Tensor):
-        angle = angle_deg.to(device, torch.float64).expand(batch)
-        # Reading values would break a traced graph; numbers inside one are checked by whoever made the tensor.
-        values = [] if torch.compiler.is_compiling() else angle.tolist()
-    else:
-        angle = torch.full((batch,), float(angle_deg), dtype=torch.float64, device=device)
-        values = [float(angle_deg)]
-    if mode != "off":
-        if any(not 0 <= v <= 180 for v in values):
-            raise ValueError(f"angle_deg: expected degrees in [0, 180], got {angle_deg}")
-        if mode in ("project", "global") and any(v >= 90 for v in values):
-            raise ValueError(f"angle_deg: mode {mode!r} needs a limit below 90 degrees, got {angle_deg}")
+    if not angle_deg.is_cuda and values_readable(angle_deg):
+        _check_angles(angle_deg.reshape(-1).tolist(), mode)
+    angle = angle_deg.to(device, torch.float64).expand(batch)
     radians = angle * (math.pi / 180)
     cos = torch.where(angle == 90, 0.0, torch.cos(radians))
     return cos.to(dtype), torch.tan(radians).to(dtype)
@@ -54,18 +77,61 @@ def angle_limits(
 def not_supported_reasons(
     backend: str,
     score: Tensor,
+    reference: Tensor | None = None,
 ) -> list[str]:
     """Why `backend` cannot filter `score`; empty when it can."""
-    reasons = []
-    if backend == "cpp":
-        reasons += missing_cpp()
-        if score.device.type != "cpu":
-            reasons.append(f"score is on {score.device}, cpp needs the CPU")
-        if score.dtype not in (torch.float32, torch.float64):
-            reasons.append(f"score is {score.dtype}, cpp takes float32 and float64")
-    elif backend == "triton":
-        reasons.append("there is no Triton version of this operation yet")
-    return reasons
+    return tensor_reasons(backend, "score", score, [reference])
+
+
+def _filter(
+    score: Tensor,
+    reference: Tensor,
+    cos_limit: Tensor,
+    tan_limit: Tensor,
+    mode: str,
+    chunk: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The compiled versions; arguments are checked."""
+    if backend == "triton":
+        from . import triton as _triton
+
+        return _triton.consensus_filter(score, reference, cos_limit, tan_limit, mode, chunk)
+    from counterlens.kernels import _cpu
+
+    compute = compute_dtype(score.dtype)
+    b, c, h, w = score.shape
+    s, r = score.to(compute).contiguous(), reference.to(compute).contiguous()
+    filtered = torch.empty((b, c, h, w), dtype=compute)
+    kept = torch.empty((b, h // chunk, w // chunk), dtype=torch.bool)
+    function = _cpu.consensus_f64 if compute == torch.float64 else _cpu.consensus_f32
+    function(
+        s.data_ptr(), r.data_ptr(), cos_limit.data_ptr(), tan_limit.data_ptr(), filtered.data_ptr(), kept.data_ptr(),
+        b, c, h, w, chunk, MODES.index(mode), torch.get_num_threads(),
+    )  # fmt: skip
+    return filtered.to(score.dtype), kept
+
+
+def _fake(
+    score: Tensor,
+    reference: Tensor,
+    cos_limit: Tensor,
+    tan_limit: Tensor,
+    mode: str,
+    chunk: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    b, _, h, w = score.shape
+    kept = score.new_empty((b, h // chunk, w // chunk), dtype=torch.bool)
+    return torch.empty_like(score, memory_format=torch.contiguous_format), kept
+
+
+define_op(
+    "consensus_filter(Tensor score, Tensor reference, Tensor cos_limit, Tensor tan_limit, str mode, int chunk, "
+    "str backend) -> (Tensor, Tensor)",
+    _filter,
+    _fake,
+)
 
 
 def consensus_filter(
@@ -80,7 +146,7 @@ def consensus_filter(
     """Remove or turn the chunks of a classifier score that point away from the generator's class direction.
 
     A chunk is the vector of all channels over a `chunk` x `chunk` patch. Chunks without an angle (a zero vector) are
-    kept; NaN is kept and propagates. Sums are float32, or float64 for float64 inputs.
+    kept; NaN is kept and propagates. Sums are float32, or float64 for float64 inputs; half types are rounded once.
 
     Args:
         score: [B, C, H, W], minus sqrt(1 - alphas_cumprod) times the gradient of log p(target).
@@ -89,7 +155,7 @@ def consensus_filter(
         mode: `zero` removes chunks beyond the limit; `project` turns them by the limit towards the reference, growing
             the norm by 1/cos; `global` does so with the whole sample, at unit norm; `off` keeps all.
         chunk: side of a chunk; must divide H and W.
-        backend: `auto`, `triton`, `cpp` or `reference`.
+        backend: `auto`, `triton`, `cpp` or `reference`. Only reference can be differentiated through.
 
     Returns:
         filtered [B, C, H, W] in score's dtype, and kept, bool [B, H/chunk, W/chunk]: where the angle was within the
@@ -102,37 +168,30 @@ def consensus_filter(
     Source: LDCE (arXiv 2310.06668), section 3.2. Deviation: the cosine is clamped to [-1, 1] and antiparallel chunks
     are removed; the official code's unclamped acos keeps some of them by rounding.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    check_mode(mode)
     if score.ndim != 4 or score.shape != reference.shape:
         raise ValueError(
             f"reference: expected score's shape [B, C, H, W], got {list(reference.shape)} beside {list(score.shape)}"
         )
-    if score.dtype not in DTYPES or score.dtype != reference.dtype:
+    if score.dtype not in FLOATING or score.dtype != reference.dtype:
         raise TypeError(f"score, reference: expected one floating dtype, got {score.dtype} and {reference.dtype}")
     if score.device != reference.device:
         raise ValueError(f"reference: expected score's device {score.device}, got {reference.device}")
-    b, c, h, w = score.shape
-    if chunk < 1 or h % chunk or w % chunk:
-        raise ValueError(f"chunk: expected a divisor of height {h} and width {w}, got {chunk}")
-    chosen = choose_backend("consensus_filter", backend, score, lambda name: not_supported_reasons(name, score))
-    compute = torch.float64 if score.dtype == torch.float64 else torch.float32
+    b, _, h, w = score.shape
+    check_chunk(chunk, h, w)
+    chosen = choose_backend(
+        "consensus_filter", backend, score, lambda name: not_supported_reasons(name, score, reference)
+    )
+    compute = compute_dtype(score.dtype)
     cos_limit, tan_limit = angle_limits(angle_deg, b, compute, score.device, mode)
     if score.numel() == 0:
         return torch.empty_like(score), torch.ones((b, h // chunk, w // chunk), dtype=torch.bool, device=score.device)
-    if chosen == "cpp":
-        from counterlens.kernels import _cpu
-
-        score, reference = score.contiguous(), reference.contiguous()
-        filtered = torch.empty_like(score)
-        kept = torch.empty((b, h // chunk, w // chunk), dtype=torch.bool)
-        function = _cpu.consensus_f64 if compute == torch.float64 else _cpu.consensus_f32
-        function(
-            score.data_ptr(), reference.data_ptr(), cos_limit.data_ptr(), tan_limit.data_ptr(), filtered.data_ptr(),
-            kept.data_ptr(), b, c, h, w, chunk, MODES.index(mode),
-        )  # fmt: skip
-        return filtered, kept
-    filtered, kept = _reference.consensus_filter(
-        score.to(compute), reference.to(compute), cos_limit, tan_limit, mode, chunk
+    if chosen == "reference":
+        filtered, kept = _reference.consensus_filter(
+            score.to(compute), reference.to(compute), cos_limit, tan_limit, mode, chunk
+        )
+        return filtered.to(score.dtype), kept
+    filtered, kept = torch.ops.counterlens.consensus_filter(
+        score, reference, cos_limit, tan_limit, mode, chunk, chosen
     )
-    return filtered.to(score.dtype), kept
+    return filtered, kept

@@ -39,7 +39,8 @@ def cosine(
 ) -> Tensor:
     """Cosine of the angle between vectors, in [-1, 1]; NaN where there is no angle (a zero vector, NaN, inf): [...]."""
     s, r = _unit_scale(s), _unit_scale(r)
-    return ((s * r).sum(-1) / ((s * s).sum(-1).sqrt() * (r * r).sum(-1).sqrt())).clamp(-1, 1)
+    # One root of the product: for r = -s it is exact, so that antiparallel gives exactly -1.
+    return ((s * r).sum(-1) / ((s * s).sum(-1) * (r * r).sum(-1)).sqrt()).clamp(-1, 1)
 
 
 def outside(
