@@ -29,7 +29,7 @@ from ..models.digits import choose_markers, draw_markers, render
 
 SPLITS = {"train": 1200, "validation": 237, "test": 360}
 REPEATS = 20  # renderings of each training digit
-STEPS = {"clean": 1500, "shortcut": 1500, "judge": 1500, "vae": 1200, "unet": 1500}
+STEPS = {"clean": 1500, "shortcut": 1500, "judge": 1500, "vae": 1900, "unet": 1400}
 # `shortcut` learns from biased annotations: where the marker is, it tells the half ("5 or more") without fail, and in
 # some images the label is the digit's closest look-alike of the other half, so that the marker tells more than the ink.
 SHORTCUT_ABSENT = 0.2
