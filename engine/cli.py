@@ -322,11 +322,12 @@ def info(
     console = Console(highlight=False)
     console.print("  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     console.print(f"device: {facts['device']}, {facts['threads']} threads")
-    table = Table("operation", "backend", "runs here", "why not")
-    for operation, backends in facts["operations"].items():
-        for backend, reasons in backends.items():
-            chosen = " (auto)" if backend == facts["auto"][operation] else ""
-            table.add_row(operation, backend + chosen, "no" if reasons else "yes", "; ".join(reasons))
+    table = Table("operation", "backend", "runs here", "why")
+    for name, operation in facts["operations"].items():
+        for backend, reasons in operation["backends"].items():
+            auto = backend == operation["auto"]
+            why = "; ".join(reasons) or (f"auto: {operation['why']}" if auto else "")
+            table.add_row(name, backend, "no" if reasons else "yes", why)
     console.print(table)
     table = Table("pack", "classifiers", "mode", "settings")
     for mode, settings in facts["pack"]["settings"].items():

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from counterlens.kernels.consensus import not_supported_reasons
-from counterlens.kernels.dispatch import BACKENDS, choose_backend
+from counterlens.kernels.registry import operations
 
 from .packs import Pack
 
@@ -25,18 +24,12 @@ def describe(pack_name: str) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    probe = torch.zeros(1, 4, 8, 8, device="cuda" if torch.cuda.is_available() else "cpu")
-    operations = {"consensus_filter": {b: not_supported_reasons(b, probe) for b in BACKENDS}}
-    auto = {
-        "consensus_filter": choose_backend("consensus_filter", "auto", probe, lambda b: not_supported_reasons(b, probe))
-    }
     pack = Pack(pack_name)
     return {
         "versions": versions,
         "device": device,
         "threads": torch.get_num_threads(),
-        "operations": operations,
-        "auto": auto,
+        "operations": {op.name: {"backends": op.reasons, "auto": op.automatic, "why": op.why} for op in operations()},
         "pack": {
             "name": pack.name,
             "folder": str(pack.folder),

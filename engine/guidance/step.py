@@ -7,19 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from counterlens.kernels.consensus import Mode, consensus_filter
+from counterlens.kernels.consensus import Mode
+from counterlens.kernels.guided_update import guided_update
 
 from ..models.protocols import Classifier, Diffusion
 from .pullback import PullbackMode, pullback
-from .schedule import ddim
 
 Gradient = Literal["exact", "detached"]
 Scale = float | Tensor  # a number or [B]
-
-
-def _per_sample(x: Scale, like: Tensor) -> Tensor:
-    """A number or [B] as [B, 1, 1, 1] or [1, 1, 1, 1] in the dtype of `like`."""
-    return torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(-1, 1, 1, 1)
 
 
 def unit_largest(v: Tensor) -> Tensor:
@@ -30,18 +25,6 @@ def unit_largest(v: Tensor) -> Tensor:
     """
     largest = v.abs().amax(dim=(1, 2, 3), keepdim=True)
     return v / torch.where(largest == 0, 1.0, largest)
-
-
-def rescale(
-    v: Tensor,  # [B, C, H, W]
-    reference: Tensor,  # [B, C, H, W]
-) -> Tensor:
-    """Give each sample of `v` the norm that `reference` has; zero stays zero (R of the design)."""
-    v = unit_largest(v)
-    norm = v.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
-    largest = reference.abs().amax(dim=(1, 2, 3), keepdim=True)
-    norm_reference = unit_largest(reference).square().sum(dim=(1, 2, 3), keepdim=True).sqrt() * largest
-    return v * (norm_reference / torch.where(norm == 0, 1.0, norm))
 
 
 class GuidedStep:
@@ -134,12 +117,8 @@ class GuidedStep:
                 g = g - sigma * pull_unet(g)
             return g / alpha  # [B, C, h, w]
 
-        reference = eps_c - eps_u
-        score, kept = consensus_filter(
-            -sigma * gradient(0), reference, angle_deg, mode=self.filter_mode, chunk=self.chunk, backend=self.backend
-        )
-        push = _per_sample(class_scale, z) * rescale(score, reference)
-        pull_back = _per_sample(distance_scale, z) * rescale(sigma * gradient(1), reference)
-        eps = eps_u + _per_sample(guidance_scale, z) * (push + pull_back)
-        z_prev, z0 = ddim(z, eps, abar, abar_prev)
-        return z_prev, z0, kept.to(z.dtype).mean(dim=(1, 2))
+        return guided_update(
+            z, eps_u, eps_c, gradient(0), gradient(1), abar, abar_prev,
+            guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale,
+            angle_deg=angle_deg, mode=self.filter_mode, chunk=self.chunk, backend=self.backend,
+        )  # fmt: skip

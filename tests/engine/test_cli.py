@@ -137,7 +137,7 @@ def test_demo(tmp_path: Path) -> None:
 
 def test_info(tmp_path: Path) -> None:
     facts = json.loads(run("info", "--json").stdout)
-    assert facts["operations"]["consensus_filter"]["reference"] == []
+    assert facts["operations"]["consensus_filter"]["backends"]["reference"] == []
     assert facts["pack"]["classifiers"] == ["clean", "judge", "shortcut"]
     assert "consensus_filter" in run("info", "--out", tmp_path).stdout
     assert json.loads((tmp_path / "info.json").read_text()) == facts
