@@ -29,7 +29,7 @@ from ..models.digits import choose_markers, draw_markers, render
 
 SPLITS = {"train": 1200, "validation": 237, "test": 360}
 REPEATS = 20  # renderings of each training digit
-STEPS = {"clean": 1500, "shortcut": 1500, "judge": 1500, "vae": 1900, "unet": 1400}
+STEPS = {"clean": 1500, "shortcut": 1500, "judge": 1500, "vae": 1900, "unet": 1100}
 # `shortcut` learns from biased annotations: where the marker is, it tells the half ("5 or more") without fail, and in
 # some images the label is the digit's closest look-alike of the other half, so that the marker tells more than the ink.
 SHORTCUT_ABSENT = 0.2
@@ -316,7 +316,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the split, the weights and every batch.")] = 0,
     scale: Annotated[float, typer.Option(help="Multiply all step counts (0.01 for a quick try).")] = 1.0,
 ) -> None:
-    """Train the digits pack (about 40 minutes on 2 CPU cores); run again after an interruption to go on.
+    """Train the digits pack (about an hour on 2 CPU cores); run again after an interruption to go on.
 
     Example: python -m counterlens.engine.packs.train --out digits-run
     """
