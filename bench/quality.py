@@ -55,7 +55,7 @@ def pack_figures(pack: Pack, engines: dict[str, Engine], judge: SoftmaxClassifie
     classes = torch.arange(500) % 10
     for weight in (1.0, 2.0):
         parts = [
-            generate(diffusion, classes[i : i + 100], list(range(i, i + 100)), steps=50, weight=weight)
+            generate(diffusion, classes[i : i + 100], list(range(i, i + 100)), steps=25, weight=weight)
             for i in range(0, 500, 100)
         ]
         drawn = as_saved(torch.cat(parts))

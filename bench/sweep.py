@@ -20,9 +20,9 @@ from counterlens.engine.packs import Pack
 
 GRID: dict[str, list[Any]] = {
     "strength": [0.5, 0.6],
-    "class_scale": [2.0, 3.0, 4.0],
-    "distance_scale": [0.5, 1.0, 1.5],
-    "gradient": ["detached", "exact"],
+    "class_scale": [2.0, 2.5, 3.0],
+    "distance_scale": [0.25, 0.5],
+    "gradient": ["detached"],
     "noise": ["inversion"],
     "steps": [10],
 }
@@ -67,7 +67,6 @@ def main(
         for point in track(points, description=f"filter {filter_mode}"):
             settings = Settings(**FIXED, **point, filter=filter_mode, angle=angle)
             add(run_ours(engine, images, targets, settings), kind="ours", **settings.model_dump())
-            print(rows[-1], flush=True)
     starts = {(p["strength"], p["steps"], p["noise"]) for p in points}
     for strength, steps, noise in sorted(starts):
         settings = Settings(
