@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -27,12 +26,9 @@ def missing_cpp() -> list[str]:
     return []
 
 
-@functools.cache
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1 before triton is imported)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing_triton() -> list[str]:

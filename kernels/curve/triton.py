@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # logits a program holds at a time
+TILE = 2048  # logits a program holds at a time
 
 
 @triton.jit
@@ -73,6 +73,6 @@ def curve_scores(
     insertion, deletion = torch.empty((2, n), dtype=torch.float32, device=logits.device).unbind()
     curve_kernel[(n,)](
         logits, targets, thresholds, probability, insertion, deletion, *logits.stride(), classes, k,
-        K_PAD=k_pad, BLOCK=block, num_warps=4,
+        K_PAD=k_pad, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return probability, insertion, deletion
