@@ -1,1 +1,23 @@
-"""The engine."""
+"""Models, guided sampling and the command line; `from counterlens.engine import Engine`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .engine import Counterfactuals, Engine
+    from .images import load_image
+
+__all__ = ["Config", "Counterfactuals", "Engine", "load_image"]
+
+_HOMES = {"Config": ".config", "Counterfactuals": ".engine", "Engine": ".engine", "load_image": ".images"}
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch and diffusers takes seconds; `counterlens --help` must not.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name], __name__), name)

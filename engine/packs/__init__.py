@@ -1,1 +1,163 @@
-"""Packs."""
+"""Packs: a diffusion model, classifiers and data in one checked folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import CounterlensError, UsageError
+from ..models.digits import choose_markers, draw_markers, render
+from ..models.protocols import SoftmaxClassifier
+
+if TYPE_CHECKING:
+    from ..models.digits import Marker
+    from ..models.latent import ClassConditionalLatentDiffusion
+
+SPLITS = ("train", "validation", "test")
+FORMAT, VERSION = "counterlens-pack", 1
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rendered digits: images [N, 3, 32, 32] in [0, 1], labels, markers, and each sample's id and seed."""
+
+    images: Tensor
+    labels: list[int]
+    markers: list[Marker | None]
+    ids: list[int]
+    seeds: list[int]
+
+
+def find_pack(name: str) -> Path:
+    """The folder of an embedded pack (`digits`) or of a pack at a path.
+
+    Raises:
+        UsageError: neither exists.
+    """
+    embedded = Path(__file__).parent / name
+    for folder in (embedded, Path(name)):
+        if (folder / "pack.json").is_file():
+            return folder
+    raise UsageError(f"pack: {name!r} is neither an embedded pack (digits) nor a folder with a pack.json")
+
+
+class Pack:
+    """A checked pack folder; opening it verifies every file against the manifest.
+
+    Raises:
+        CounterlensError: a file is missing or differs from the manifest; the message names it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.folder = find_pack(name)
+        manifest_path = self.folder / "pack.json"
+        try:
+            self.manifest: dict[str, Any] = json.loads(manifest_path.read_text())
+            self.name: str = self.manifest["name"]
+            files: dict[str, str] = self.manifest["files"]
+            if (self.manifest["format"], self.manifest["version"]) != (FORMAT, VERSION):
+                raise CounterlensError(f"{manifest_path}: expected {FORMAT} version {VERSION}")
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, OSError) as error:
+            raise CounterlensError(f"{manifest_path}: not a pack manifest ({type(error).__name__}: {error})") from error
+        for file, expected in files.items():
+            path = self.folder / file
+            if not path.is_file():
+                raise CounterlensError(f"{path}: missing from the pack; reinstall counterlens or restore the file")
+            if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+                raise CounterlensError(f"{path}: differs from the pack's manifest; reinstall or restore the file")
+
+    @cached_property
+    def digits(self) -> dict[str, Tensor]:
+        """The 1,797 glyphs: `glyph` [N, 8, 8] uint8, `label` [N], `split` [N]."""
+        return load_file(self.folder / "digits.safetensors")
+
+    def classifier_names(self) -> list[str]:
+        """Names that `classifier` takes."""
+        return sorted(p.name for p in (self.folder / "classifiers").iterdir() if p.is_dir())
+
+    def classifier(self, name: str) -> SoftmaxClassifier:
+        """Load one of the pack's classifiers in float32.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        from ..models.classifiers import ARCHITECTURES
+
+        if name not in self.classifier_names():
+            raise UsageError(f"classifier: {name!r} is not in pack {self.name!r}: {', '.join(self.classifier_names())}")
+        folder = self.folder / "classifiers" / name
+        config = json.loads((folder / "config.json").read_text())
+        module = ARCHITECTURES[config["architecture"]](classes=len(config["labels"]))
+        _load(module, folder / "model.safetensors")
+        return SoftmaxClassifier(module.eval().requires_grad_(False), config["labels"])
+
+    def diffusion(self) -> ClassConditionalLatentDiffusion:
+        """Load the diffusion model in float32 (it is stored in float16)."""
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+
+        from ..models.latent import ClassConditionalLatentDiffusion
+
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(self.folder / "vae"))
+        unet = UNet2DModel.from_config(UNet2DModel.load_config(self.folder / "unet"))
+        for module, part in ((vae, "vae"), (unet, "unet")):
+            _load(module, self.folder / part / "diffusion_pytorch_model.safetensors")
+            module.eval().requires_grad_(False)
+        alphas_cumprod = DDIMScheduler.from_pretrained(self.folder / "scheduler").alphas_cumprod.double()
+        return ClassConditionalLatentDiffusion(vae, unet, alphas_cumprod, [str(d) for d in range(10)])
+
+    def samples(
+        self,
+        split: str,
+        *,
+        count: int | None = None,
+        marker: str = "none",
+        seed: int = 0,
+    ) -> Samples:
+        """Render digits of a split; a sample depends on its id, the seed and the marker rule only.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            count: how many, spread evenly over the classes; all without it.
+            marker: `none`, `random`, `matching` or `conflicting` (see `models.digits.choose_markers`).
+            seed: of the renderings.
+
+        Raises:
+            UsageError: the split, the count or the marker rule is not one that there is.
+        """
+        if split not in SPLITS:
+            raise UsageError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        index = (self.digits["split"] == SPLITS.index(split)).nonzero().flatten()
+        if count is not None and not 1 <= count <= len(index):
+            raise UsageError(f"count: expected 1 to {len(index)} for split {split!r}, got {count}")
+        labels = self.digits["label"][index].long()
+        # 0, 1, ... 9, 0, 1, ...: the first samples of each class, then the second ones.
+        rank = torch.zeros(len(index), dtype=torch.long)
+        for c in range(10):
+            rank[labels == c] = torch.arange(int((labels == c).sum()))
+        index = index[(rank * 10 + labels).argsort()][:count]
+        ids = index.tolist()
+        # Above every seed that training used.
+        seeds = [2**32 + 2**16 * seed + i for i in ids]
+        label_list = self.digits["label"][index].tolist()
+        try:
+            markers = choose_markers(label_list, seeds, marker)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        images = draw_markers(render(self.digits["glyph"][index], seeds), markers)
+        return Samples((images * 255).round() / 255, label_list, markers, ids, seeds)
+
+
+def _load(module: torch.nn.Module, path: Path) -> None:
+    try:
+        module.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    except (SafetensorError, RuntimeError) as error:
+        raise CounterlensError(f"{path}: {error}") from error

@@ -191,7 +191,5 @@ def consensus_filter(
             score.to(compute), reference.to(compute), cos_limit, tan_limit, mode, chunk
         )
         return filtered.to(score.dtype), kept
-    filtered, kept = torch.ops.counterlens.consensus_filter(
-        score, reference, cos_limit, tan_limit, mode, chunk, chosen
-    )
+    filtered, kept = torch.ops.counterlens.consensus_filter(score, reference, cos_limit, tan_limit, mode, chunk, chosen)
     return filtered, kept

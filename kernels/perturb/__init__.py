@@ -124,9 +124,7 @@ def _expand_baseline(baseline: float | Tensor, image: Tensor) -> Tensor:
     if baseline.ndim == 0 or baseline.shape == (c,):
         return baseline.reshape(1, -1, 1, 1).expand(n, c, h, w)
     if baseline.shape not in ((1, c, h, w), (n, c, h, w)):
-        raise ValueError(
-            f"baseline: expected a number, [{c}] or [1 or {n}, {c}, {h}, {w}], got {list(baseline.shape)}"
-        )
+        raise ValueError(f"baseline: expected a number, [{c}] or [1 or {n}, {c}, {h}, {w}], got {list(baseline.shape)}")
     return baseline.expand(n, c, h, w)
 
 

@@ -1,0 +1,1 @@
+"""What counterlens is measured against."""

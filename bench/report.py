@@ -1,0 +1,136 @@
+"""Writes the tables of README.md and of the pack's card from bench/results: `python -m bench.report`.
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; no number in those files is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from bench.record import RESULTS
+
+ROOT = Path(__file__).parent.parent
+CARD = ROOT / "engine" / "packs" / "digits" / "README.md"
+README = ROOT / "README.md"
+
+
+def load(name: str) -> dict[str, Any]:
+    """A recorded result."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rate(v: dict[str, float]) -> str:
+    """A share with its interval, in percent."""
+    return f"{100 * v['mean']:.1f} % ({100 * v['low']:.1f} to {100 * v['high']:.1f})"
+
+
+def number(v: dict[str, float], digits: int = 4) -> str:
+    """A mean with its interval."""
+    return f"{v['mean']:.{digits}f} ({v['low']:.{digits}f} to {v['high']:.{digits}f})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(r) + " |" for r in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
+
+
+def provenance(result: dict[str, Any], name: str) -> str:
+    """Where the numbers come from."""
+    e = result["environment"]
+    return (
+        f"Recorded in `bench/results/{name}.json` at commit `{e['commit']}`, {e['date'][:10]}, {e['device']}, "
+        f"torch {e['versions']['torch']}."
+    )
+
+
+def counterfactual_table() -> str:
+    """Flip, transfer and closeness beside every control."""
+    result = load("quality")
+    flips = result["flips"]
+    rows = [
+        [name, rate(v["flip"]), rate(v["transfer"]), number(v["l1"]), rate(v["unconfirmed_flips"])]
+        for name, v in flips["table"].items()
+    ]
+    n = flips["table"]["ours"]["flip"]["n"]
+    header = ["method", "flips the classifier", "the judge agrees", "mean L1", "flips that the judge does not confirm"]
+    return f"{table(header, rows)}\n\n{n} test digits, targets: the runner-up. {provenance(result, 'quality')}"
+
+
+def truth_table() -> str:
+    """Touched markers by classifier and filter."""
+    result = load("quality")
+    shortcut, clean = result["truth"]["shortcut"], result["truth"]["clean"]
+    rows = [
+        [name, rate(shortcut[name]["touched"]), rate(clean[name]["touched"]), rate(shortcut[name]["flip"])]
+        for name in shortcut
+    ]
+    header = ["setting", "`shortcut`: marker touched", "`clean`: marker touched", "`shortcut`: flipped"]
+    return f"{table(header, rows)}\n\n{provenance(result, 'quality')}"
+
+
+def pack_table() -> str:
+    """What the pack's parts can do."""
+    result = load("quality")
+    pack = result["pack"]
+    rows = [
+        ["VAE reconstruction, PSNR", f"{number(pack['psnr_db'], 1)} dB"],
+        ["500 generated digits that the judge recognises, guidance 1", rate(pack["generated_recognised_guidance_1"])],
+        ["500 generated digits that the judge recognises, guidance 2", rate(pack["generated_recognised_guidance_2"])],
+    ]
+    for name, rules in pack["accuracy"].items():
+        for rule, value in rules.items():
+            rows.append([f"accuracy of `{name}`, markers {rule}", rate(value)])
+    return f"{table(['figure, test split', 'measured'], rows)}\n\n{provenance(result, 'quality')}"
+
+
+def exactness_table() -> str:
+    """Largest error of one step against the literal baseline."""
+    result = load("exactness")
+    rows = []
+    for dtype in ("float64", "float32"):
+        for mode in ("zero", "project", "global", "off"):
+            chosen = [r for r in result["one_step"] if r["dtype"] == dtype and r["filter"] == mode]
+            worst, left = max(r["worst"] for r in chosen), max(r["left_out"] for r in chosen)
+            rows.append([dtype, mode, f"{worst:.1e}", f"{100 * left:.1f} %"])
+    loop = result["whole_loop"]
+    rows.append(["float64", f"whole `{loop['preset']}` loop, {loop['steps']} steps", f"{loop['worst']:.1e}", "none"])
+    header = ["dtype", "filter", "largest relative error", "left out near the angle limit"]
+    return f"{table(header, rows)}\n\n{provenance(result, 'exactness')}"
+
+
+TABLES = {
+    "counterfactuals": counterfactual_table,
+    "truth": truth_table,
+    "pack": pack_table,
+    "exactness": exactness_table,
+}
+
+
+def fill(text: str) -> str:
+    """Replace every marked table in a text."""
+
+    def one(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- {name} -->\n{TABLES[name]()}\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", one, text, flags=re.S)
+
+
+def main(check: bool = False) -> None:
+    """Rewrite the tables; with --check, fail if that would change a file."""
+    for path in (README, CARD):
+        old = path.read_text()
+        new = fill(old)
+        if check and new != old:
+            raise SystemExit(f"{path.name}: its tables are not those of bench/results; run python -m bench.report")
+        path.write_text(new)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,352 @@
+"""The command line: `counterlens demo`, `counterfactual`, `samples`, `info`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .errors import CounterlensError, UsageError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# torch, diffusers and everything that needs them are imported inside the commands: --help must answer at once.
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Show what would have to change in an image for a model to change its mind.",
+)
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the run; combined with each image's own pixels or id.", min=0)]
+PackOption = Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")]
+BATCH = 16
+
+
+def _out(as_json: bool) -> Console:
+    """Where text for people goes: stderr when stdout belongs to a machine."""
+    return Console(stderr=as_json, highlight=False)
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Progress]:
+    """A progress bar on stderr, shown on terminals only and gone when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        progress.add_task(title, total=None)
+        yield progress
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("counterlens-demo"),
+    count: Annotated[int, typer.Option(help="How many test digits.", min=1, max=20)] = 10,
+    seed: SeedOption = 0,
+    pack: PackOption = "digits",
+    as_json: JsonFlag = False,
+) -> None:
+    """Explain two classifiers of the digits pack, one honest and one with a planted shortcut.
+
+    Each test digit carries a coloured marker. `clean` ignores it; `shortcut` was trained where a marker in the top-left
+    corner means "5 or more" and one in the bottom-right corner "less than 5". The targets lie across that boundary.
+
+    Example: counterlens demo --out /tmp/demo
+    """
+    from .drawing import draw_strips
+    from .images import make_folder, write_png
+
+    out = make_folder(out)
+    from .demo import run_demo
+
+    with _progress("demo") as progress:
+        task = progress.task_ids[0]
+        parts = run_demo(pack, count, seed, lambda i, n: progress.update(task, completed=i, total=n))
+    path = out / "counterfactuals.png"
+    write_png(draw_strips([p.strip for p in parts]), path)
+    console = _out(as_json)
+    table = Table("classifier", "mode", "images", "flipped", "judge agrees", "mean L1", "marker touched", "s / image")
+    for p in parts:
+        s = p.summary
+        table.add_row(
+            p.classifier, p.mode, str(s["images"]), f"{s['flip_rate']:.0%}", f"{s['transfer_rate']:.0%}",
+            f"{s['l1_mean']:.3f}", f"{s['touched_rate']:.0%}", f"{s['seconds_per_image']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "`clean` changes its mind when the digit changes; `shortcut` when the marker does. The 45 degree filter of "
+        "mode realistic hides part of that, because the generator knows that the marker means nothing; mode audit "
+        "shows it."
+    )
+    console.print(f"pictures: {path}")
+    if as_json:
+        for p in parts:
+            for record in p.records:
+                _print_json({"classifier": p.classifier, "mode": p.mode, **record})
+        artifacts = [str(path)]
+        first = parts[0].summary
+        by_part = {f"{p.classifier}/{p.mode}": p.summary for p in parts}
+        _print_json({**first, "artifacts": artifacts, "parts": by_part})
+    failed = sum(p.summary["failed"] for p in parts)
+    if failed:
+        raise CounterlensError(f"{failed} counterfactuals failed; --json names them")
+
+
+@app.command()
+def counterfactual(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    target: Annotated[str, typer.Option(help="Label, or runner-up: the classifier's second choice.")] = "runner-up",
+    out: Annotated[Path, typer.Option(help="Folder for the counterfactuals.")] = Path("counterfactuals"),
+    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
+    pack: PackOption = "digits",
+    classifier: Annotated[str, typer.Option(help="The pack's classifier to explain.")] = "clean",
+    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
+    steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of the process that is noised, in (0, 1].")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Scale of the whole guidance.")] = None,
+    class_scale: Annotated[float | None, typer.Option(help="Scale of the classifier's score.")] = None,
+    distance_scale: Annotated[float | None, typer.Option(help="Scale of the pull towards the input.")] = None,
+    angle: Annotated[float | None, typer.Option(help="Angle limit of the filter in degrees.")] = None,
+    filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
+    gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
+    noise: Annotated[str | None, typer.Option(help="random or inversion.")] = None,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Change each image as little as needed for the classifier to say the target.
+
+    Writes one PNG per image and results.jsonl, each batch as soon as it is done. An image that fails is reported and
+    the others go on; the exit code is 1 then.
+
+    Example: counterlens counterfactual four.png --target 9 --out changed
+    """
+    from .config import Config
+    from .images import make_folder
+
+    config = Config.make(
+        mode=mode, pack=pack, classifier=classifier, preset=preset, steps=steps, strength=strength,
+        guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
+        filter=filter, gradient=gradient, noise=noise, seed=seed,
+    )  # fmt: skip
+    names = _names(images)
+    overwritten = {(out / f"{n}.png").resolve() for n in names} & {p.resolve() for p in images}
+    if overwritten:
+        raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
+    out = make_folder(out)
+    from .engine import Engine
+
+    engine = Engine.from_pack(pack, classifier, config)
+    choice: str | int = target
+    if target not in engine.labels and target.isdecimal():
+        choice = int(target)
+    engine.check_target(choice)
+    config.settings(engine.pack_settings)
+    console = _out(as_json)
+    table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file or error")
+    failed = 0
+    log_path = out / "results.jsonl"
+    with _progress("counterfactuals") as progress, _open_for_append(log_path) as log:
+        task = progress.task_ids[0]
+        for record in _counterfactual_records(engine, images, names, choice, out, progress, task):
+            failed += "error" in record
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            if as_json:
+                _print_json(record)
+            if "error" in record:
+                errors.print(f"error: {record['image']}: {record['error']}", markup=False, style="red")
+                table.add_row(record["image"], "", "", "", "", "", "", "failed")
+            else:
+                table.add_row(
+                    record["image"], record["source"], record["target"], record["prediction"],
+                    f"{record['confidence']:.3f}", "yes" if record["flipped"] else "no", f"{record['l1']:.4f}",
+                    record["path"],
+                )  # fmt: skip
+    console.print(table)
+    if failed:
+        raise CounterlensError(f"{failed} of {len(images)} images failed; the others are in {out}")
+
+
+@contextmanager
+def _open_for_append(path: Path) -> Iterator[Any]:
+    try:
+        with path.open("a") as file:
+            yield file
+    except OSError as error:
+        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """One output name per image: its stem, numbered where several share it."""
+    seen: dict[str, int] = {}
+    names = []
+    for path in paths:
+        n = seen[path.stem] = seen.get(path.stem, 0) + 1
+        names.append(path.stem if n == 1 else f"{path.stem}-{n}")
+    return names
+
+
+def _counterfactual_records(
+    engine: Engine,
+    paths: list[Path],
+    names: list[str],
+    target: str | int,
+    out: Path,
+    progress: Progress,
+    task: Any,
+) -> Iterator[dict[str, Any]]:
+    """Yield one record per image in order, batch by batch; files that cannot be read or written become errors."""
+    import torch
+
+    from .images import load_image, save_png
+
+    batches = -(-len(paths) // BATCH)
+    for b in range(batches):
+        rows = range(b * BATCH, min((b + 1) * BATCH, len(paths)))
+        loaded: dict[int, torch.Tensor] = {}
+        problems: dict[int, str] = {}
+        for i in rows:
+            try:
+                loaded[i] = load_image(paths[i], engine.image_size)
+            except CounterlensError as error:
+                problems[i] = str(error).removeprefix(f"{paths[i]}: ")
+
+        def show(i: int, n: int, b: int = b) -> None:
+            progress.update(task, completed=b + i / n, total=batches)
+
+        result = None
+        if loaded:
+            result = engine.counterfactual(
+                torch.stack(list(loaded.values())),
+                target,
+                on_step=show,
+            )
+        order = list(loaded)
+        for i in rows:
+            record: dict[str, Any] = {"image": str(paths[i])}
+            if i in problems or result is None:
+                yield record | {"error": problems[i]}
+                continue
+            fields = result.record(order.index(i))
+            if "error" not in fields:
+                path = out / f"{names[i]}.png"
+                try:
+                    save_png(result.images[order.index(i)], path)
+                    fields["path"] = str(path)
+                except CounterlensError as error:
+                    fields = {"error": str(error)}
+            yield record | fields
+
+
+@app.command()
+def samples(
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    count: Annotated[int, typer.Option(help="How many, spread evenly over the digits.", min=1)] = 20,
+    marker: Annotated[str, typer.Option(help="none, random, matching or conflicting.")] = "none",
+    out: Annotated[Path, typer.Option(help="Folder for the images and labels.csv.")] = Path("samples"),
+    seed: SeedOption = 0,
+    pack: PackOption = "digits",
+    as_json: JsonFlag = False,
+) -> None:
+    """Write real handwritten digits of the pack as PNG files, with a labels.csv (file,label,marker).
+
+    `matching` puts each marker in the corner that the shortcut's rule gives to the digit (5 or more: top-left, less:
+    bottom-right), `conflicting` in the other one.
+
+    Example: counterlens samples --split test --count 50 --marker matching --out digits
+    """
+    from .images import make_folder, save_png
+    from .packs import Pack
+
+    drawn = Pack(pack).samples(split, count=count, marker=marker, seed=seed)
+    out = make_folder(out)
+    rows = []
+    for image, label, planted, number in zip(drawn.images, drawn.labels, drawn.markers, drawn.ids, strict=True):
+        name = f"{split}-{number:04d}-{label}.png"
+        save_png(image, out / name)
+        rows.append({"file": name, "label": str(label), "marker": str(planted) if planted else "none"})
+        if as_json:
+            _print_json(rows[-1])
+    try:
+        with (out / "labels.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["file", "label", "marker"])
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise CounterlensError(f"{out / 'labels.csv'}: cannot be written ({error.strerror or error})") from error
+    _out(as_json).print(f"{len(rows)} images and labels.csv in {out}")
+
+
+@app.command()
+def info(
+    out: Annotated[Path | None, typer.Option(help="Folder to write info.json to as well.")] = None,
+    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
+    pack: PackOption = "digits",
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what is installed, which kernel backends run here and why others do not, and what the pack holds.
+
+    Example: counterlens info --json
+    """
+    from .info import describe
+
+    facts = describe(pack)
+    if out is not None:
+        from .images import make_folder
+
+        try:
+            (make_folder(out) / "info.json").write_text(json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            raise CounterlensError(f"{out / 'info.json'}: cannot be written ({error.strerror or error})") from error
+    if as_json:
+        _print_json(facts)
+        return
+    console = Console(highlight=False)
+    console.print("  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    console.print(f"device: {facts['device']}, {facts['threads']} threads")
+    table = Table("operation", "backend", "runs here", "why")
+    for name, operation in facts["operations"].items():
+        for backend, reasons in operation["backends"].items():
+            auto = backend == operation["auto"]
+            why = "; ".join(reasons) or (f"auto: {operation['why']}" if auto else "")
+            table.add_row(name, backend, "no" if reasons else "yes", why)
+    console.print(table)
+    table = Table("pack", "classifiers", "mode", "settings")
+    for mode, settings in facts["pack"]["settings"].items():
+        text = ", ".join(f"{k} {v}" for k, v in settings.items())
+        table.add_row(facts["pack"]["name"], ", ".join(facts["pack"]["classifiers"]), mode, text)
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line; errors become one line on stderr and exit code 2 (usage) or 1 (failure)."""
+    try:
+        app()
+    except CounterlensError as error:
+        errors.print(f"error: {error}", markup=False, style="red")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("interrupted; finished results are kept", markup=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

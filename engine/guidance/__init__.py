@@ -1,0 +1,1 @@
+"""Guided denoising: the pullback, the schedule, the guided step and the sampler."""

@@ -1,0 +1,56 @@
+"""One helper for every vector-Jacobian product, in two modes that a test holds together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+PullbackMode = Literal["functional", "autograd"]
+PULLBACK_MODES: tuple[PullbackMode, ...] = ("functional", "autograd")
+
+
+def pullback(
+    fn: Callable[[Tensor], Tensor],
+    x: Tensor,
+    mode: PullbackMode = "functional",
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Evaluate `fn` at `x` and return (y, pull) with `pull(v)` the vector-Jacobian product v^T dy/dx, shaped like x.
+
+    `pull` may be called several times. `functional` (`torch.func.vjp`) can be traced, compiled and exported; `autograd`
+    (`torch.autograd.grad`) also takes activation checkpointing, xformers and custom operators.
+    """
+    if mode == "functional":
+        y, pull = torch.func.vjp(fn, x)  # type: ignore[misc]  # a third value only with has_aux
+        return y, lambda v: pull(v)[0]
+    if mode != "autograd":
+        raise ValueError(f"pullback: expected one of {', '.join(PULLBACK_MODES)}, got {mode!r}")
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        y = fn(leaf)
+    return y.detach(), lambda v: torch.autograd.grad(y, leaf, v, retain_graph=True)[0]
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Hold modules in eval mode without parameter gradients, and leave them as they were.
+
+    Without this the graph of every step would also reach the parameters, and memory would grow with the steps.
+    """
+    parts = {id(m): m for module in modules for m in module.modules()}.values()
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    training = [m for m in parts if m.training]
+    try:
+        for m in training:
+            m.training = False
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        for p in parameters:
+            p.requires_grad_(True)

@@ -1,0 +1,74 @@
+"""What guidance needs of a diffusion model and of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Diffusion(Protocol):
+    """A latent diffusion model with a null condition and one condition for each label."""
+
+    alphas_cumprod: Tensor  # [T] float64
+    latent_shape: tuple[int, int, int]
+    image_size: int
+    labels: list[str]
+
+    def modules(self) -> list[nn.Module]:
+        """Every module that is differentiated through or run."""
+        ...
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [0, 1] to scaled latents [B, *latent_shape]."""
+        ...
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents to an image [B, 3, H, W], nominally in [-1, 1] and not clamped."""
+        ...
+
+    def predict_noise(self, z: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        """Noise in `z` [B, *latent_shape] at timesteps [B]."""
+        ...
+
+    def condition(self, targets: Tensor) -> Tensor:
+        """Conditions of label indices [B]."""
+        ...
+
+    def null_condition(self, batch: int) -> Tensor:
+        """The unconditional model's condition, `batch` times."""
+        ...
+
+
+class Classifier(Protocol):
+    """A differentiable classifier of images in [0, 1], its preprocessing included."""
+
+    labels: list[str]
+    module: nn.Module
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [0, 1] to logits [B, labels]."""
+        ...
+
+    def log_prob(self, image: Tensor, target: Tensor) -> Tensor:
+        """log p(target | image): [B]."""
+        ...
+
+
+class SoftmaxClassifier:
+    """A module from images in [0, 1] to logits over exclusive labels."""
+
+    def __init__(self, module: nn.Module, labels: Sequence[str]) -> None:
+        self.module = module
+        self.labels = list(labels)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [0, 1] to logits [B, labels]."""
+        return self.module(image)
+
+    def log_prob(self, image: Tensor, target: Tensor) -> Tensor:
+        """log p(target | image) under a softmax: [B]."""
+        log_p = torch.log_softmax(self.logits(image), dim=1)
+        return log_p.gather(1, target[:, None])[:, 0]
