@@ -25,9 +25,7 @@ ROUNDS = 3  # contenders take turns, so that a busy machine disturbs all of them
 
 def take_turns(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
     """p20, p50 and p80 in seconds of each contender: per quantile, the median over the rounds."""
-    rounds = [
-        {name: measure(call, seconds / ROUNDS) for name, call in contenders.items()} for _ in range(ROUNDS)
-    ]
+    rounds = [{name: measure(call, seconds / ROUNDS) for name, call in contenders.items()} for _ in range(ROUNDS)]
     return {
         name: {q: sorted(r[name][q] for r in rounds)[ROUNDS // 2] for q in ("p20", "p50", "p80")} for name in contenders
     }

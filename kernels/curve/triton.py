@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Scores of perturbation curves as one Triton kernel. Follows reference.py; see README.md for the edge cases."""
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -199,9 +200,9 @@ def guided_update(
     if z.numel() == 0:
         return torch.empty_like(z), torch.empty_like(z), z.new_ones(b, dtype=compute)
     if chosen == "reference":
-        latents = [x.to(compute) for x in (z, *others.values())]
-        columns = _columns(tensors, numbers, b, compute, z.device)
-        z_prev, z0, kept_fraction = _reference.guided_update(*latents, *columns, mode, chunk)
+        arguments: list[Any] = [x.to(compute) for x in (z, *others.values())]
+        arguments += _columns(tensors, numbers, b, compute, z.device)
+        z_prev, z0, kept_fraction = _reference.guided_update(*arguments, mode, chunk)  # type: ignore[call-arg]
         return z_prev.to(z.dtype), z0.to(z.dtype), kept_fraction
     z_prev, z0, kept_fraction = torch.ops.counterlens.guided_update(
         z, *others.values(), tensors, numbers, mode, chunk, chosen

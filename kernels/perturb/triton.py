@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Perturbed images as Triton kernels. Follows reference.py; see README.md for bytes moved and edge cases."""
 
 from __future__ import annotations

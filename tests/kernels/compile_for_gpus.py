@@ -23,7 +23,8 @@ from counterlens.kernels.curve import triton as curve
 from counterlens.kernels.guided_update import triton as guided
 from counterlens.kernels.perturb import triton as perturb
 
-LATENTS = ("z", "eps_uncond", "eps_cond", "grad_class", "grad_distance", "z_prev", "z0", "score", "reference", "filtered")
+LATENTS = ("z", "eps_uncond", "eps_cond", "grad_class", "grad_distance", "z_prev", "z0", "score", "reference")
+LATENTS += ("filtered",)
 FLOAT32 = ("kept_fraction", "partials", "limits", "mean", "std", "probability", "insertion", "deletion", "thresholds")
 IMAGES = ("image", "baseline", "out", "grad", "grad_image", "logits")
 NUMBERS = ("guidance", "class_scale", "distance_scale", "cos_limit", "tan_limit", "temperature")

@@ -56,7 +56,7 @@ def test_half_types_are_rounded_once(
     near_limit: Callable[..., Tensor],
 ) -> None:
     score, reference = pair((5, 4, 33, 31), dtype=dtype)
-    filtered, kept = consensus_filter(score.to(device), reference.to(device), 55.0, mode=mode, backend=backend)
+    filtered, _ = consensus_filter(score.to(device), reference.to(device), 55.0, mode=mode, backend=backend)
     assert filtered.dtype == dtype
     expected, expected_kept = exact(score, reference, 55.0, mode)
     unsure = near_limit(score, reference, 55.0) if mode in ("zero", "project") else torch.zeros_like(expected_kept)
@@ -216,9 +216,9 @@ def test_bad_input() -> None:
     score, reference = pair((2, 4, 6, 6))
     with pytest.raises(ValueError, match=r"reference: expected score's shape .*\[2, 4, 6, 5\] beside \[2, 4, 6, 6\]"):
         consensus_filter(score, reference[..., :5], 45.0)
-    with pytest.raises(TypeError, match="one floating dtype, got torch.float32 and torch.float64"):
+    with pytest.raises(TypeError, match=r"one floating dtype, got torch\.float32 and torch\.float64"):
         consensus_filter(score, reference.double(), 45.0)
-    with pytest.raises(TypeError, match="one floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"one floating dtype, got torch\.int64"):
         consensus_filter(score.long(), reference.long(), 45.0)
     with pytest.raises(ValueError, match="reference: expected score's device cpu, got meta"):
         consensus_filter(score, reference.to("meta"), 45.0)

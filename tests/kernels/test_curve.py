@@ -30,9 +30,7 @@ def test_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types(
-    backend: str, device: torch.device, dtype: torch.dtype, assert_close: Callable[..., None]
-) -> None:
+def test_half_types(backend: str, device: torch.device, dtype: torch.dtype, assert_close: Callable[..., None]) -> None:
     torch.manual_seed(0)
     logits, targets = (torch.randn(2, 2, 4, 10) * 5).to(dtype), torch.tensor([3, 9])
     actual = curve_scores(logits.to(device), targets.to(device), [0.1, 0.2, 0.6, 1.0], backend=backend)
@@ -50,7 +48,8 @@ def logits_of(probability: list[list[float]], device: torch.device | str = "cpu"
 @pytest.mark.parametrize("name", ["cpp", "triton", "reference"])
 def test_curves_worked_by_hand(name: str) -> None:
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
-    logits, targets = logits_of([[1.0, 0.5, 0.0], [0.0, 0.2, 0.4]], device), torch.zeros(1, dtype=torch.long, device=device)
+    logits = logits_of([[1.0, 0.5, 0.0], [0.0, 0.2, 0.4]], device)
+    targets = torch.zeros(1, dtype=torch.long, device=device)
     scores = curve_scores(logits, targets, [0.5, 0.6, 1.0], backend=name)
     insertion = (1.0 + (0.1 * 0.75 + 0.4 * 0.25) / 0.5) / 2
     deletion = (0.0 + (0.1 * 0.1 + 0.4 * 0.3) / 0.5) / 2

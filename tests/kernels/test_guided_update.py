@@ -86,9 +86,7 @@ def test_double_precision_in_cpp(assert_close: Callable[..., None]) -> None:
             assert_close(actual, expected, 1e-12)
 
 
-def test_chunks_and_a_value_per_sample(
-    backend: str, device: torch.device, assert_close: Callable[..., None]
-) -> None:
+def test_chunks_and_a_value_per_sample(backend: str, device: torch.device, assert_close: Callable[..., None]) -> None:
     inputs = latents((3, 4, 8, 12))
     values = {
         "alphas_cumprod_t": torch.tensor([0.2, 0.5, 0.99]),
@@ -170,7 +168,10 @@ def test_any_memory_layout(backend: str, device: torch.device, layout: str) -> N
     dense = update(inputs, device, backend=backend)
     for name in NAMES:
         x = inputs[name]
-        inputs[name] = x.to(memory_format=torch.channels_last) if layout == "channels_last" else torch.cat([x, x], 2)[:, :, :6]
+        if layout == "channels_last":
+            inputs[name] = x.to(memory_format=torch.channels_last)
+        else:
+            inputs[name] = torch.cat([x, x], 2)[:, :, :6]
     for x, y in zip(dense, update(inputs, device, backend=backend), strict=True):
         assert torch.equal(x, y)
 
@@ -229,11 +230,11 @@ def test_bad_input() -> None:
     inputs = latents((2, 4, 6, 6))
     with pytest.raises(ValueError, match=r"grad_class: expected z's shape \[2, 4, 6, 6\], got \[1, 4, 6, 6\]"):
         update(inputs | {"grad_class": inputs["grad_class"][:1]})
-    with pytest.raises(TypeError, match="eps_cond: expected z's dtype torch.float32, got torch.float16"):
+    with pytest.raises(TypeError, match=r"eps_cond: expected z's dtype torch\.float32, got torch\.float16"):
         update(inputs | {"eps_cond": inputs["eps_cond"].half()})
     with pytest.raises(ValueError, match=r"z: expected \[B, C, H, W\], got \[4, 6, 6\]"):
         update(inputs | {"z": inputs["z"][0]})
-    with pytest.raises(TypeError, match="z: expected a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"z: expected a floating dtype, got torch\.int64"):
         update(inputs | {"z": inputs["z"].long()})
     with pytest.raises(ValueError, match=r"alphas_cumprod_t: expected values in \(0, 1\]"):
         update(inputs, alphas_cumprod_t=0.0)

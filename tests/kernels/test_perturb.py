@@ -89,7 +89,8 @@ def test_conversions_of_every_16_bit_value_in_cpp(dtype: torch.dtype) -> None:
     wide = perturb(every, 0.0, saliency, [0.5], keep="above", out_dtype=torch.float32, backend="cpp").reshape(-1)
     assert torch.equal(wide.nan_to_num(7.0), every.float().reshape(-1).nan_to_num(7.0))
     finite = every[every.isfinite()].float().sort().values
-    between = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, finite * 1.0001, torch.tensor([1e38, -1e38, torch.nan])])
+    beyond = torch.tensor([1e38, -1e38, torch.nan])
+    between = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, finite * 1.0001, beyond])
     image = between.reshape(1, 1, 1, -1)
     narrow = perturb(image, 0.0, torch.ones(1, 1, image.shape[3]), [0.5], keep="above", out_dtype=dtype, backend="cpp")
     assert torch.equal(narrow.reshape(-1).nan_to_num(7.0), between.to(dtype).nan_to_num(7.0))

@@ -44,9 +44,7 @@ def test_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "expanded"])
-def test_any_memory_layout(
-    backend: str, device: torch.device, layout: str, assert_close: Callable[..., None]
-) -> None:
+def test_any_memory_layout(backend: str, device: torch.device, layout: str, assert_close: Callable[..., None]) -> None:
     torch.manual_seed(0)
     image, saliency = torch.rand(2, 3, 6, 7), torch.rand(2, 6, 7)
     baseline = torch.rand(2, 3, 6, 7).to(memory_format=torch.channels_last)
