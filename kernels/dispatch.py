@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,18 @@ def missing_cpp() -> list[str]:
     except ImportError as error:
         return [f"the compiled module counterlens.kernels._cpu cannot be imported ({error})"]
     return []
+
+
+@functools.cache
+def cpu_module() -> Any:
+    """The compiled CPU module: its AVX2 twin where the processor can run it. Both give the same bits."""
+    from counterlens.kernels import _cpu
+
+    if _cpu.use_avx2():
+        from counterlens.kernels import _cpu_avx2
+
+        return _cpu_avx2
+    return _cpu
 
 
 def interpreting() -> bool:
