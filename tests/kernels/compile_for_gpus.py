@@ -1,6 +1,7 @@
 """Compile every Triton kernel for GPUs that need not be there, and read registers and spills from ptxas.
 
 Run as a program, without TRITON_INTERPRET: `python tests/kernels/compile_for_gpus.py 80 90 100` prints a JSON list.
+Further arguments choose kernels by their labels.
 """
 
 from __future__ import annotations
@@ -99,10 +100,13 @@ def compile_one(kernel: Any, constants: dict[str, Any], types: dict[str, str], w
 
 
 def main() -> None:
+    targets = [int(word) for word in sys.argv[1:] if word.isdigit()]
+    labels = [word for word in sys.argv[1:] if not word.isdigit()]
     rows = [
         {"kernel": label, **compile_one(kernel, constants, types, warps, cc)}
-        for cc in map(int, sys.argv[1:])
+        for cc in targets
         for label, kernel, constants, types, warps in variants()
+        if not labels or label in labels
     ]
     json.dump(rows, sys.stdout, indent=1)
 
