@@ -88,13 +88,16 @@ def main(
 
 
 def choose(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best setting with the filter, the best without at a flip rate within 1 point, and the img2img weight.
+    """The best setting with the filter, the best without at a flip rate within 1 point (the nearest where
+    there is none), and the img2img weight.
 
     The weight is the smallest that flips as often as asked, else the one that flips most.
     """
     fields = tuple(Settings.model_fields)
     best = next(r for r in rows if r.get("filter") == "zero")
-    off = next(r for r in rows if r.get("filter") == "off" and abs(r["flip"] - best["flip"]) <= 0.01)
+    without = [r for r in rows if r.get("filter") == "off"]
+    matched = [r for r in without if abs(r["flip"] - best["flip"]) <= 0.01]
+    off = matched[0] if matched else min(without, key=lambda r: abs(r["flip"] - best["flip"]))
     same = [r for r in rows if r["kind"] == "img2img" and all(r[k] == best[k] for k in ("strength", "steps", "noise"))]
     enough = [r for r in same if r["flip"] >= FLIP]
     chosen = min(enough, key=lambda r: r["weight"]) if enough else max(same, key=lambda r: r["flip"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -83,12 +84,13 @@ def demo(
     path = out / "counterfactuals.png"
     write_png(draw_strips([p.strip for p in parts]), path)
     console = _out(as_json)
-    table = Table("classifier", "mode", "images", "flipped", "judge agrees", "mean L1", "marker touched", "s / image")
+    table = Table("explained", "images", "flipped", "judge agrees", "L1", "marker touched", box=box.SIMPLE)
+    table.columns[0].no_wrap = True
     for p in parts:
         s = p.summary
         table.add_row(
-            p.classifier, p.mode, str(s["images"]), f"{s['flip_rate']:.0%}", f"{s['transfer_rate']:.0%}",
-            f"{s['l1_mean']:.3f}", f"{s['touched_rate']:.0%}", f"{s['seconds_per_image']:.2f}",
+            f"{p.classifier}, {p.mode}", str(s["images"]), f"{s['flip_rate']:.0%}", f"{s['transfer_rate']:.0%}",
+            f"{s['l1_mean']:.3f}", f"{s['touched_rate']:.0%}",
         )  # fmt: skip
     console.print(table)
     console.print(
@@ -96,7 +98,8 @@ def demo(
         "mode realistic hides part of that, because the generator knows that the marker means nothing; mode audit "
         "shows it."
     )
-    console.print(f"pictures: {path}")
+    seconds = sum(p.summary["seconds_per_image"] for p in parts) / len(parts)
+    console.print(f"{seconds:.2f} seconds for each counterfactual; pictures: {path}")
     if as_json:
         for p in parts:
             for record in p.records:
@@ -160,7 +163,7 @@ def counterfactual(
     engine.check_target(choice)
     config.settings(engine.pack_settings)
     console = _out(as_json)
-    table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file or error")
+    table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
     failed = 0
     log_path = out / "results.jsonl"
     with _progress("counterfactuals") as progress, _open_for_append(log_path) as log:
@@ -322,14 +325,17 @@ def info(
     console = Console(highlight=False)
     console.print("  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     console.print(f"device: {facts['device']}, {facts['threads']} threads")
-    table = Table("operation", "backend", "runs here", "why")
+    table = Table("operation", "auto runs", "because", "also runs here", box=box.SIMPLE)
+    against: dict[str, None] = {}
     for name, operation in facts["operations"].items():
+        others = [b for b, reasons in operation["backends"].items() if not reasons and b != operation["auto"]]
+        table.add_row(name, operation["auto"], operation["why"], ", ".join(others))
         for backend, reasons in operation["backends"].items():
-            auto = backend == operation["auto"]
-            why = "; ".join(reasons) or (f"auto: {operation['why']}" if auto else "")
-            table.add_row(name, backend, "no" if reasons else "yes", why)
+            against |= dict.fromkeys(f"{backend} does not run here: {reason}" for reason in reasons)
     console.print(table)
-    table = Table("pack", "classifiers", "mode", "settings")
+    for line in against:
+        console.print(line)
+    table = Table("pack", "classifiers", "mode", "settings", box=box.SIMPLE)
     for mode, settings in facts["pack"]["settings"].items():
         text = ", ".join(f"{k} {v}" for k, v in settings.items())
         table.add_row(facts["pack"]["name"], ", ".join(facts["pack"]["classifiers"]), mode, text)

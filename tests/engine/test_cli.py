@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from counterlens.engine.cli import main
 from counterlens.engine.images import load_image
 from counterlens.engine.packs import find_pack
 
 QUICK = ["--steps", "4", "--strength", "0.5"]
 
 
-def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "counterlens.engine.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+@dataclass
+class Finished:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def one_line_error(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+def run(*arguments: object) -> Finished:
+    """Run the command line in this process, as `counterlens ARGUMENTS` would."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["counterlens", *map(str, arguments)]
+    code: object = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = argv
+    return Finished(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+
+
+def one_line_error(result: Finished, code: int, *words: str) -> None:
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
     assert "Traceback" not in result.stdout
@@ -125,7 +148,9 @@ def test_tampered_and_incomplete_packs(digits: Path, tmp_path: Path) -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    result = run("demo", "--count", 2, "--json", cwd=tmp_path)
+    """The installed command, in a process of its own."""
+    command = [str(Path(sys.executable).with_name("counterlens")), "demo", "--count", "2", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
     last = records[-1]
