@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,20 @@ def missing_cpp() -> list[str]:
 
 
 @functools.cache
+def cpu_module() -> Any:
+    """The compiled CPU module: its AVX2 twin where the processor can run it. Both give the same bits."""
+    from counterlens.kernels import _cpu
+
+    if _cpu.use_avx2():
+        from counterlens.kernels import _cpu_avx2
+
+        return _cpu_avx2
+    return _cpu
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1 before triton is imported)."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing_triton() -> list[str]:

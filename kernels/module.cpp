@@ -110,9 +110,19 @@ void soft_perturb_backward(Address image, Strides image_stride, Address baseline
   counterlens::soft_perturb_backward<T>(p, in<T>(grad), out<T>(grad_saliency), out<T>(grad_image), threads);
 }
 
+// Whether there is a twin of this module for AVX2 and the processor can run it.
+bool use_avx2() {
+#if defined(COUNTERLENS_AVX2_TWIN)
+  return __builtin_cpu_supports("avx2");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
-NB_MODULE(_cpu, m) {
+NB_MODULE(COUNTERLENS_MODULE, m) {
+  m.def("use_avx2", &use_avx2);
   m.def("consensus_f32", &consensus<float>);
   m.def("consensus_f64", &consensus<double>);
   m.def("curve_scores_f32", &curve_scores<float>);

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 namespace counterlens {
@@ -63,13 +64,14 @@ inline T power_scale(T largest) {
   return scale;
 }
 
-// Norm of v * scale.
+// Norm of v * scale, with v's `power_scale`. NaN where v holds an inf: such a vector has no direction.
 template <typename T>
 T scaled_norm(const T *v, int64_t n, T scale) {
-  return std::sqrt(lane_sum<T>(n, [=](int64_t i) {
+  const T square = lane_sum<T>(n, [=](int64_t i) {
     const T unit = v[i] * scale;
     return unit * unit;
-  }));
+  });
+  return std::isinf(square) ? std::numeric_limits<T>::quiet_NaN() : std::sqrt(square);
 }
 
 }  // namespace counterlens

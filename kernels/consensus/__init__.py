@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import FLOATING, choose_backend, compute_dtype, define_op, tensor_reasons, values_readable
+from ..dispatch import FLOATING, choose_backend, compute_dtype, cpu_module, define_op, tensor_reasons, values_readable
 from . import reference as _reference
 
 Mode = Literal["zero", "project", "global", "off"]
@@ -97,14 +97,12 @@ def _filter(
         from . import triton as _triton
 
         return _triton.consensus_filter(score, reference, cos_limit, tan_limit, mode, chunk)
-    from counterlens.kernels import _cpu
-
     compute = compute_dtype(score.dtype)
     b, c, h, w = score.shape
     s, r = score.to(compute).contiguous(), reference.to(compute).contiguous()
     filtered = torch.empty((b, c, h, w), dtype=compute)
     kept = torch.empty((b, h // chunk, w // chunk), dtype=torch.bool)
-    function = _cpu.consensus_f64 if compute == torch.float64 else _cpu.consensus_f32
+    function = cpu_module().consensus_f64 if compute == torch.float64 else cpu_module().consensus_f32
     function(
         s.data_ptr(), r.data_ptr(), cos_limit.data_ptr(), tan_limit.data_ptr(), filtered.data_ptr(), kept.data_ptr(),
         b, c, h, w, chunk, MODES.index(mode), torch.get_num_threads(),

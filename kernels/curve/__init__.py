@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import FLOATING, choose_backend, compute_dtype, define_op, tensor_reasons, values_readable
+from ..dispatch import FLOATING, choose_backend, compute_dtype, cpu_module, define_op, tensor_reasons, values_readable
 from ..thresholds import check_thresholds
 from . import reference as _reference
 
@@ -43,14 +43,12 @@ def _scores(
         from . import triton as _triton
 
         return _triton.curve_scores(logits, targets, thresholds)
-    from counterlens.kernels import _cpu
-
     n, _, k, classes = logits.shape
     compute = compute_dtype(logits.dtype)
     rows = logits.to(compute).contiguous()
     probability = torch.empty((n, 2, k), dtype=compute)
     insertion, deletion = torch.empty(n, dtype=compute), torch.empty(n, dtype=compute)
-    function = _cpu.curve_scores_f64 if compute == torch.float64 else _cpu.curve_scores_f32
+    function = cpu_module().curve_scores_f64 if compute == torch.float64 else cpu_module().curve_scores_f32
     function(
         rows.data_ptr(), targets.data_ptr(), thresholds.data_ptr(), probability.data_ptr(), insertion.data_ptr(),
         deletion.data_ptr(), n, k, classes, torch.get_num_threads(),

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Scores of perturbation curves as one Triton kernel. Follows reference.py; see README.md for the edge cases."""
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # logits a program holds at a time
+TILE = 2048  # logits a program holds at a time
 
 
 @triton.jit
@@ -73,6 +74,6 @@ def curve_scores(
     insertion, deletion = torch.empty((2, n), dtype=torch.float32, device=logits.device).unbind()
     curve_kernel[(n,)](
         logits, targets, thresholds, probability, insertion, deletion, *logits.stride(), classes, k,
-        K_PAD=k_pad, BLOCK=block, num_warps=4,
+        K_PAD=k_pad, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return probability, insertion, deletion

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..consensus import MODES, Mode, angle_limits, check_chunk, check_mode, limit_numbers
-from ..dispatch import FLOATING, choose_backend, compute_dtype, define_op, tensor_reasons, values_readable
+from ..dispatch import FLOATING, choose_backend, compute_dtype, cpu_module, define_op, tensor_reasons, values_readable
 from . import reference as _reference
 
 __all__ = ["guided_update", "not_supported_reasons"]
@@ -59,18 +60,16 @@ def _update(
         from . import triton as _triton
 
         return _triton.guided_update(*latents, tensors, numbers, mode, chunk)
-    from counterlens.kernels import _cpu
-
     compute = compute_dtype(z.dtype)
     b, c, h, w = z.shape
     inputs = [x.to(compute).contiguous() for x in latents]
-    if all(tensor is None for tensor in tensors):
-        scalars = torch.tensor([[number] * b for number in numbers], dtype=compute)  # [7, B]
-    else:
-        scalars = torch.stack(_columns(tensors, numbers, b, compute, z.device))
+    scalars = torch.tensor([[number] * b for number in numbers], dtype=compute)  # [7, B]
+    for i, tensor in enumerate(tensors):
+        if tensor is not None:
+            scalars[i] = tensor
     z_prev, z0 = torch.empty((b, c, h, w), dtype=compute), torch.empty((b, c, h, w), dtype=compute)
     kept_fraction = torch.empty(b, dtype=compute)
-    function = _cpu.guided_update_f64 if compute == torch.float64 else _cpu.guided_update_f32
+    function = cpu_module().guided_update_f64 if compute == torch.float64 else cpu_module().guided_update_f32
     function(
         *[x.data_ptr() for x in inputs], scalars.data_ptr(), z_prev.data_ptr(), z0.data_ptr(),
         kept_fraction.data_ptr(), b, c, h, w, chunk, MODES.index(mode), torch.get_num_threads(),
@@ -199,9 +198,9 @@ def guided_update(
     if z.numel() == 0:
         return torch.empty_like(z), torch.empty_like(z), z.new_ones(b, dtype=compute)
     if chosen == "reference":
-        latents = [x.to(compute) for x in (z, *others.values())]
-        columns = _columns(tensors, numbers, b, compute, z.device)
-        z_prev, z0, kept_fraction = _reference.guided_update(*latents, *columns, mode, chunk)
+        arguments: list[Any] = [x.to(compute) for x in (z, *others.values())]
+        arguments += _columns(tensors, numbers, b, compute, z.device)
+        z_prev, z0, kept_fraction = _reference.guided_update(*arguments, mode, chunk)  # type: ignore[call-arg]
         return z_prev.to(z.dtype), z0.to(z.dtype), kept_fraction
     z_prev, z0, kept_fraction = torch.ops.counterlens.guided_update(
         z, *others.values(), tensors, numbers, mode, chunk, chosen

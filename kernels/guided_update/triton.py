@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """One guided denoising step as Triton kernels. Follows reference.py; see README.md for the edge cases."""
 
 from __future__ import annotations

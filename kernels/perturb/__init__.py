@@ -13,6 +13,7 @@ from ..dispatch import (
     any_requires_grad,
     choose_backend,
     compute_dtype,
+    cpu_module,
     define_op,
     environment_reasons,
     interpreting,
@@ -167,8 +168,6 @@ def _perturb(
         from . import triton as _triton
 
         return _triton.perturb(image, baseline, key, limits, mean, std, out, above, below)
-    from counterlens.kernels import _cpu
-
     n, c, h, w = image.shape
     means, stds = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     arguments = [
@@ -176,7 +175,7 @@ def _perturb(
         key.stride(), limits, means, stds, out, SCALAR_CODES[out.dtype], out.stride()[:4], above, below, n,
         limits.shape[1], c, h, w, torch.get_num_threads(),
     ]  # fmt: skip
-    _cpu.perturb(*_addresses(arguments))
+    cpu_module().perturb(*_addresses(arguments))
     return None
 
 
@@ -347,11 +346,9 @@ def _soft_perturb(
         from . import triton as _triton
 
         return _triton.soft_perturb(image, baseline, saliency, thresholds, temperature, mean, std)
-    from counterlens.kernels import _cpu
-
     n, c, h, w = image.shape
     out = torch.empty((n, 2, thresholds.shape[1], c, h, w), dtype=image.dtype)
-    function = _cpu.soft_perturb_f64 if image.dtype == torch.float64 else _cpu.soft_perturb_f32
+    function = cpu_module().soft_perturb_f64 if image.dtype == torch.float64 else cpu_module().soft_perturb_f32
     arguments = [*_soft_arguments(image, baseline, saliency, thresholds, temperature, mean, std), out]
     function(*_addresses(arguments), torch.get_num_threads())
     return out
@@ -377,11 +374,13 @@ def _soft_perturb_backward(
         return _triton.soft_perturb_backward(
             grad, image, baseline, saliency, thresholds, temperature, mean, std, image_wanted
         )
-    from counterlens.kernels import _cpu
-
     grad_saliency = torch.empty(saliency.shape, dtype=saliency.dtype)
     grad_image = torch.empty(image.shape if image_wanted else 0, dtype=image.dtype)
-    function = _cpu.soft_perturb_backward_f64 if image.dtype == torch.float64 else _cpu.soft_perturb_backward_f32
+    function = (
+        cpu_module().soft_perturb_backward_f64
+        if image.dtype == torch.float64
+        else cpu_module().soft_perturb_backward_f32
+    )
     arguments = _soft_arguments(image, baseline, saliency, thresholds, temperature, mean, std)
     arguments += [grad, grad_saliency, grad_image]
     function(*_addresses(arguments), torch.get_num_threads())

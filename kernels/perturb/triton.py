@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Perturbed images as Triton kernels. Follows reference.py; see README.md for bytes moved and edge cases."""
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # pixels a program handles; with four warps, a thread stores 16 bytes of half precision at a time
+BACKWARD_BLOCK = 512  # it holds more at a time, and must not spill
 
 
 @triton.jit
@@ -199,7 +201,7 @@ def soft_perturb_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to saliency, [N, H, W], and to the image, [N, C, H, W] (empty unless wanted)."""
     n, c, h, w = image.shape
-    block = min(BLOCK, triton.next_power_of_2(h * w))
+    block = min(BACKWARD_BLOCK, triton.next_power_of_2(h * w))
     grad_saliency = torch.empty((n, h, w), dtype=saliency.dtype, device=image.device)
     grad_image = torch.empty((n, c, h, w) if image_wanted else 0, dtype=image.dtype, device=image.device)
     soft_backward_kernel[(n, triton.cdiv(h * w, block))](
