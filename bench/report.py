@@ -104,7 +104,27 @@ def exactness_table() -> str:
     return f"{table(header, rows)}\n\n{provenance(result, 'exactness')}"
 
 
+def kernel_table() -> str:
+    """The kernels on the CPU: time, against eager torch, against memcpy."""
+    rows = []
+    for name in ("consensus", "guided_update", "perturb", "soft_perturb", "curve"):
+        result = load(f"kernels-{name}-cpu")
+        seconds = result["seconds"]["ours"]
+        times = " / ".join(f"{1e3 * seconds[q]:.3g}" for q in ("p20", "p50", "p80"))
+        share = f"{100 * result['share_of_memcpy']:.0f} %" if "share_of_memcpy" in result else ""
+        shape = "x".join(map(str, result["shape"]))
+        what = f"`{name}`" + (f", {result['pass']}" if "pass" in result else "")
+        rows.append([what, shape, times, f"{result['speedup_over_eager']:.1f}x", share])
+    header = ["kernel (C++)", "shape", "ms, p20 / p50 / p80", "against eager torch", "of memcpy's bandwidth"]
+    e = load("kernels-guided_update-cpu")["environment"]
+    return (
+        f"{table(header, rows)}\n\nRecorded in `bench/results/kernels-*-cpu.json` at commit `{e['commit']}`, "
+        f"{e['date'][:10]}, {e['device']}, {e['threads']} threads, torch {e['versions']['torch']}."
+    )
+
+
 TABLES = {
+    "kernels": kernel_table,
     "counterfactuals": counterfactual_table,
     "truth": truth_table,
     "pack": pack_table,
