@@ -122,7 +122,7 @@ def test_classifiers(pack: Pack) -> None:
 
 def test_one_step_equals_the_literal_baseline(pack: Pack) -> None:
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
-        rows = one_step(pack, dtype)
+        rows = one_step(pack, dtype, timesteps=(341,))
         assert len(rows) == 16
         for row in rows:
             assert row["worst"] <= tolerance, row
