@@ -71,7 +71,7 @@ def curve_scores(
     k_pad = triton.next_power_of_2(k)
     block = min(triton.next_power_of_2(classes), max(1, TILE // k_pad))
     probability = torch.empty((n, 2, k), dtype=torch.float32, device=logits.device)
-    insertion, deletion = torch.empty((2, n), dtype=torch.float32, device=logits.device).unbind()
+    insertion, deletion = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(2))
     curve_kernel[(n,)](
         logits, targets, thresholds, probability, insertion, deletion, *logits.stride(), classes, k,
         K_PAD=k_pad, BLOCK=block, num_warps=8,

@@ -215,7 +215,7 @@ def guided_update(
     """
     b, c, h, w = z.shape
     rows, columns = h // chunk, w // chunk
-    z_prev, z0 = torch.empty((2, b, c, h, w), dtype=z.dtype, device=z.device).unbind()
+    z_prev, z0 = (torch.empty((b, c, h, w), dtype=z.dtype, device=z.device) for _ in range(2))
     kept_fraction = torch.empty(b, dtype=torch.float32, device=z.device)
     scalars = [
         number if tensor is None else tensor.to(z.device, torch.float32).expand(b).contiguous()
