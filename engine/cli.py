@@ -1,4 +1,4 @@
-"""The command line: `counterlens demo`, `counterfactual`, `samples`, `info`."""
+"""The command line: `counterlens demo`, `counterfactual`, `samples`, `export`, `info`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from counterlens.export.errors import ExportError
 
 from .errors import CounterlensError, UsageError
 
@@ -299,6 +301,66 @@ def samples(
 
 
 @app.command()
+def export(
+    what: Annotated[
+        str, typer.Option(help="guided-step (gradient included), unet, vae-encoder, vae-decoder or classifier.")
+    ] = "guided-step",
+    format: Annotated[str, typer.Option(help="onnx, aoti (AOTInductor package) or tensorrt.")] = "onnx",
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    pack: PackOption = "digits",
+    classifier: Annotated[str, typer.Option(help="The pack's classifier.")] = "clean",
+    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit: filter, gradient.")] = None,
+    filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
+    gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a copy of the artefact's files.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
+    force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
+    measure: Annotated[bool, typer.Option(help="Time it against eager, for runtime auto.")] = True,
+    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compile the guided step, its gradients included, or a part of the models, and check it against eager.
+
+    The artefact goes to a store, where the engine finds it: `runtime="auto"` takes it where it was measured to be
+    faster. One that does not agree with eager is not kept.
+
+    Example: counterlens export --what guided-step --format onnx
+    """
+    from .config import Config
+
+    config = Config.make(mode=mode, pack=pack, classifier=classifier, filter=filter, gradient=gradient)
+    from .engine import Engine
+    from .exporting import export_artefact
+
+    engine = Engine.from_pack(pack, classifier, config, store=store)
+    with _progress("export") as progress:
+        task = progress.task_ids[0]
+        report = export_artefact(
+            engine, what=what, target=format, dtype=dtype, force=force, measure=measure, out=out,
+            say=lambda text: progress.update(task, description=text),
+        )  # fmt: skip
+    if as_json:
+        _print_json(report)
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    parity = report["parity"]
+    built = ", ".join(f"{name} {seconds:g} s" for name, seconds in report["seconds"].items())
+    console.print(f"{report['what']} ({report['dtype']}) as {report['target']}, {report['operations']} operations")
+    console.print(("built: " if report["built"] else "already in the store; built: ") + built)
+    console.print(
+        f"parity with eager: worst relative error {parity['worst']:.1e} of {parity['samples']} samples at batches "
+        f"{', '.join(map(str, parity['batches']))} (allowed {parity['tolerance']:g}), {parity['left_out']:.0%} left out"
+    )
+    if report["measured"]:
+        table = Table("batch", *next(iter(report["measured"].values())), box=box.SIMPLE)
+        for batch, times in report["measured"].items():
+            table.add_row(batch, *(f"{seconds * 1e3:.1f} ms" for seconds in times.values()))
+        console.print(table)
+    for path in report["files"]:
+        console.print(path)
+
+
+@app.command()
 def info(
     out: Annotated[Path | None, typer.Option(help="Folder to write info.json to as well.")] = None,
     seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
@@ -346,9 +408,9 @@ def main() -> None:
     """Run the command line; errors become one line on stderr and exit code 2 (usage) or 1 (failure)."""
     try:
         app()
-    except CounterlensError as error:
+    except (CounterlensError, ExportError) as error:
         errors.print(f"error: {error}", markup=False, style="red")
-        sys.exit(error.exit_code)
+        sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         errors.print("interrupted; finished results are kept", markup=False)
         sys.exit(130)

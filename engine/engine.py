@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from counterlens.export.store import Store
+
 from .config import Config, Settings
 from .errors import CounterlensError, UsageError
 from .guidance.pullback import frozen
@@ -22,6 +24,8 @@ from .guidance.schedule import make_schedule
 from .images import as_saved, make_folder, save_png, to_uint8
 from .models.protocols import Classifier, Diffusion
 from .packs import Pack
+from .runtime.choice import RUNTIMES, Choice, StepRunner
+from .runtime.spec import Spec, flat
 
 # Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
 SLOTS = (1, 2, 4, 8, 16)
@@ -128,6 +132,9 @@ class Engine:
         config: defaults for every call.
         pack_settings: tuned numbers of the modes `realistic` and `audit`.
         backend: of the kernels: `auto`, `triton`, `cpp` or `reference`.
+        runtime: how guided steps are executed: `eager`, `inductor`, `onnxruntime`, `aoti` or `tensorrt`, which runs or
+            raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`.
+        store: folder of compiled steps; the user's cache without one.
         source: the pack and classifier that this is, where a config must not ask for another.
     """
 
@@ -139,6 +146,8 @@ class Engine:
         *,
         pack_settings: dict[str, dict[str, Any]],
         backend: str = "auto",
+        runtime: str = "auto",
+        store: str | Path | None = None,
         source: dict[str, str] | None = None,
     ) -> None:
         if list(diffusion.labels) != list(classifier.labels):
@@ -151,11 +160,18 @@ class Engine:
         self.pack_settings = pack_settings
         self.backend = backend
         self.source = source or {}
+        if runtime not in RUNTIMES:
+            raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
+        self.runtime = runtime
+        self.store = Store(store)
+        self._runners: dict[tuple[str, str], StepRunner] = {}
         self._check_source(self.config)
 
     @classmethod
-    def from_pack(cls, name: str = "digits", classifier: str = "clean", config: Config | None = None) -> Engine:
-        """Open an embedded pack (`digits`) or a pack's folder, verifying every file.
+    def from_pack(
+        cls, name: str = "digits", classifier: str = "clean", config: Config | None = None, **options: Any
+    ) -> Engine:
+        """Open an embedded pack (`digits`) or a pack's folder, verifying every file; options are those of `Engine`.
 
         Raises:
             UsageError: there is no such pack or classifier. CounterlensError: a file is missing or was changed.
@@ -163,7 +179,47 @@ class Engine:
         pack = Pack(name)
         settings = {mode: pack.manifest["settings"][mode] for mode in ("realistic", "audit")}
         source = {"pack": name, "classifier": classifier}
-        return cls(pack.diffusion(), pack.classifier(classifier), config, pack_settings=settings, source=source)
+        models = (pack.diffusion(), pack.classifier(classifier))
+        return cls(*models, config, pack_settings=settings, source=source, **options)
+
+    def _runner(self, settings: Settings) -> StepRunner:
+        key = (settings.filter, settings.gradient)
+        if key not in self._runners:
+            spec = Spec(self.diffusion, self.classifier, filter_mode=settings.filter, gradient=settings.gradient)
+            self._runners[key] = StepRunner(spec, self.runtime, self.store, self.backend)
+        return self._runners[key]
+
+    def runtime_choice(self, batch: int = 1, config: Config | None = None) -> Choice:
+        """Which runtime runs the guided steps of a batch of this size, and why."""
+        settings = (config or self.config).settings(self.pack_settings)
+        return self._runner(settings).choose(_slots(batch))
+
+    def warmup(
+        self, batches: Sequence[int] = SLOTS, config: Config | None = None, *, measure: bool | None = None
+    ) -> dict[int, Choice]:
+        """Prepare for batches of these sizes, so that no later call waits for loading or compiling.
+
+        Args:
+            batches: sizes; each is padded to its slot count.
+            config: instead of the engine's.
+            measure: time every runtime in the store and remember it; by default with `runtime="auto"` for what was not
+                measured yet.
+
+        Returns:
+            Slot count to the runtime that is taken and why.
+        """
+        settings = (config or self.config).settings(self.pack_settings)
+        runner = self._runner(settings)
+        out = {}
+        with frozen(*self.diffusion.modules(), self.classifier.module):
+            for slots in sorted({_slots(b) for b in batches}):
+                missing = self.runtime == "auto" and str(slots) not in runner.measurements()
+                if missing if measure is None else measure:
+                    runner.measure(slots)
+                with torch.no_grad():
+                    flat(runner.step(slots))(*runner.spec.example(slots))
+                out[slots] = runner.choose(slots)
+        return out
 
     def _check_source(self, config: Config) -> None:
         for field, mine in self.source.items():
@@ -316,7 +372,7 @@ class Engine:
             started = time.perf_counter()
             run = sample(
                 self.diffusion, self.classifier, images[index], target[index], [seeds[i] for i in index], settings,
-                backend=self.backend, on_step=after_step,
+                backend=self.backend, step=self._runner(settings).step(len(index)), on_step=after_step,
             )  # fmt: skip
             with torch.no_grad():
                 decoded = (self.diffusion.decode(run.z) + 1) / 2
@@ -367,6 +423,11 @@ class Engine:
             errors=errors,
             labels=self.labels,
         )
+
+
+def _slots(batch: int) -> int:
+    """The slot count that a batch of this size is padded to."""
+    return next((s for s in SLOTS if s >= batch), SLOTS[-1])
 
 
 def _batches(count: int) -> list[tuple[list[int], int]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 BACKENDS = ("triton", "cpp", "reference")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,6 +85,11 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def exporting() -> bool:
+    """Whether a graph for another runtime is being traced (`torch.export` or `counterlens.export.trace`)."""
+    return torch.compiler.is_exporting() or get_proxy_mode() is not None
+
+
 def choose_backend(
     operation: str,
     requested: str,
@@ -99,7 +105,7 @@ def choose_backend(
     Raises:
         BackendError: the named backend is unknown or cannot run here; the message holds its reasons.
     """
-    if requested == "auto" and torch.compiler.is_exporting():
+    if requested == "auto" and exporting():
         return "reference"
     if requested == "auto":
         requested = os.environ.get("COUNTERLENS_BACKEND", "auto")
@@ -140,6 +146,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def values_readable(tensor: Tensor) -> bool:
     """Whether a check may look at the values: not while a graph is traced or captured."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exporting():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

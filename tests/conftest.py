@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
@@ -9,6 +12,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 from counterlens.engine.models.classifiers import StridedClassifier
 from counterlens.engine.models.latent import ClassConditionalLatentDiffusion
 from counterlens.engine.models.protocols import SoftmaxClassifier
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees what the user has compiled and measured."""
+    before = os.environ.get("COUNTERLENS_STORE")
+    os.environ["COUNTERLENS_STORE"] = str(tmp_path_factory.mktemp("store"))
+    yield
+    os.environ.pop("COUNTERLENS_STORE")
+    if before is not None:
+        os.environ["COUNTERLENS_STORE"] = before
+
 
 LABELS = [str(d) for d in range(10)]
 

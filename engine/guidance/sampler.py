@@ -61,14 +61,16 @@ def sample(
     *,
     pullback: PullbackMode = "functional",
     backend: str = "auto",
+    step: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
     on_step: Callable[[int, int, Tensor], None] | None = None,
 ) -> Run:
     """Encode, noise and denoise a batch under guidance; `on_step` gets step (from 1), total and z0 [B, C, h, w].
 
+    `step` is a GuidedStep or one that was compiled (`engine.runtime`); without it the eager one of these settings.
     A sample whose latents stop being finite is stopped: it is reported in `finite`, and the others go on untouched.
     """
     schedule = make_schedule(len(diffusion.alphas_cumprod), settings.steps, settings.strength)
-    step = GuidedStep(
+    step = step or GuidedStep(
         diffusion, classifier, filter_mode=settings.filter, gradient=settings.gradient, mode=pullback, backend=backend
     )
     batch = image.shape[0]

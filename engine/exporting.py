@@ -1,0 +1,75 @@
+"""What `counterlens export` does: build an artefact of an engine's models, measure it, copy it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from counterlens.export.store import MANIFEST
+
+from .engine import SLOTS, Engine
+from .errors import CounterlensError
+from .guidance.pullback import frozen
+from .images import make_folder
+from .runtime import artefacts
+from .runtime.choice import TARGETS, StepRunner
+from .runtime.spec import STEP, Spec
+
+
+def export_artefact(
+    engine: Engine,
+    *,
+    what: str = STEP,
+    target: str = "onnx",
+    dtype: str = "fp32",
+    force: bool = False,
+    measure: bool = True,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Build an artefact into the engine's store and return its report with `built`, `files` and `measured`.
+
+    Args:
+        engine: its models, config (filter and gradient) and store.
+        what, target, dtype: see `runtime.spec.Spec` and `runtime.artefacts.TARGETS`.
+        force: build again.
+        measure: time a float32 guided step against eager at every slot count, for `runtime="auto"`.
+        out: folder for a copy of the files.
+        say: told what is being done.
+
+    Raises:
+        UsageError: what or dtype is none that there is. ExportError: it cannot be built, or is wrong.
+        CounterlensError: the copy cannot be written.
+    """
+    settings = engine.config.settings(engine.pack_settings)
+    spec = Spec(
+        engine.diffusion, engine.classifier, what=what, filter_mode=settings.filter, gradient=settings.gradient,
+        dtype=dtype,
+    )  # fmt: skip
+    with frozen(*spec.modules):
+        before = engine.store.path(artefacts.key_of(spec, target)).exists()
+        artefact = artefacts.build(spec, target, engine.store, force=force, say=say)
+        measured: dict[str, dict[str, float]] = {}
+        if measure and what == STEP and dtype == "fp32":
+            runner = StepRunner(spec, "auto", engine.store)
+            for slots in SLOTS:
+                say(f"measuring batch {slots}")
+                measured[str(slots)] = runner.measure(slots)
+    folder = artefact.folder
+    if out is not None:
+        folder = make_folder(out)
+        try:
+            for path in artefact.folder.iterdir():
+                shutil.copy2(path, folder / path.name)
+        except OSError as error:
+            raise CounterlensError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    files = sorted(str(p) for p in folder.iterdir() if p.name in (MANIFEST, *artefacts.FILES.values()))
+    return {
+        **artefact.report,
+        "built": force or not before,
+        "runtime": {v: k for k, v in TARGETS.items()}[target],
+        "measured": measured,
+        "files": files,
+    }

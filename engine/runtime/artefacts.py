@@ -1,0 +1,149 @@
+"""Builds compiled steps into the store, checked, and opens them again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from counterlens.export.errors import ExportError
+from counterlens.export.store import Artefact, Store
+
+from ..errors import UsageError
+from . import aoti, onnxruntime, tensorrt
+from .compiled import CompiledStep, as_json, expected_inputs, from_json
+from .parity import check_parity
+from .spec import STEP, Spec, machine
+
+TARGETS = ("onnx", "aoti", "tensorrt")
+FILES = {"onnx": "model.onnx", "aoti": "model.pt2", "tensorrt": "model.engine"}
+Say = Callable[[str], None]
+
+
+def missing(target: str) -> list[str]:
+    """Why artefacts of this target cannot be built and checked here; empty when they can."""
+    if target == "onnx":
+        try:
+            import onnx  # noqa: F401
+        except ImportError as error:
+            return [f"onnx cannot be imported ({error}); pip install 'counterlens[cpu]'"]
+        return onnxruntime.missing()
+    return tensorrt.missing() if target == "tensorrt" else []
+
+
+def key_of(spec: Spec, target: str) -> dict[str, Any]:
+    """The store's key: what the graph depends on, and the machine and versions where those decide as well."""
+    if target not in TARGETS:
+        raise UsageError(f"format: expected one of {', '.join(TARGETS)}, got {target!r}")
+    key = spec.key(target)
+    if target == "onnx":
+        from counterlens.export.onnx import OPSET
+
+        key["opset"] = OPSET
+    elif target == "aoti":
+        key |= {"torch": torch.__version__, "machine": machine(), "device": spec.device.type}
+    else:
+        key |= tensorrt.identity()
+    return key
+
+
+def build(
+    spec: Spec, target: str, store: Store | None = None, *, force: bool = False, say: Say = lambda _: None
+) -> Artefact:
+    """Take an artefact from the store, or build it, check it against eager and put it there.
+
+    Args:
+        spec: what to compile.
+        target: `onnx`, `aoti` or `tensorrt`.
+        store: the default store without one.
+        force: build it again.
+        say: told what is being done.
+
+    Raises:
+        ExportError: something that is needed is missing, the function cannot be exported, or the result is wrong.
+    """
+    key = key_of(spec, target)
+    if reasons := missing(target):
+        raise ExportError(f"{target}: {'; '.join(reasons)}")
+    return (store or Store()).get(key, lambda folder: _build(spec, target, folder, say), force=force)
+
+
+def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
+    path = folder / FILES[target]
+    example = spec.example(4)
+
+    def timed(what: str, label: str, work: Callable[[], Any]) -> Any:
+        say(what)
+        started = time.perf_counter()
+        out = work()
+        seconds[label] = round(time.perf_counter() - started, 2)
+        return out
+
+    from counterlens.export.trace import trace
+
+    graph = timed(f"tracing the {spec.what}", "trace", lambda: trace(spec.function(), example))
+    nodes = sum(n.op == "call_function" for n in graph.graph.nodes)
+    if target == "aoti":
+        timed("compiling with AOTInductor", "compile", lambda: aoti.compile_package(graph, example, path))
+        run = timed("loading it", "load", lambda: aoti.load(path))
+    else:
+        from counterlens.export.onnx import write_onnx
+
+        model = folder / FILES["onnx"]
+        metadata = {"counterlens": json.dumps(spec.key(target))}
+        names = {"input_names": spec.inputs, "output_names": spec.outputs, "metadata": metadata}
+        timed("writing ONNX", "write", lambda: write_onnx(graph, model, **names))
+        if target == "tensorrt":
+            timed("building with TensorRT", "compile", lambda: tensorrt.build(model, path, spec))
+            run = timed("loading it", "load", lambda: tensorrt.load(path))
+        else:
+            run = timed("loading it", "load", lambda: onnxruntime.load(path))
+    parity = timed("comparing with eager", "check", lambda: check_parity(spec, run))
+    inputs: dict[str, Tensor] = dict(zip(spec.inputs, example, strict=True))
+    return {
+        "what": spec.what,
+        "target": target,
+        "dtype": spec.dtype,
+        "operations": nodes,
+        "seconds": seconds,
+        "parity": parity,
+        "inputs": as_json(expected_inputs(inputs)),
+        "versions": {name: _version(name) for name in ("torch", "onnx", "onnxruntime", "counterlens")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def open_function(artefact: Artefact) -> Callable[..., tuple[Tensor, ...]]:
+    """An artefact as a function of its inputs in order. ExportError if it cannot run here."""
+    target = artefact.report["target"]
+    path = artefact.file(FILES[target])
+    return {"onnx": onnxruntime.load, "aoti": aoti.load, "tensorrt": tensorrt.load}[target](path)
+
+
+def open_step(artefact: Artefact) -> CompiledStep:
+    """An artefact of the guided step, called like a GuidedStep. No model is loaded for it.
+
+    Raises:
+        ExportError: it is no guided step, or cannot run here.
+    """
+    if artefact.report["what"] != STEP:
+        raise ExportError(f"{artefact.folder}: holds the {artefact.report['what']}, not the guided step")
+    return CompiledStep(
+        open_function(artefact),
+        runtime=artefact.report["target"],
+        dtype=artefact.report["dtype"],
+        expected=from_json(artefact.report["inputs"]),
+    )

@@ -1,0 +1,154 @@
+"""Which runtime runs a guided step: the one that was named, or the fastest that was measured here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from counterlens.export.store import Artefact, Store
+
+from ..errors import UsageError
+from ..guidance.step import GuidedStep
+from . import artefacts
+from .compiled import CompiledStep, expected_inputs
+from .inductor import InductorStep
+from .spec import Spec, flat, machine
+
+RUNTIMES = ("auto", "eager", "inductor", "onnxruntime", "aoti", "tensorrt")
+TARGETS = {"onnxruntime": "onnx", "aoti": "aoti", "tensorrt": "tensorrt"}
+AnyStep = GuidedStep | CompiledStep
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A runtime and why it was taken."""
+
+    runtime: str
+    why: str
+
+
+class StepRunner:
+    """The guided step of one spec under one `runtime`, for every batch size.
+
+    Args:
+        spec: what is run.
+        runtime: one of `RUNTIMES`. A runtime that is named runs or raises; `auto` takes the fastest that was measured
+            on this machine for the batch size among those in the store, else eager.
+        store: of artefacts and measurements.
+        backend: of the kernels in eager.
+        say: told when something is built, which takes tens of seconds.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        runtime: str = "auto",
+        store: Store | None = None,
+        backend: str = "auto",
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        if runtime not in RUNTIMES:
+            raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
+        self.spec = spec
+        self.runtime = runtime
+        self.store = store or Store()
+        self.backend = backend
+        self.say = say
+        self._steps: dict[str, AnyStep] = {}
+        self._found: dict[str, Artefact] | None = None
+
+    def choose(self, batch: int) -> Choice:
+        """The runtime for a batch size, and why."""
+        if self.runtime != "auto":
+            return Choice(self.runtime, "asked for")
+        found = self.found()
+        if not found:
+            return Choice("eager", "no compiled step in the store; `counterlens export` builds one")
+        measured = self.measurements().get(str(batch), {})
+        times = {name: seconds for name, seconds in measured.items() if name == "eager" or name in found}
+        if set(times) <= {"eager"}:
+            return Choice("eager", f"nothing was measured here for batch {batch}; Engine.warmup measures")
+        best = min(times, key=lambda name: times[name])
+        listed = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in sorted(times.items()))
+        return Choice(best, f"fastest measured here for batch {batch}: {listed}")
+
+    def step(self, batch: int) -> AnyStep:
+        """The step for a batch size, called like a GuidedStep; what a named runtime needs is built now."""
+        name = self.choose(batch).runtime
+        if name not in self._steps:
+            self._steps[name] = self._open(name)
+        return self._steps[name]
+
+    def found(self) -> dict[str, Artefact]:
+        """The artefacts of this step that are in the store and can run here, by runtime."""
+        if self._found is None:
+            self._found = {}
+            for runtime, target in TARGETS.items():
+                if artefacts.missing(target):
+                    continue
+                if (artefact := self.store.find(artefacts.key_of(self.spec, target))) is not None:
+                    self._found[runtime] = artefact
+        return self._found
+
+    def measure(self, batch: int, seconds: float = 1.0) -> dict[str, float]:
+        """Time eager and every artefact in the store for a batch size, in seconds a step, and remember it."""
+        inputs = self.spec.example(batch)
+        times = {}
+        for name in ("eager", *self.found()):
+            if name not in self._steps:
+                self._steps[name] = self._open(name)
+            times[name] = _median_time(flat(self._steps[name]), inputs, seconds)
+        path = self._calibration()
+        known = self.measurements() | {str(batch): times}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = path.with_suffix(f".{os.getpid()}")
+        work.write_text(json.dumps(known, indent=1) + "\n")
+        os.replace(work, path)
+        return times
+
+    def measurements(self) -> dict[str, dict[str, float]]:
+        """Batch size to runtime to seconds a step, as measured on this machine."""
+        path = self._calibration()
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _calibration(self) -> Any:
+        threads = torch.get_num_threads()
+        key = json.dumps(self.spec.key("any") | {"machine": machine(), "threads": threads}, sort_keys=True)
+        return self.store.folder / "measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+    def _open(self, runtime: str) -> AnyStep:
+        if runtime == "eager":
+            step = self.spec.step()
+            step.backend = self.backend
+            return step
+        if runtime == "inductor":
+            inputs = dict(zip(self.spec.inputs, self.spec.example(1), strict=True))
+            self.say("compiling with torch.compile at the first step of each batch size")
+            return CompiledStep(
+                InductorStep(self.spec), runtime=runtime, dtype=self.spec.dtype, expected=expected_inputs(inputs)
+            )
+        artefact = artefacts.build(self.spec, TARGETS[runtime], self.store, say=self.say)
+        return artefacts.open_step(artefact)
+
+
+@torch.no_grad()
+def _median_time(run: Callable[..., Any], inputs: tuple[torch.Tensor, ...], seconds: float) -> float:
+    cuda = inputs[0].is_cuda
+    times: list[float] = []
+    run(*inputs)
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        started = time.perf_counter()
+        run(*inputs)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

@@ -1,0 +1,234 @@
+"""What can be compiled: the guided step or a part of it, with its inputs, its outputs and what identifies it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import counterlens.export
+import counterlens.kernels
+from counterlens.export.store import sources_digest, weights_digest
+from counterlens.kernels.consensus import Mode
+
+from .. import guidance, models
+from ..errors import UsageError
+from ..guidance.step import Gradient, GuidedStep
+from ..models.protocols import Classifier, Diffusion
+
+STEP = "guided-step"
+SCALES = ("guidance_scale", "class_scale", "distance_scale", "angle_deg")
+INPUTS = ("z", "timestep", "timestep_prev", "condition", "image", "target", *SCALES)
+OUTPUTS = ("z_prev", "z0", "kept_fraction")
+SIGNATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    STEP: (INPUTS, OUTPUTS),
+    "unet": (("z", "timestep", "condition"), ("noise",)),
+    "vae-encoder": (("image",), ("z",)),
+    "vae-decoder": (("z",), ("image",)),  # nominally in [-1, 1]
+    "classifier": (("image",), ("logits",)),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@cache
+def code_version() -> str:
+    """Hash of the sources that a compiled step is made from."""
+    packages = (counterlens.export, counterlens.kernels, guidance, models)
+    return sources_digest(Path(p).resolve() for package in packages for p in package.__path__)[:16]
+
+
+@cache
+def machine() -> str:
+    """The processor and operating system, for what is only right where it was made or measured."""
+    names = [platform.machine(), platform.system()]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names += [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "flags"))][:2]
+    if torch.cuda.is_available():
+        names.append(torch.cuda.get_device_name())
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A guided step, or a part of it, with everything fixed that decides its graph; scales and angle stay inputs.
+
+    Args:
+        diffusion, classifier: see `engine.models.protocols`.
+        what: `guided-step`, `unet`, `vae-encoder`, `vae-decoder` or `classifier`.
+        filter_mode, chunk, gradient: see `GuidedStep`.
+        dtype: of weights and activations, `fp32`, `fp16` or `bf16`; inputs, outputs and guidance stay float32.
+        weights: hash of the models' weights where it is known already, such as a pack's manifest.
+    """
+
+    diffusion: Diffusion
+    classifier: Classifier
+    what: str = STEP
+    filter_mode: Mode = "zero"
+    gradient: Gradient = "exact"
+    chunk: int = 1
+    dtype: str = "fp32"
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.what not in SIGNATURES:
+            raise UsageError(f"what: expected one of {', '.join(SIGNATURES)}, got {self.what!r}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return SIGNATURES[self.what][0]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs, in order."""
+        return SIGNATURES[self.what][1]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module of the models."""
+        return [*self.diffusion.modules(), self.classifier.module]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(p for m in self.modules for p in m.parameters()).device
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of all weights."""
+        return self.weights or weights_digest(self.modules)
+
+    def key(self, target: str) -> dict[str, Any]:
+        """Everything an artefact depends on, as JSON values; `target` is onnx, aoti or tensorrt."""
+        key = {
+            "what": self.what,
+            "target": target,
+            "weights": self.weights_hash,
+            "models": [type(self.diffusion).__name__, type(self.classifier).__name__],
+            "code": code_version(),
+            "latent": list(self.diffusion.latent_shape),
+            "image": self.diffusion.image_size,
+            "dtype": self.dtype,
+        }
+        if self.what == STEP:
+            key |= {"filter": self.filter_mode, "gradient": self.gradient, "chunk": self.chunk}
+        return key
+
+    def step(self) -> GuidedStep:
+        """The guided step in eager PyTorch, kernels and all."""
+        diffusion, classifier = in_precision(self.diffusion, self.classifier, DTYPES[self.dtype])
+        return GuidedStep(diffusion, classifier, filter_mode=self.filter_mode, gradient=self.gradient, chunk=self.chunk)
+
+    def function(self) -> Callable[..., Any]:
+        """What is compiled, as a function of `inputs`, all tensors."""
+        if self.what == STEP:
+            return flat(self.step())
+        diffusion, classifier = in_precision(self.diffusion, self.classifier, DTYPES[self.dtype])
+        return {
+            "unet": diffusion.predict_noise,
+            "vae-encoder": diffusion.encode,
+            "vae-decoder": diffusion.decode,
+            "classifier": classifier.logits,
+        }[self.what]
+
+    @torch.no_grad()
+    def example(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
+        """Random inputs of the right shapes and dtypes, in the order of `inputs`."""
+        g = torch.Generator().manual_seed(seed)
+        steps, size = len(self.diffusion.alphas_cumprod), self.diffusion.image_size
+        target = torch.randint(len(self.diffusion.labels), (batch,), generator=g)
+        timestep = torch.randint(steps // 10, steps * 7 // 10, (batch,), generator=g)
+        condition = self.diffusion.condition(target.to(self.device))
+        scales = dict(zip(SCALES, (3.0, 2.0, 0.25, 45.0), strict=True))
+        given = {
+            "z": torch.randn((batch, *self.diffusion.latent_shape), generator=g),
+            "timestep": timestep,
+            "timestep_prev": timestep - steps // 20,
+            "condition": condition.float() if condition.is_floating_point() else condition,
+            "image": torch.rand((batch, 3, size, size), generator=g),
+            "target": target,
+            **{name: torch.full((batch,), value) for name, value in scales.items()},
+        }
+        return tuple(given[name].to(self.device) for name in self.inputs)
+
+
+def flat(step: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A GuidedStep as a function of positional tensors, `INPUTS` in order."""
+
+    def guided_step(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = len(INPUTS) - len(SCALES)
+        return step(*inputs[:first], **dict(zip(SCALES, inputs[first:], strict=True)))
+
+    return guided_step
+
+
+# Precision
+
+
+class _CastDiffusion:
+    """A diffusion model in half precision behind float32 inputs and outputs."""
+
+    def __init__(self, inner: Diffusion, dtype: torch.dtype) -> None:
+        self.inner = inner
+        self.dtype = dtype
+        self.alphas_cumprod = inner.alphas_cumprod
+        self.latent_shape = inner.latent_shape
+        self.image_size = inner.image_size
+        self.labels = inner.labels
+
+    def modules(self) -> list[nn.Module]:
+        return self.inner.modules()
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self.inner.encode(image.to(self.dtype)).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.inner.decode(z.to(self.dtype)).float()
+
+    def predict_noise(self, z: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+        return self.inner.predict_noise(z.to(self.dtype), timestep, self._like_weights(condition)).float()
+
+    def condition(self, targets: Tensor) -> Tensor:
+        return self._wide(self.inner.condition(targets))
+
+    def null_condition(self, batch: int) -> Tensor:
+        return self._wide(self.inner.null_condition(batch))
+
+    def _like_weights(self, condition: Tensor) -> Tensor:
+        return condition.to(self.dtype) if condition.is_floating_point() else condition
+
+    def _wide(self, condition: Tensor) -> Tensor:
+        return condition.float() if condition.is_floating_point() else condition
+
+
+def in_precision(diffusion: Diffusion, classifier: Classifier, dtype: torch.dtype) -> tuple[Diffusion, Classifier]:
+    """The models with weights and activations in `dtype` and float32 at their borders; the given ones stay as they are.
+
+    float32 gives the models themselves.
+    """
+    if dtype == torch.float32:
+        return diffusion, classifier
+    diffusion, classifier = copy.deepcopy(diffusion), copy.deepcopy(classifier)
+    for module in (*diffusion.modules(), classifier.module):
+        module.to(dtype).requires_grad_(False)
+    logits = classifier.logits
+    # log_prob goes through logits, so that its softmax is in float32.
+    classifier.logits = lambda image: logits(image.to(dtype)).float()  # type: ignore[method-assign]
+    return _CastDiffusion(diffusion, dtype), classifier
+
+
+def relative_errors(got: Tensor, expected: Tensor) -> Tensor:
+    """Largest difference of each sample over its largest magnitude: [B]."""
+    difference = (got.double() - expected.double()).abs().flatten(1).amax(1)
+    return difference / expected.double().abs().flatten(1).amax(1)

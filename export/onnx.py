@@ -1,0 +1,246 @@
+"""`export_onnx`: any function of tensors, gradients inside included, as one ONNX file."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .errors import ExportError, NodeError
+from .lowering import LOWERINGS, Value
+from .trace import Size, aten, located, trace
+
+OPSET = 18
+OPSETS = range(18, 22)  # what the lowerings are right for, and TensorRT 10 reads
+EXTERNAL_ABOVE = 2_000_000_000  # bytes of weights that a protobuf still holds
+TYPES = {
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float32: TensorProto.FLOAT,
+    torch.float64: TensorProto.DOUBLE,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+    torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
+    torch.bool: TensorProto.BOOL,
+}
+
+
+def export_onnx(
+    fn: Callable[..., Any],
+    example_inputs: Sequence[Tensor],
+    path: str | os.PathLike[str],
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_batch: bool = True,
+    opset: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `fn` to an ONNX file; it may call `torch.func.vjp`, `grad`, `jacrev` or `vmap` inside.
+
+    Parameters become initializers, beside the file (`<name>.data`) when there are over 2 GB of them. The file appears
+    when it is complete, or not at all.
+
+    Args:
+        fn: a module or function from tensors to a tensor or a tuple of tensors.
+        example_inputs: tensors of the right shapes and dtypes; their values do not matter.
+        path: of the file.
+        input_names, output_names: default to the parameters' names and `output_0`, ...
+        dynamic_batch: leave the batch open, see `counterlens.export.trace`.
+        opset: 18 (the default) to 21.
+        metadata: strings to keep in the file.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: `fn` cannot be traced, or an operation has no ONNX form; the message holds its source line.
+    """
+    target = Path(path)
+    traced = trace(fn, example_inputs, dynamic_batch=dynamic_batch)
+    try:
+        return write_onnx(
+            traced, target, input_names=input_names or _parameter_names(fn, len(example_inputs)),
+            output_names=output_names, opset=opset, metadata=metadata,
+        )  # fmt: skip
+    except NodeError as error:
+        raise located(error, fn, example_inputs) from None
+
+
+def write_onnx(
+    graph: GraphModule,
+    path: str | os.PathLike[str],
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str] | None = None,
+    opset: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a graph that `trace` made; see `export_onnx`."""
+    target = Path(path)
+    opset = OPSET if opset is None else opset
+    if opset not in OPSETS:
+        raise ExportError(f"opset: expected {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
+    builder = OnnxBuilder()
+    model = builder.build(graph, list(input_names), output_names, opset)
+    helper.set_model_props(model, dict(metadata or {}))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
+        builder.write(model, Path(work), target.name)
+        # The data first: a model without its data would be half a file.
+        for part in sorted(Path(work).iterdir(), key=lambda p: p.name == target.name):
+            os.replace(part, target.parent / part.name)
+    return target
+
+
+def _parameter_names(fn: Callable[..., Any], count: int) -> list[str]:
+    signature = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
+    names = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return names[:count] if len(names) >= count else [f"input_{i}" for i in range(count)]
+
+
+class OnnxBuilder:
+    """Collects operators and constants; equal ones are made once."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, Tensor] = {}
+        self._made: dict[Any, Any] = {}
+        self._constants: dict[Any, Value] = {}
+
+    def op(self, kind: str, *inputs: Value, outputs: int = 1, **attributes: Any) -> Any:
+        """Append an operator and return the names of its outputs (one: a name, more: a tuple)."""
+        key = (kind, inputs, tuple((k, str(v)) for k, v in sorted(attributes.items())))
+        if key not in self._made:
+            n = len(self.nodes)
+            names = [Value(f"{kind.lower()}_{n}" + (f"_{i}" if outputs > 1 else "")) for i in range(outputs)]
+            self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"{kind}_{n}", **attributes))
+            self._made[key] = names[0] if outputs == 1 else tuple(names)
+        return self._made[key]
+
+    def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> Value:
+        """A constant from a number, a list or a tensor (which keeps its own dtype)."""
+        tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+        if tensor.numel() <= 64:
+            key: Any = (tensor.dtype, tuple(tensor.shape), _bytes(tensor))
+        else:
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if key not in self._constants:
+            name = Value(f"constant_{len(self.weights)}")
+            self.weights[name] = tensor
+            self._constants[key] = name
+        return self._constants[key]
+
+    def cast(self, value: Value, source: torch.dtype, dtype: torch.dtype) -> Value:
+        """Cast, unless it is of that dtype."""
+        return value if source == dtype else self.op("Cast", value, to=TYPES[dtype])
+
+    def shape(self, sizes: Sequence[Any]) -> Value:
+        """An int64 vector from whole numbers and values of the graph."""
+        if not any(isinstance(n, Value) for n in sizes):
+            return self.constant(list(sizes))
+        parts = [n if isinstance(n, Value) else self.constant([n]) for n in sizes]
+        return self.op("Concat", *parts, axis=0) if len(parts) > 1 else parts[0]
+
+    def build(
+        self, graph: GraphModule, input_names: list[str], output_names: Sequence[str] | None, opset: int
+    ) -> onnx.ModelProto:
+        """The model without its weights."""
+        values: dict[Node, Any] = {}
+        placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        if len(input_names) != len(placeholders) or len(set(input_names)) != len(input_names):
+            raise ExportError(f"input_names: expected {len(placeholders)} different names, got {input_names}")
+        for name, node in zip(input_names, placeholders, strict=True):
+            values[node] = Value(name)
+        for node in graph.graph.nodes:
+            if node.op == "get_attr":
+                values[node] = self.constant(getattr(graph, node.target))
+            elif node.op == "call_function":
+                values[node] = self._lower(node, values)
+        (result,) = next(n for n in graph.graph.nodes if n.op == "output").args
+        results = list(result) if isinstance(result, (list, tuple)) else [result]
+        output_names = list(output_names or (f"output_{i}" for i in range(len(results))))
+        if len(output_names) != len(results) or {*output_names} & {*input_names}:
+            raise ExportError(f"output_names: expected {len(results)} names unlike the inputs', got {output_names}")
+        for name, node in zip(output_names, results, strict=True):
+            if not isinstance(node, Node):
+                raise ExportError(f"output {name}: expected a tensor, got {node!r}")
+            self.nodes.append(helper.make_node("Identity", [values[node]], [name], name=f"output_{name}"))
+        return helper.make_model(
+            helper.make_graph(
+                self.nodes,
+                "counterlens",
+                [_info(n, node) for n, node in zip(input_names, placeholders, strict=True)],
+                [_info(n, node) for n, node in zip(output_names, results, strict=True)],
+            ),
+            opset_imports=[helper.make_opsetid("", opset)],
+            ir_version=10,
+            producer_name="counterlens",
+        )
+
+    def _lower(self, node: Node, values: dict[Node, Any]) -> Any:
+        if node.target is aten.sym_size.int:
+            shape = self.op("Shape", values[node.args[0]])  # type: ignore[index]
+            return self.op("Gather", shape, self.constant([node.args[1]]), axis=0)
+        args, kwargs = torch.fx.node.map_aggregate(
+            (node.args, dict(node.kwargs)), lambda v: values[v] if isinstance(v, Node) else v
+        )
+        target: Any = node.target
+        if target.__name__ == "getitem":
+            return args[0][args[1]]
+        if target.__name__ in ("mul", "add") and not isinstance(target, torch._ops.OpOverload):
+            return self.op(target.__name__.capitalize(), args[0], self.constant([args[1]]))
+        if target not in LOWERINGS:
+            raise NodeError(f"{target} has no ONNX form here, at {{where}}", node.name)
+        try:
+            return LOWERINGS[target](self, node, *args, **kwargs)
+        except NotImplementedError as error:
+            raise NodeError(f"{target}: {error}, at {{where}}", node.name) from error
+
+    def write(self, model: onnx.ModelProto, folder: Path, name: str) -> None:
+        """Write model and weights into `folder`; weights one by one, so that memory holds no second copy."""
+        used = {v for n in self.nodes for v in n.input}
+        weights = {n: t for n, t in self.weights.items() if n in used}
+        external = sum(t.numel() * t.element_size() for t in weights.values()) > EXTERNAL_ABOVE
+        data = (folder / f"{name}.data").open("wb") if external else None
+        for weight, tensor in weights.items():
+            proto = model.graph.initializer.add(name=weight, data_type=TYPES[tensor.dtype], dims=tensor.shape)
+            raw = _bytes(tensor)
+            if data is None or len(raw) < 1024:
+                proto.raw_data = raw
+                continue
+            data.write(b"\0" * (-data.tell() % 4096))
+            place = {"location": f"{name}.data", "offset": data.tell(), "length": len(raw)}
+            data.write(raw)
+            proto.data_location = TensorProto.EXTERNAL
+            for key, value in place.items():
+                proto.external_data.add(key=key, value=str(value))
+        if data is not None:
+            data.close()
+        (folder / name).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _info(name: str, node: Node) -> onnx.ValueInfoProto:
+    sizes = [_dimension(n) for n in node.meta["shape"]]
+    return helper.make_tensor_value_info(name, TYPES[node.meta["val"].dtype], sizes)
+
+
+def _dimension(n: int | Size) -> int | str:
+    if isinstance(n, int):
+        return n
+    return ("batch" if n.scale == 1 else f"{n.scale}*batch") + (f"{n.offset:+d}" if n.offset else "")

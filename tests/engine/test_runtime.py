@@ -1,0 +1,205 @@
+"""Compiled guided steps through the engine: parity, choice, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from counterlens.engine import Engine
+from counterlens.engine.config import Config
+from counterlens.engine.errors import CounterlensError, UsageError
+from counterlens.engine.runtime import artefacts, onnxruntime, tensorrt
+from counterlens.engine.runtime.choice import StepRunner
+from counterlens.engine.runtime.compiled import CompiledStep, expected_inputs
+from counterlens.engine.runtime.parity import check_parity
+from counterlens.engine.runtime.spec import SIGNATURES, Spec
+from counterlens.export import ExportError, Store
+
+NUMBERS = {"guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 45.0, "steps": 10}
+SETTINGS = {mode: NUMBERS | {"strength": 0.3, "gradient": "exact"} for mode in ("realistic", "audit")}
+SCALES = {"guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.2, "angle_deg": 45.0}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def spec(tiny: Any) -> Spec:
+    return Spec(*tiny)
+
+
+@pytest.fixture(scope="module")
+def artefact(spec: Spec, store: Store) -> Any:
+    return artefacts.build(spec, "onnx", store)
+
+
+def engine(tiny: Any, store: Store, **options: Any) -> Engine:
+    return Engine(*tiny, Config(), pack_settings=SETTINGS, store=store.folder, **options)
+
+
+def test_the_report_tells_parity_and_times(artefact: Any) -> None:
+    assert artefact.report["parity"]["worst"] <= 1e-4
+    assert artefact.report["parity"]["batches"] == [1, 3, 8]
+    assert set(artefact.report["seconds"]) == {"trace", "write", "load", "check"}
+    model = onnx.load(artefact.file("model.onnx"))
+    assert [i.name for i in model.graph.input] == list(SIGNATURES["guided-step"][0])
+
+
+def test_whole_runs_agree_with_eager(tiny: Any, store: Store, artefact: Any) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(5, 3, 16, 16)
+    target = (engine(tiny, store).probabilities(images).argmax(1) + 1) % 10
+    results = [
+        engine(tiny, store, runtime=runtime).counterfactual(images, target) for runtime in ("eager", "onnxruntime")
+    ]
+    close = (results[0].images - results[1].images).abs().flatten(1).amax(1) < 1e-4
+    assert close.double().mean() >= 0.8
+    assert results[0].flipped.tolist() == results[1].flipped.tolist()
+
+
+def test_auto_takes_what_was_measured_to_be_fastest(tiny: Any, store: Store, artefact: Any) -> None:
+    one = engine(tiny, store)
+    assert one.runtime_choice(3).runtime == "eager"
+    assert "nothing was measured" in one.runtime_choice(3).why
+    choice = one.warmup([3])[4]
+    assert "fastest measured here for batch 4" in choice.why
+    (path,) = (store.folder / "measured").glob("*.json")
+    path.write_text(json.dumps({"4": {"eager": 1.0, "onnxruntime": 0.5, "aoti": 0.1}}))
+    other = engine(tiny, store)
+    assert other.runtime_choice(4).runtime == "onnxruntime"  # aoti was measured once but is not in the store
+    assert isinstance(other._runner(other.config.settings(SETTINGS)).step(4), CompiledStep)
+    path.write_text(json.dumps({"4": {"eager": 0.1, "onnxruntime": 0.5}}))
+    assert engine(tiny, store).runtime_choice(4).runtime == "eager"
+
+
+def test_without_artefacts_auto_is_eager_and_says_so(tiny: Any, tmp_path: Path) -> None:
+    choice = engine(tiny, Store(tmp_path)).runtime_choice(1)
+    assert choice.runtime == "eager"
+    assert "counterlens export" in choice.why
+
+
+def test_unknown_runtime(tiny: Any, store: Store) -> None:
+    with pytest.raises(UsageError, match="runtime: expected one of auto, eager"):
+        engine(tiny, store, runtime="tvm")
+
+
+@pytest.mark.skipif(not tensorrt.missing(), reason="TensorRT is here")
+def test_a_named_runtime_that_is_missing_raises(tiny: Any, store: Store) -> None:
+    with pytest.raises(ExportError, match=r"tensorrt cannot be imported|no CUDA device"):
+        engine(tiny, store, runtime="tensorrt").warmup([1])
+
+
+def test_wrong_shapes_and_dtypes_are_named(artefact: Any, spec: Spec) -> None:
+    step = artefacts.open_step(artefact)
+    z, t, t_prev, condition, image, target, *_ = spec.example(2)
+    step(z, t, t_prev, condition, image, target, **SCALES)
+    with pytest.raises(UsageError, match=r"onnx: image: expected float32 \[2, 3, 16, 16\], got float32 \[2, 3, 8, 8\]"):
+        step(z, t, t_prev, condition, image[:, :, :8, :8], target, **SCALES)
+    with pytest.raises(UsageError, match=r"onnx: z: expected float32 .*, got float64"):
+        step(z.double(), t, t_prev, condition, image, target, **SCALES)
+    with pytest.raises(UsageError, match=r"timestep: expected int64 \[2\], got int64 \[3\]"):
+        step(z, torch.zeros(3, dtype=torch.long), t_prev, condition, image, target, **SCALES)
+
+
+def test_a_damaged_artefact_is_refused(spec: Spec, artefact: Any, tiny: Any, tmp_path: Path) -> None:
+    copy = Store(tmp_path)
+    entry = copy.get(artefacts.key_of(spec, "onnx"), lambda folder: _copy(artefact, folder))
+    path = entry.file("model.onnx")
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ExportError, match=r"model\.onnx: not the file that was built.*--force"):
+        engine(tiny, copy, runtime="onnxruntime").warmup([1])
+
+
+def _copy(artefact: Any, folder: Path) -> dict[str, Any]:
+    (folder / "model.onnx").write_bytes(artefact.file("model.onnx").read_bytes())
+    return artefact.report
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"no model at all")
+    with pytest.raises(ExportError, match=r"m\.onnx: ONNX Runtime cannot open it"):
+        onnxruntime.load(tmp_path / "m.onnx")
+
+
+def test_a_wrong_result_is_never_used(spec: Spec) -> None:
+    step = spec.function()
+
+    def wrong(*inputs: Tensor) -> tuple[Tensor, ...]:
+        z_prev, z0, kept = step(*inputs)
+        return z_prev * 1.001, z0, kept
+
+    with pytest.raises(ExportError, match=r"does not agree with eager: relative error 0\.001 .*not used"):
+        check_parity(spec, wrong)
+
+    def broken(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x * float("nan") for x in step(*inputs))
+
+    with pytest.raises(ExportError, match="does not agree"):
+        check_parity(spec, broken)
+
+
+@pytest.mark.parametrize("what", ["unet", "vae-encoder", "vae-decoder", "classifier"])
+def test_parts(what: str, tiny: Any, store: Store) -> None:
+    part = artefacts.build(Spec(*tiny, what=what), "onnx", store)
+    assert part.report["parity"]["worst"] <= 1e-4
+    with pytest.raises(ExportError, match=f"holds the {what}, not the guided step"):
+        artefacts.open_step(part)
+
+
+@pytest.mark.parametrize("filter_mode", ["project", "global", "off"])
+def test_other_filters_and_the_detached_gradient(filter_mode: Any, tiny: Any, store: Store) -> None:
+    built = artefacts.build(Spec(*tiny, filter_mode=filter_mode, gradient="detached"), "onnx", store)
+    assert built.report["parity"]["worst"] <= 1e-4
+
+
+def test_half_precision_agrees_and_overflow_is_named(tiny: Any, store: Store) -> None:
+    spec = Spec(*tiny, dtype="fp16", gradient="detached")
+    built = artefacts.build(spec, "onnx", store)
+    types = {t.data_type for t in onnx.load(built.file("model.onnx")).graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in types
+    step = artefacts.open_step(built)
+    z, t, t_prev, condition, image, target, *_ = spec.example(2)
+    with pytest.raises(CounterlensError, match=r"fp16 returned NaN or infinite values.*overflow in fp16; use bf16"):
+        step(z * 1e30, t, t_prev, condition, image, target, **SCALES)
+
+
+def test_models_of_the_user_stay_as_they_are(tiny: Any, store: Store) -> None:
+    diffusion, classifier = tiny
+    before = [(p.dtype, p.requires_grad) for m in (*diffusion.modules(), classifier.module) for p in m.parameters()]
+    Spec(*tiny, dtype="bf16").function()(*Spec(*tiny).example(2))
+    after = [(p.dtype, p.requires_grad) for m in (*diffusion.modules(), classifier.module) for p in m.parameters()]
+    assert before == after
+
+
+def test_other_weights_are_another_artefact(tiny: Any) -> None:
+    diffusion, classifier = tiny
+    key = artefacts.key_of(Spec(diffusion, classifier), "onnx")
+    bias = next(p for p in classifier.module.parameters() if p.ndim == 1)
+    bias.data += 1
+    try:
+        assert artefacts.key_of(Spec(diffusion, classifier), "onnx") != key
+    finally:
+        bias.data -= 1
+
+
+def test_inductor_step_checks_before_it_answers(tiny: Any, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    """The compiler is replaced by one that is wrong: its result must not come through."""
+    spec = Spec(*tiny, gradient="detached")
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: lambda *x: tuple(2 * y for y in graph(*x)))
+    runner = StepRunner(spec, "inductor", store)
+    first = spec.example(1)[:6]
+    with pytest.raises(ExportError, match="does not agree with eager"):
+        runner.step(1)(*first, **SCALES)
+
+
+def test_expected_inputs_are_those_of_the_signature(spec: Spec) -> None:
+    inputs = dict(zip(spec.inputs, spec.example(2), strict=True))
+    assert expected_inputs(inputs)["z"] == (torch.float32, (4, 4, 4))
