@@ -34,14 +34,35 @@ void consensus(Address score, Address reference, Address cos_limit, Address tan_
                                    static_cast<counterlens::FilterMode>(mode), threads);
 }
 
+// Latents and outputs by address. Scalars in the order of GuidedUpdate: an address with a step, or 0 and a number.
 template <typename T>
-void guided_update(Address z, Address eps_uncond, Address eps_cond, Address grad_class, Address grad_distance,
-                   Address scalars, Address z_prev, Address z0, Address kept_fraction, int64_t b, int64_t c, int64_t h,
+void guided_update(std::array<Address, 5> latents, std::array<Address, 7> columns, std::array<int64_t, 7> steps,
+                   std::array<double, 7> numbers, std::array<Address, 3> results, int64_t b, int64_t c, int64_t h,
                    int64_t w, int64_t chunk, int mode, int threads) {
+  const auto column = [&](int i) { return counterlens::Column<T>{in<T>(columns[i]), steps[i], T(numbers[i])}; };
+  const counterlens::GuidedUpdate<T> p{in<T>(latents[0]),
+                                       in<T>(latents[1]),
+                                       in<T>(latents[2]),
+                                       in<T>(latents[3]),
+                                       in<T>(latents[4]),
+                                       column(0),
+                                       column(1),
+                                       column(2),
+                                       column(3),
+                                       column(4),
+                                       column(5),
+                                       column(6),
+                                       out<T>(results[0]),
+                                       out<T>(results[1]),
+                                       out<T>(results[2]),
+                                       b,
+                                       c,
+                                       h,
+                                       w,
+                                       chunk,
+                                       static_cast<counterlens::FilterMode>(mode)};
   nb::gil_scoped_release release;
-  counterlens::guided_update<T>(in<T>(z), in<T>(eps_uncond), in<T>(eps_cond), in<T>(grad_class), in<T>(grad_distance),
-                                in<T>(scalars), out<T>(z_prev), out<T>(z0), out<T>(kept_fraction), b, c, h, w, chunk,
-                                static_cast<counterlens::FilterMode>(mode), threads);
+  counterlens::guided_update<T>(p, threads);
 }
 
 template <typename T>

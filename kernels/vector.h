@@ -1,31 +1,56 @@
 // Sums and extremes over one long vector, in lanes that the compiler can keep in vector registers.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 
 namespace counterlens {
 
 constexpr int64_t kLanes = 32;
+constexpr uintptr_t kCacheLine = 64;
 
-// The larger magnitude; NaN wins over everything, as in torch.amax.
+// Uninitialised memory that starts on a cache line. torch's tensors do so too: then a load never overlaps, in the low 12
+// bits of the address, a store to another array just before it, which the processor would mistake for the same place and
+// wait for.
 template <typename T>
-inline T larger(T largest, T value) {
-  const T a = std::fabs(value);
-  return (a > largest) | (a != a) ? a : largest;
+class Aligned {
+  std::unique_ptr<T[]> memory;
+  T *start;
+
+ public:
+  explicit Aligned(int64_t n) : memory(new T[n + kCacheLine / sizeof(T)]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    start = memory.get() + (-address % kCacheLine) / sizeof(T);
+  }
+  T *data() const { return start; }
+};
+
+template <typename T>
+using BitsOf = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// The bits of |value|. Read as integers they are in the order of the magnitudes, with inf above every number and NaN
+// above inf: so the largest magnitude is an integer maximum, and NaN wins over everything, as in torch.amax.
+template <typename T>
+inline BitsOf<T> magnitude_bits(T value) {
+  BitsOf<T> bits;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits & std::numeric_limits<BitsOf<T>>::max();
 }
 
+// The bits of the largest magnitude.
 template <typename T>
-T largest_magnitude(const T *v, int64_t n) {
-  T lane[kLanes] = {};
+BitsOf<T> largest_magnitude(const T *v, int64_t n) {
+  BitsOf<T> lane[kLanes] = {};
   const int64_t whole = n - n % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes)
-    for (int64_t j = 0; j < kLanes; ++j) lane[j] = larger(lane[j], v[i + j]);
-  T largest = 0;
-  for (int64_t i = whole; i < n; ++i) largest = larger(largest, v[i]);
-  for (int64_t j = 0; j < kLanes; ++j) largest = larger(largest, lane[j]);
+    for (int64_t j = 0; j < kLanes; ++j) lane[j] = std::max(lane[j], magnitude_bits(v[i + j]));
+  BitsOf<T> largest = 0;
+  for (int64_t i = whole; i < n; ++i) largest = std::max(largest, magnitude_bits(v[i]));
+  for (int64_t j = 0; j < kLanes; ++j) largest = std::max(largest, lane[j]);
   return largest;
 }
 
@@ -48,30 +73,33 @@ T dot(const T *a, const T *b, int64_t n) {
   return lane_sum<T>(n, [=](int64_t i) { return a[i] * b[i]; });
 }
 
-// The power of two that brings `largest` into [1, 4) (0 stays 0), so that squares neither overflow nor vanish. Exact where
-// a division would round, and a multiplication is many times cheaper. NaN and inf get some power, and stay what they are.
+// The power of two that brings a number with these magnitude bits into [1, 4) (0 stays 0), so that squares neither
+// overflow nor vanish. Exact where a division would round, and a multiplication is many times cheaper. NaN and inf get
+// some power, and stay what they are.
 template <typename T>
-inline T power_scale(T largest) {
-  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+inline T power_scale(BitsOf<T> largest) {
   constexpr int mantissa = sizeof(T) == 4 ? 23 : 52;
-  constexpr Bits exponents = (sizeof(T) == 4 ? Bits(0xff) : Bits(0x7ff)) << mantissa, one = Bits(1) << mantissa;
-  Bits bits;
-  std::memcpy(&bits, &largest, sizeof(T));
-  bits = exponents - one - (bits & exponents);
-  bits = bits < one ? one : bits;
+  constexpr BitsOf<T> exponents = (sizeof(T) == 4 ? BitsOf<T>(0xff) : BitsOf<T>(0x7ff)) << mantissa;
+  constexpr BitsOf<T> one = BitsOf<T>(1) << mantissa;
+  const BitsOf<T> bits = std::max<BitsOf<T>>(exponents - one - (largest & exponents), one);
   T scale;
   std::memcpy(&scale, &bits, sizeof(T));
   return scale;
 }
 
-// Norm of v * scale, with v's `power_scale`. NaN where v holds an inf: such a vector has no direction.
+// Sum of the squares of v * scale.
 template <typename T>
-T scaled_norm(const T *v, int64_t n, T scale) {
-  const T square = lane_sum<T>(n, [=](int64_t i) {
+T scaled_squares(const T *v, int64_t n, T scale) {
+  return lane_sum<T>(n, [=](int64_t i) {
     const T unit = v[i] * scale;
     return unit * unit;
   });
-  return std::isinf(square) ? std::numeric_limits<T>::quiet_NaN() : std::sqrt(square);
+}
+
+// The norm that belongs to a sum of squares. NaN where that is inf: a vector with an inf in it has no direction.
+template <typename T>
+T root(T squares) {
+  return std::isinf(squares) ? std::numeric_limits<T>::quiet_NaN() : std::sqrt(squares);
 }
 
 }  // namespace counterlens

@@ -60,20 +60,24 @@ def _update(
         from . import triton as _triton
 
         return _triton.guided_update(*latents, tensors, numbers, mode, chunk)
-    compute = compute_dtype(z.dtype)
-    b, c, h, w = z.shape
+    double = z.dtype == torch.float64
+    compute = torch.float64 if double else torch.float32
+    b, c, h, w = shape = z.shape
     inputs = [x.to(compute).contiguous() for x in latents]
-    scalars = torch.tensor([[number] * b for number in numbers], dtype=compute)  # [7, B]
-    for i, tensor in enumerate(tensors):
-        if tensor is not None:
-            scalars[i] = tensor
-    z_prev, z0 = torch.empty((b, c, h, w), dtype=compute), torch.empty((b, c, h, w), dtype=compute)
+    columns = [None if tensor is None else tensor.to(z.device, compute) for tensor in tensors]
+    z_prev, z0 = torch.empty(shape, dtype=compute), torch.empty(shape, dtype=compute)
     kept_fraction = torch.empty(b, dtype=compute)
-    function = cpu_module().guided_update_f64 if compute == torch.float64 else cpu_module().guided_update_f32
+    function = cpu_module().guided_update_f64 if double else cpu_module().guided_update_f32
     function(
-        *[x.data_ptr() for x in inputs], scalars.data_ptr(), z_prev.data_ptr(), z0.data_ptr(),
-        kept_fraction.data_ptr(), b, c, h, w, chunk, MODES.index(mode), torch.get_num_threads(),
+        [x.data_ptr() for x in inputs],
+        [0 if x is None else x.data_ptr() for x in columns],
+        [0 if x is None or x.ndim == 0 else x.stride(0) for x in columns],
+        numbers,
+        (z_prev.data_ptr(), z0.data_ptr(), kept_fraction.data_ptr()),
+        b, c, h, w, chunk, MODES.index(mode), torch.get_num_threads(),
     )  # fmt: skip
+    if z.dtype == compute:
+        return z_prev, z0, kept_fraction
     return z_prev.to(z.dtype), z0.to(z.dtype), kept_fraction
 
 

@@ -68,9 +68,10 @@ void test_filter_and_update() {
             const int64_t sample = i / (c * h * w), pixel = i % (h * w);
             check(filtered[i] == (kept[sample * h * w + pixel] ? score[i] : T(0)), "zero keeps or removes");
           }
-        const Buffer<T> scalars(7 * b, T(0.5));
-        guided_update(z.get(), uncond.get(), reference.get(), score.get(), distance.get(), scalars.get(), z_prev.get(),
-                      z0.get(), fraction.get(), b, c, h, w, chunk, FilterMode(mode), 3);
+        const Column<T> each{cos.get(), 1, T(0)}, shared{nullptr, 0, T(0.5)};
+        guided_update<T>({z.get(), uncond.get(), reference.get(), score.get(), distance.get(), each, shared, each, shared,
+                          each, shared, each, z_prev.get(), z0.get(), fraction.get(), b, c, h, w, chunk,
+                          FilterMode(mode)}, 3);
         for (int64_t i = 0; i < n; ++i) check(std::isfinite(z_prev[i]) && std::isfinite(z0[i]), "the update is finite");
       }
 }
