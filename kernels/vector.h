@@ -102,4 +102,61 @@ T root(T squares) {
   return std::isinf(squares) ? std::numeric_limits<T>::quiet_NaN() : std::sqrt(squares);
 }
 
+constexpr double inverse_factorial(int k) { return k < 2 ? 1.0 : inverse_factorial(k - 1) / k; }
+
+// Sum of r^i / i! for i from k to `last`, over r^k.
+template <int last, int k = 0, typename T>
+inline T exponential_series(T r) {
+  constexpr T term = T(inverse_factorial(k));
+  if constexpr (k == last)
+    return term;
+  else
+    return term + r * exponential_series<last, k + 1>(r);
+}
+
+// exp(x) to 2 units in the last place, in operations that the compiler can keep in vector registers (std::exp is a call).
+// Subnormal results, overflow to inf, exp(-inf) = 0 and NaN as in std::exp.
+template <typename T>
+inline T exponential(T x) {
+  constexpr bool single = sizeof(T) == 4;
+  using Word = std::conditional_t<single, uint32_t, uint64_t>;
+  constexpr int mantissa = single ? 23 : 52;
+  constexpr Word bias = single ? 127 : 1023;
+  constexpr T round = T(single ? 12582912.0 : 6755399441055744.0);  // 1.5 * 2^mantissa: adding it leaves whole numbers
+  constexpr T lowest = T(single ? -104 : -746), highest = T(single ? 89 : 710);  // beyond: 0 and inf
+  constexpr T log2_e = T(1.4426950408889634);
+  // ln 2 in two parts; whole numbers of a dozen bits times the first are exact.
+  constexpr T ln_2 = T(single ? 0.693359375 : 0.693147180369123816490);
+  constexpr T ln_2_rest = T(single ? -2.12194440054690582e-4 : 1.90821492927058770002e-10);
+  x = x < lowest ? lowest : x;
+  x = x > highest ? highest : x;
+  const T shifted = x * log2_e + round, whole = shifted - round;
+  const T r = (x - whole * ln_2) - whole * ln_2_rest;  // exp(x) = 2^whole * exp(r), |r| <= ln(2) / 2
+  // 2^whole in two factors, each with an exponent in range: what underflows is rounded once, by the last product.
+  Word bits, zero;
+  std::memcpy(&bits, &shifted, sizeof(T));
+  std::memcpy(&zero, &round, sizeof(T));
+  const Word exponent = bits - zero + 2 * bias;
+  const Word factors[2] = {(exponent / 2) << mantissa, (exponent - exponent / 2) << mantissa};
+  T first, second;
+  std::memcpy(&first, &factors[0], sizeof(T));
+  std::memcpy(&second, &factors[1], sizeof(T));
+  return exponential_series<single ? 7 : 13>(r) * first * second;
+}
+
+// The largest value; NaN wins over everything, as in torch.amax.
+template <typename T>
+T largest_value(const T *v, int64_t n) {
+  const auto larger = [](T largest, T value) { return (value > largest) | (value != value) ? value : largest; };
+  T lane[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) lane[j] = -std::numeric_limits<T>::infinity();
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) lane[j] = larger(lane[j], v[i + j]);
+  T largest = -std::numeric_limits<T>::infinity();
+  for (int64_t i = whole; i < n; ++i) largest = larger(largest, v[i]);
+  for (int64_t j = 0; j < kLanes; ++j) largest = larger(largest, lane[j]);
+  return largest;
+}
+
 }  // namespace counterlens

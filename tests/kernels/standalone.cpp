@@ -1,4 +1,5 @@
 // The CPU kernels on buffers of exactly the size they need, for AddressSanitizer and UBSan; built without Python.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 #include "guided_update/cpu.h"
 #include "half.h"
 #include "perturb/cpu.h"
+#include "vector.h"
 
 using namespace counterlens;
 
@@ -141,6 +143,19 @@ void test_curve() {
   check(std::isnan(probability[1]) && std::isnan(insertion[0]) && !std::isnan(deletion[0]), "NaN stays in its curve");
 }
 
+template <typename T>
+void test_exponential(T lowest, T highest) {
+  const T inf = std::numeric_limits<T>::infinity(), epsilon = std::numeric_limits<T>::epsilon();
+  for (int i = 0; i <= 100000; ++i) {
+    const T x = lowest + (highest - lowest) * T(i) / T(100000), expected = std::exp(x);
+    const T unit = std::max(expected * epsilon, std::numeric_limits<T>::denorm_min());
+    check(std::fabs(exponential(x) - expected) <= 3 * unit, "exponential agrees with std::exp, subnormal results too");
+  }
+  check(exponential(T(0)) == 1 && exponential(-inf) == 0 && exponential(inf) == inf, "exponential at 0 and at infinity");
+  check(exponential(2 * lowest) == 0 && exponential(2 * highest) == inf, "exponential out of range");
+  check(std::isnan(exponential(std::numeric_limits<T>::quiet_NaN())), "exponential of NaN");
+}
+
 void test_half() {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     Half half;
@@ -166,6 +181,8 @@ int main() {
   test_soft<double>();
   test_curve<float>();
   test_curve<double>();
+  test_exponential<float>(-104, 88);
+  test_exponential<double>(-745, 709);
   test_half();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
