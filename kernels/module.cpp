@@ -75,7 +75,8 @@ void curve_scores(Address logits, Address targets, Address thresholds, Address p
 
 using Strides = std::array<int64_t, 4>;
 
-void perturb(Address image, int image_type, Strides image_stride, Address baseline, Strides baseline_stride, Address key,
+// False where the key holds NaN.
+bool perturb(Address image, int image_type, Strides image_stride, Address baseline, Strides baseline_stride, Address key,
              int key_type, std::array<int64_t, 3> key_stride, Address limits, Address mean, Address std, Address target,
              int out_type, Strides out_stride, bool above, bool below, int64_t n, int64_t k, int64_t c, int64_t h,
              int64_t w, int threads) {
@@ -98,7 +99,7 @@ void perturb(Address image, int image_type, Strides image_stride, Address baseli
                                     h,
                                     w};
   nb::gil_scoped_release release;
-  counterlens::perturb(p, threads);
+  return counterlens::perturb(p, threads);
 }
 
 template <typename T>
@@ -111,13 +112,13 @@ counterlens::SoftPerturbation<T> soft(Address image, Strides image_stride, Addre
 }
 
 template <typename T>
-void soft_perturb(Address image, Strides image_stride, Address baseline, Strides baseline_stride, Address saliency,
+bool soft_perturb(Address image, Strides image_stride, Address baseline, Strides baseline_stride, Address saliency,
                   Address thresholds, Address mean, Address std, double temperature, int64_t n, int64_t k, int64_t c,
                   int64_t h, int64_t w, Address target, int threads) {
   const auto p = soft<T>(image, image_stride, baseline, baseline_stride, saliency, thresholds, mean, std, temperature,
                          n, k, c, h, w);
   nb::gil_scoped_release release;
-  counterlens::soft_perturb<T>(p, out<T>(target), threads);
+  return counterlens::soft_perturb<T>(p, out<T>(target), threads);
 }
 
 template <typename T>

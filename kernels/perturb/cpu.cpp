@@ -29,6 +29,16 @@ void for_runs(int64_t stride_h, int64_t stride_w, int64_t w, int64_t first, int6
   }
 }
 
+template <typename T>
+bool any_nan(const T *v, int64_t stride, int64_t n) {
+  uint32_t found = 0;
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i) found |= v[i] != v[i];
+  else
+    for (int64_t i = 0; i < n; ++i) found |= v[i * stride] != v[i * stride];
+  return found != 0;
+}
+
 // Read n values `stride` apart, normalise and round them: the arithmetic of one input plane, done once.
 template <typename In, typename Out>
 void load_run(const void *data, int64_t offset, int64_t stride, int64_t n, const double *mean, const double *std,
@@ -169,13 +179,22 @@ void perturb_words(const Perturbation &p, int threads) {
 }
 
 template <typename Key>
-void perturb_keys(const Perturbation &p, int threads) {
+bool perturb_keys(const Perturbation &p, int threads) {
+  bool nan = false;
+  for (int64_t sample = 0; sample < p.n; ++sample) {
+    const Key *keys = static_cast<const Key *>(p.key.data) + sample * p.key.stride[0];
+    for_runs(p.key.stride[1], p.key.stride[2], p.w, 0, p.h * p.w, [&](int64_t offset, int64_t run, int64_t) {
+      nan |= any_nan(keys + offset, p.key.stride[2], run);
+    });
+  }
+  if (nan) return false;
   switch (p.out_type) {
     case Scalar::f16:
-    case Scalar::bf16: return perturb_words<Key, uint16_t>(p, threads);
-    case Scalar::f32: return perturb_words<Key, uint32_t>(p, threads);
-    default: return perturb_words<Key, uint64_t>(p, threads);
+    case Scalar::bf16: perturb_words<Key, uint16_t>(p, threads); break;
+    case Scalar::f32: perturb_words<Key, uint32_t>(p, threads); break;
+    default: perturb_words<Key, uint64_t>(p, threads);
   }
+  return true;
 }
 
 // One tile of the soft version: normalised inputs of all channels, and the mask of one threshold at a time.
@@ -230,7 +249,7 @@ void for_soft_tiles(const SoftPerturbation<T> &p, int threads, const Visit &visi
 
 }  // namespace
 
-void perturb(const Perturbation &p, int threads) {
+bool perturb(const Perturbation &p, int threads) {
   switch (p.key.type) {
     case Scalar::i32: return perturb_keys<int32_t>(p, threads);
     case Scalar::f32: return perturb_keys<float>(p, threads);
@@ -239,8 +258,9 @@ void perturb(const Perturbation &p, int threads) {
 }
 
 template <typename T>
-void soft_perturb(const SoftPerturbation<T> &p, T *out, int threads) {
+bool soft_perturb(const SoftPerturbation<T> &p, T *out, int threads) {
   const int64_t plane = p.h * p.w;
+  if (any_nan(p.saliency, 1, p.n * plane)) return false;
   for_soft_tiles(p, threads, [=, &p](SoftTile<T> &tile, int64_t sample, int64_t first, int64_t n) {
     for (int64_t k = 0; k < p.k; ++k) {
       tile.make_mask(sample, k, first, n);
@@ -255,6 +275,7 @@ void soft_perturb(const SoftPerturbation<T> &p, T *out, int threads) {
       }
     }
   });
+  return true;
 }
 
 template <typename T>
@@ -282,8 +303,8 @@ void soft_perturb_backward(const SoftPerturbation<T> &p, const T *grad, T *grad_
   });
 }
 
-template void soft_perturb<float>(const SoftPerturbation<float> &, float *, int);
-template void soft_perturb<double>(const SoftPerturbation<double> &, double *, int);
+template bool soft_perturb<float>(const SoftPerturbation<float> &, float *, int);
+template bool soft_perturb<double>(const SoftPerturbation<double> &, double *, int);
 template void soft_perturb_backward<float>(const SoftPerturbation<float> &, const float *, float *, float *, int);
 template void soft_perturb_backward<double>(const SoftPerturbation<double> &, const double *, double *, double *, int);
 
