@@ -34,14 +34,35 @@ void consensus(Address score, Address reference, Address cos_limit, Address tan_
                                    static_cast<counterlens::FilterMode>(mode), threads);
 }
 
+// Latents and outputs by address. Scalars in the order of GuidedUpdate: an address with a step, or 0 and a number.
 template <typename T>
-void guided_update(Address z, Address eps_uncond, Address eps_cond, Address grad_class, Address grad_distance,
-                   Address scalars, Address z_prev, Address z0, Address kept_fraction, int64_t b, int64_t c, int64_t h,
+void guided_update(std::array<Address, 5> latents, std::array<Address, 7> columns, std::array<int64_t, 7> steps,
+                   std::array<double, 7> numbers, std::array<Address, 3> results, int64_t b, int64_t c, int64_t h,
                    int64_t w, int64_t chunk, int mode, int threads) {
+  const auto column = [&](int i) { return counterlens::Column<T>{in<T>(columns[i]), steps[i], T(numbers[i])}; };
+  const counterlens::GuidedUpdate<T> p{in<T>(latents[0]),
+                                       in<T>(latents[1]),
+                                       in<T>(latents[2]),
+                                       in<T>(latents[3]),
+                                       in<T>(latents[4]),
+                                       column(0),
+                                       column(1),
+                                       column(2),
+                                       column(3),
+                                       column(4),
+                                       column(5),
+                                       column(6),
+                                       out<T>(results[0]),
+                                       out<T>(results[1]),
+                                       out<T>(results[2]),
+                                       b,
+                                       c,
+                                       h,
+                                       w,
+                                       chunk,
+                                       static_cast<counterlens::FilterMode>(mode)};
   nb::gil_scoped_release release;
-  counterlens::guided_update<T>(in<T>(z), in<T>(eps_uncond), in<T>(eps_cond), in<T>(grad_class), in<T>(grad_distance),
-                                in<T>(scalars), out<T>(z_prev), out<T>(z0), out<T>(kept_fraction), b, c, h, w, chunk,
-                                static_cast<counterlens::FilterMode>(mode), threads);
+  counterlens::guided_update<T>(p, threads);
 }
 
 template <typename T>
@@ -54,7 +75,8 @@ void curve_scores(Address logits, Address targets, Address thresholds, Address p
 
 using Strides = std::array<int64_t, 4>;
 
-void perturb(Address image, int image_type, Strides image_stride, Address baseline, Strides baseline_stride, Address key,
+// False where the key holds NaN.
+bool perturb(Address image, int image_type, Strides image_stride, Address baseline, Strides baseline_stride, Address key,
              int key_type, std::array<int64_t, 3> key_stride, Address limits, Address mean, Address std, Address target,
              int out_type, Strides out_stride, bool above, bool below, int64_t n, int64_t k, int64_t c, int64_t h,
              int64_t w, int threads) {
@@ -77,7 +99,7 @@ void perturb(Address image, int image_type, Strides image_stride, Address baseli
                                     h,
                                     w};
   nb::gil_scoped_release release;
-  counterlens::perturb(p, threads);
+  return counterlens::perturb(p, threads);
 }
 
 template <typename T>
@@ -90,13 +112,13 @@ counterlens::SoftPerturbation<T> soft(Address image, Strides image_stride, Addre
 }
 
 template <typename T>
-void soft_perturb(Address image, Strides image_stride, Address baseline, Strides baseline_stride, Address saliency,
+bool soft_perturb(Address image, Strides image_stride, Address baseline, Strides baseline_stride, Address saliency,
                   Address thresholds, Address mean, Address std, double temperature, int64_t n, int64_t k, int64_t c,
                   int64_t h, int64_t w, Address target, int threads) {
   const auto p = soft<T>(image, image_stride, baseline, baseline_stride, saliency, thresholds, mean, std, temperature,
                          n, k, c, h, w);
   nb::gil_scoped_release release;
-  counterlens::soft_perturb<T>(p, out<T>(target), threads);
+  return counterlens::soft_perturb<T>(p, out<T>(target), threads);
 }
 
 template <typename T>

@@ -19,27 +19,69 @@ inline bool outside(T cosine, T cos_limit) {
   return (cosine < cos_limit) | (cosine <= T(-1));
 }
 
-// Filter p <= kBlock vectors of d components; component k of vector j lies at v[k * stride + j].
+// What the angles of a block need: per vector the powers of two that bring it near 1, and the products at that scale.
 template <typename T>
-void filter_block(const T *s, const T *r, int64_t stride, int64_t d, int64_t p, T cos_limit, T tan_limit, bool project,
-                  T *out, uint8_t *kept) {
-  T s_scale[kBlock] = {}, r_scale[kBlock] = {}, ss[kBlock] = {}, rr[kBlock] = {}, sr[kBlock] = {}, cosine[kBlock];
-  for (int64_t k = 0; k < d; ++k)
+struct Products {
+  T s_scale[kBlock], r_scale[kBlock], ss[kBlock], rr[kBlock], sr[kBlock];
+};
+
+// The products of p vectors of D components. With so few, everything but the input stays in registers.
+template <int D, typename T>
+void multiply_few(const T *s, const T *r, int64_t stride, int64_t p, Products<T> &__restrict out) {
+  for (int64_t j = 0; j < p; ++j) {
+    BitsOf<T> s_largest = 0, r_largest = 0;
+    for (int k = 0; k < D; ++k) {
+      s_largest = std::max(s_largest, magnitude_bits(s[k * stride + j]));
+      r_largest = std::max(r_largest, magnitude_bits(r[k * stride + j]));
+    }
+    const T s_scale = power_scale<T>(s_largest), r_scale = power_scale<T>(r_largest);
+    T ss = 0, rr = 0, sr = 0;
+    for (int k = 0; k < D; ++k) {
+      const T a = s[k * stride + j] * s_scale, b = r[k * stride + j] * r_scale;
+      ss += a * a;
+      rr += b * b;
+      sr += a * b;
+    }
+    out.s_scale[j] = s_scale;
+    out.r_scale[j] = r_scale;
+    out.ss[j] = ss;
+    out.rr[j] = rr;
+    out.sr[j] = sr;
+  }
+}
+
+// The same for any number d of components, component by component.
+template <typename T>
+void multiply_many(const T *s, const T *r, int64_t stride, int64_t d, int64_t p, Products<T> &__restrict out) {
+  BitsOf<T> s_largest[kBlock], r_largest[kBlock];
+  for (int64_t j = 0; j < p; ++j) s_largest[j] = magnitude_bits(s[j]);
+  for (int64_t j = 0; j < p; ++j) r_largest[j] = magnitude_bits(r[j]);
+  for (int64_t k = 1; k < d; ++k)
     for (int64_t j = 0; j < p; ++j) {
-      s_scale[j] = larger(s_scale[j], s[k * stride + j]);
-      r_scale[j] = larger(r_scale[j], r[k * stride + j]);
+      s_largest[j] = std::max(s_largest[j], magnitude_bits(s[k * stride + j]));
+      r_largest[j] = std::max(r_largest[j], magnitude_bits(r[k * stride + j]));
     }
   for (int64_t j = 0; j < p; ++j) {
-    s_scale[j] = power_scale(s_scale[j]);
-    r_scale[j] = power_scale(r_scale[j]);
+    out.s_scale[j] = power_scale<T>(s_largest[j]);
+    out.r_scale[j] = power_scale<T>(r_largest[j]);
   }
   for (int64_t k = 0; k < d; ++k)
     for (int64_t j = 0; j < p; ++j) {
-      const T a = s[k * stride + j] * s_scale[j], b = r[k * stride + j] * r_scale[j];
-      ss[j] += a * a;
-      rr[j] += b * b;
-      sr[j] += a * b;
+      const T a = s[k * stride + j] * out.s_scale[j], b = r[k * stride + j] * out.r_scale[j];
+      out.ss[j] = (k ? out.ss[j] : T(0)) + a * a;
+      out.rr[j] = (k ? out.rr[j] : T(0)) + b * b;
+      out.sr[j] = (k ? out.sr[j] : T(0)) + a * b;
     }
+}
+
+// Filter p <= kBlock vectors of d components; component k of vector j lies at v[k * stride + j].
+template <typename T>
+void filter_block(const T *s, const T *r, int64_t stride, int64_t d, int64_t p, T cos_limit, T tan_limit, bool project,
+                  T *__restrict out, uint8_t *__restrict kept) {
+  Products<T> products;
+  d == 4 ? multiply_few<4>(s, r, stride, p, products) : multiply_many(s, r, stride, d, p, products);
+  auto &[s_scale, r_scale, ss, rr, sr] = products;
+  T cosine[kBlock];
   for (int64_t j = 0; j < p; ++j) cosine[j] = sr[j] / std::sqrt(ss[j] * rr[j]);
   for (int64_t j = 0; j < p; ++j) kept[j] = uint8_t(!outside(cosine[j], cos_limit));
   if (!project) {
@@ -75,12 +117,13 @@ void filter_block(const T *s, const T *r, int64_t stride, int64_t d, int64_t p, 
 
 // The whole sample as one vector of n components, at unit norm; returns whether its angle was within the limit.
 template <typename T>
-bool filter_whole(const T *score, const T *reference, T cos_limit, T tan_limit, T *s, int64_t n,
+bool filter_whole(const T *score, const T *reference, T cos_limit, T tan_limit, T *__restrict s, int64_t n,
                   std::vector<T> &scratch) {
   scratch.resize(n);
-  T *r = scratch.data();
-  const T s_scale = power_scale(largest_magnitude(score, n)), r_scale = power_scale(largest_magnitude(reference, n));
-  const T norm = scaled_norm(score, n, s_scale), divisor = norm == 0 ? T(1) : norm;
+  T *__restrict r = scratch.data();
+  const T s_scale = power_scale<T>(largest_magnitude(score, n));
+  const T r_scale = power_scale<T>(largest_magnitude(reference, n));
+  const T norm = root(scaled_squares(score, n, s_scale)), divisor = norm == 0 ? T(1) : norm;
   for (int64_t i = 0; i < n; ++i) s[i] = score[i] * s_scale / divisor;
   for (int64_t i = 0; i < n; ++i) r[i] = reference[i] * r_scale;
   const T ss = dot(s, s, n), rr = dot(r, r, n), cosine = dot(s, r, n) / std::sqrt(ss * rr);
@@ -112,7 +155,7 @@ void filter_sample(const T *score, const T *reference, T cos_limit, T tan_limit,
   const int64_t plane = h * w, rows = h / chunk, columns = w / chunk, d = c * chunk * chunk;
   const bool project = mode == FilterMode::project;
   if (mode == FilterMode::off) {
-    if (filtered != score) std::copy(score, score + c * plane, filtered);
+    std::copy(score, score + c * plane, filtered);
     std::fill(kept, kept + rows * columns, uint8_t(1));
   } else if (mode == FilterMode::global) {
     const bool within = filter_whole(score, reference, cos_limit, tan_limit, filtered, c * plane, scratch);

@@ -1,9 +1,8 @@
 // Scores of perturbation curves on the CPU. Follows reference.py; see README.md for the edge cases.
 #include "curve/cpu.h"
 
-#include <cmath>
-
 #include "parallel.h"
+#include "vector.h"
 
 namespace counterlens {
 namespace {
@@ -11,11 +10,9 @@ namespace {
 // Softmax at the target. Infinite logits share the probability; NaN stays.
 template <typename T>
 T target_probability(const T *logits, int64_t classes, int64_t target) {
-  T largest = logits[0];
-  for (int64_t i = 1; i < classes; ++i) largest = (logits[i] > largest) | (logits[i] != logits[i]) ? logits[i] : largest;
-  const auto weight = [=](T x) { return x == largest ? T(1) : std::exp(x - largest); };
-  T total = 0;
-  for (int64_t i = 0; i < classes; ++i) total += weight(logits[i]);
+  const T largest = largest_value(logits, classes);
+  const auto weight = [=](T x) { return x == largest ? T(1) : exponential(x - largest); };
+  const T total = lane_sum<T>(classes, [=](int64_t i) { return weight(logits[i]); });
   return weight(logits[target]) / total;
 }
 

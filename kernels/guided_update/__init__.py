@@ -14,6 +14,7 @@ from . import reference as _reference
 
 __all__ = ["guided_update", "not_supported_reasons"]
 
+LATENTS = ("eps_uncond", "eps_cond", "grad_class", "grad_distance")  # beside z
 SCALARS = ("alphas_cumprod_t", "alphas_cumprod_prev", "guidance_scale", "class_scale", "distance_scale")
 
 
@@ -60,20 +61,25 @@ def _update(
         from . import triton as _triton
 
         return _triton.guided_update(*latents, tensors, numbers, mode, chunk)
-    compute = compute_dtype(z.dtype)
-    b, c, h, w = z.shape
-    inputs = [x.to(compute).contiguous() for x in latents]
-    scalars = torch.tensor([[number] * b for number in numbers], dtype=compute)  # [7, B]
-    for i, tensor in enumerate(tensors):
-        if tensor is not None:
-            scalars[i] = tensor
-    z_prev, z0 = torch.empty((b, c, h, w), dtype=compute), torch.empty((b, c, h, w), dtype=compute)
+    double = z.dtype == torch.float64
+    compute = torch.float64 if double else torch.float32
+    b, c, h, w = shape = z.shape
+    # A `to` that does nothing still costs a microsecond.
+    inputs = [(x if x.dtype == compute else x.to(compute)).contiguous() for x in latents]
+    columns = [None if tensor is None else tensor.to(z.device, compute) for tensor in tensors]
+    z_prev, z0 = torch.empty(shape, dtype=compute), torch.empty(shape, dtype=compute)
     kept_fraction = torch.empty(b, dtype=compute)
-    function = cpu_module().guided_update_f64 if compute == torch.float64 else cpu_module().guided_update_f32
+    function = cpu_module().guided_update_f64 if double else cpu_module().guided_update_f32
     function(
-        *[x.data_ptr() for x in inputs], scalars.data_ptr(), z_prev.data_ptr(), z0.data_ptr(),
-        kept_fraction.data_ptr(), b, c, h, w, chunk, MODES.index(mode), torch.get_num_threads(),
+        [x.data_ptr() for x in inputs],
+        [0 if x is None else x.data_ptr() for x in columns],
+        [0 if x is None or x.ndim == 0 else x.stride(0) for x in columns],
+        numbers,
+        (z_prev.data_ptr(), z0.data_ptr(), kept_fraction.data_ptr()),
+        b, c, h, w, chunk, MODES.index(mode), torch.get_num_threads(),
     )  # fmt: skip
+    if z.dtype == compute:
+        return z_prev, z0, kept_fraction
     return z_prev.to(z.dtype), z0.to(z.dtype), kept_fraction
 
 
@@ -103,15 +109,17 @@ define_op(
 
 def _scalar(name: str, value: float | Tensor, batch: int) -> tuple[Tensor | None, float]:
     """One of SCALARS, checked: (its tensor, 0) or (None, its number)."""
+    checked = name.startswith("alphas")
     if not isinstance(value, Tensor):
-        tensor, number, values = None, float(value), [float(value)]
+        tensor, number = None, float(value)
+        values = [number] if checked else []
     else:
         if value.ndim > 0 and value.shape != (batch,):
             raise ValueError(f"{name}: expected a number or [{batch}], got {list(value.shape)}")
         tensor, number = value, 0.0
-        readable = name.startswith("alphas") and not value.is_cuda and values_readable(value)
-        values = value.reshape(-1).tolist() if readable else []
-    if name.startswith("alphas") and any(not 0 < v <= 1 for v in values):
+        readable = checked and not value.is_cuda and values_readable(value)
+        values = (value.tolist() if value.ndim else [value.item()]) if readable else []
+    if any(not 0 < v <= 1 for v in values):
         raise ValueError(f"{name}: expected values in (0, 1], got {values}")
     return tensor, number
 
@@ -164,27 +172,23 @@ def guided_update(
         raise ValueError(f"z: expected [B, C, H, W], got {list(z.shape)}")
     if z.dtype not in FLOATING:
         raise TypeError(f"z: expected a floating dtype, got {z.dtype}")
-    others = {
-        "eps_uncond": eps_uncond,
-        "eps_cond": eps_cond,
-        "grad_class": grad_class,
-        "grad_distance": grad_distance,
-    }
-    for name, x in others.items():
-        if x.shape != z.shape:
-            raise ValueError(f"{name}: expected z's shape {list(z.shape)}, got {list(x.shape)}")
-        if x.dtype != z.dtype:
-            raise TypeError(f"{name}: expected z's dtype {z.dtype}, got {x.dtype}")
-        if x.device != z.device:
-            raise ValueError(f"{name}: expected z's device {z.device}, got {x.device}")
-    b, _, h, w = z.shape
+    shape, dtype, device = z.shape, z.dtype, z.device
+    others = (eps_uncond, eps_cond, grad_class, grad_distance)
+    for name, x in zip(LATENTS, others, strict=True):
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected z's shape {list(shape)}, got {list(x.shape)}")
+        if x.dtype != dtype:
+            raise TypeError(f"{name}: expected z's dtype {dtype}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected z's device {device}, got {x.device}")
+    b, _, h, w = shape
     check_chunk(chunk, h, w)
     scalars = (alphas_cumprod_t, alphas_cumprod_prev, guidance_scale, class_scale, distance_scale)
     pairs = [_scalar(name, value, b) for name, value in zip(SCALARS, scalars, strict=True)]
     tensors, numbers = [tensor for tensor, _ in pairs], [number for _, number in pairs]
-    compute = compute_dtype(z.dtype)
+    compute = compute_dtype(dtype)
     if isinstance(angle_deg, Tensor):
-        tensors += angle_limits(angle_deg, b, compute, z.device, mode)
+        tensors += angle_limits(angle_deg, b, compute, device, mode)
         numbers += (0.0, 0.0)
     else:
         tensors += (None, None)
@@ -193,16 +197,16 @@ def guided_update(
         "guided_update",
         backend,
         z,
-        lambda name: not_supported_reasons(name, z, *others.values(), *[t for t in tensors if t is not None]),
+        lambda name: not_supported_reasons(name, z, *others, *[t for t in tensors if t is not None]),
     )
     if z.numel() == 0:
         return torch.empty_like(z), torch.empty_like(z), z.new_ones(b, dtype=compute)
     if chosen == "reference":
-        arguments: list[Any] = [x.to(compute) for x in (z, *others.values())]
+        arguments: list[Any] = [x.to(compute) for x in (z, *others)]
         arguments += _columns(tensors, numbers, b, compute, z.device)
         z_prev, z0, kept_fraction = _reference.guided_update(*arguments, mode, chunk)  # type: ignore[call-arg]
         return z_prev.to(z.dtype), z0.to(z.dtype), kept_fraction
-    z_prev, z0, kept_fraction = torch.ops.counterlens.guided_update(
-        z, *others.values(), tensors, numbers, mode, chunk, chosen
+    z_prev, z0, kept_fraction = torch.ops.counterlens.guided_update.default(
+        z, *others, tensors, numbers, mode, chunk, chosen
     )
     return z_prev, z0, kept_fraction

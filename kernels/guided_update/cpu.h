@@ -1,15 +1,31 @@
 #pragma once
+#include <array>
 #include <cstdint>
 
 #include "consensus/filter.h"
 
 namespace counterlens {
 
-// z, eps_uncond, eps_cond, grad_class, grad_distance, z_prev, z0: [b, c, h, w]; kept_fraction: [b].
-// scalars: [7, b]: alphas_cumprod_t, alphas_cumprod_prev, guidance, class and distance scale, cos and tan of the limit.
+// One scalar per sample: at data + i * step, or the same number for all where data is null.
 template <typename T>
-void guided_update(const T *z, const T *eps_uncond, const T *eps_cond, const T *grad_class, const T *grad_distance,
-                   const T *scalars, T *z_prev, T *z0, T *kept_fraction, int64_t b, int64_t c, int64_t h, int64_t w,
-                   int64_t chunk, FilterMode mode, int threads);
+struct Column {
+  const T *data;
+  int64_t step;
+  T number;
+  T operator[](int64_t i) const { return data ? data[i * step] : number; }
+};
+
+// z, eps_uncond, eps_cond, grad_class, grad_distance, z_prev, z0: [b, c, h, w]; kept_fraction: [b].
+template <typename T>
+struct GuidedUpdate {
+  const T *z, *eps_uncond, *eps_cond, *grad_class, *grad_distance;
+  Column<T> abar, abar_prev, guidance, class_scale, distance_scale, cos_limit, tan_limit;
+  T *z_prev, *z0, *kept_fraction;
+  int64_t b, c, h, w, chunk;
+  FilterMode mode;
+};
+
+template <typename T>
+void guided_update(const GuidedUpdate<T> &p, int threads);
 
 }  // namespace counterlens

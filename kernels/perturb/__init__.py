@@ -100,10 +100,15 @@ def _planes(name: str, x: Tensor, image: Tensor | None) -> Tensor:
     return planes
 
 
+def _nan_error(saliency: Tensor) -> ValueError:
+    return ValueError(f"saliency: expected no NaN, got some in {list(saliency.shape)}")
+
+
 def _refuse_nan(saliency: Tensor) -> None:
+    # C++ looks for itself: torch's threads spin for a while after their work, and would be in its threads' way.
     # amin passes NaN on, and needs no buffer of the map's size.
     if saliency.numel() and values_readable(saliency) and bool(saliency.detach().amin().isnan()):
-        raise ValueError(f"saliency: expected no NaN, got some in {list(saliency.shape)}")
+        raise _nan_error(saliency)
 
 
 def _check_image(image: Tensor) -> None:
@@ -175,7 +180,8 @@ def _perturb(
         key.stride(), limits, means, stds, out, SCALAR_CODES[out.dtype], out.stride()[:4], above, below, n,
         limits.shape[1], c, h, w, torch.get_num_threads(),
     ]  # fmt: skip
-    cpu_module().perturb(*_addresses(arguments))
+    if not cpu_module().perturb(*_addresses(arguments)):
+        raise _nan_error(key)
     return None
 
 
@@ -285,7 +291,8 @@ def perturb(
         _check_out(out, shape, dtype, image)
     others = [hidden, planes] if out is None else [hidden, planes, out]
     chosen = choose_backend("perturb", backend, image, lambda name: not_supported_reasons(name, image, *others))
-    _refuse_nan(planes)
+    if chosen != "cpp" or order == "rank":
+        _refuse_nan(planes)
     key, limits = _key_and_limits(planes, levels, order, rank, seed, image)
     if chosen == "reference":
         compute = compute_dtype(image.dtype)
@@ -350,7 +357,8 @@ def _soft_perturb(
     out = torch.empty((n, 2, thresholds.shape[1], c, h, w), dtype=image.dtype)
     function = cpu_module().soft_perturb_f64 if image.dtype == torch.float64 else cpu_module().soft_perturb_f32
     arguments = [*_soft_arguments(image, baseline, saliency, thresholds, temperature, mean, std), out]
-    function(*_addresses(arguments), torch.get_num_threads())
+    if not function(*_addresses(arguments), torch.get_num_threads()):
+        raise _nan_error(saliency)
     return out
 
 
@@ -465,7 +473,8 @@ def soft_perturb(
     chosen = choose_backend(
         "soft_perturb", backend, image, lambda name: soft_not_supported_reasons(name, image, planes, hidden)
     )
-    _refuse_nan(planes)
+    if chosen != "cpp":
+        _refuse_nan(planes)
     compute = torch.promote_types(compute_dtype(image.dtype), compute_dtype(saliency.dtype))
     levels = levels.to(compute).contiguous()
     if chosen == "reference" or image.numel() == 0:

@@ -2,7 +2,6 @@
 #include "perturb/cpu.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -11,11 +10,12 @@
 
 #include "half.h"
 #include "parallel.h"
+#include "vector.h"
 
 namespace counterlens {
 namespace {
 
-constexpr int64_t kTileBytes = int64_t(32) << 10;   // what a tile's inputs may take: they stay in the first-level cache
+constexpr int64_t kTileBytes = int64_t(16) << 10;   // what a tile's inputs may take: they stay in the first-level cache
 constexpr int64_t kStreamBytes = int64_t(16) << 20;  // output beyond this will not be read from a cache: write past it
 
 // Visit n pixels from `first` on, a run of neighbours at a time: visit(offset, run length, pixels before it).
@@ -27,6 +27,16 @@ void for_runs(int64_t stride_h, int64_t stride_w, int64_t w, int64_t first, int6
     visit(y * stride_h + x * stride_w, run, done);
     done += run;
   }
+}
+
+template <typename T>
+bool any_nan(const T *v, int64_t stride, int64_t n) {
+  uint32_t found = 0;
+  if (stride == 1)
+    for (int64_t i = 0; i < n; ++i) found |= v[i] != v[i];
+  else
+    for (int64_t i = 0; i < n; ++i) found |= v[i * stride] != v[i * stride];
+  return found != 0;
 }
 
 // Read n values `stride` apart, normalise and round them: the arithmetic of one input plane, done once.
@@ -71,19 +81,33 @@ void blend(const uint8_t *base, const uint8_t *difference, const uint8_t *mask, 
   for (int64_t i = 0; i < bytes; ++i) out[i] = base[i] ^ (difference[i] & mask[i]);
 }
 
-// The same past the caches: a plain store would first read the line that it overwrites.
+#if defined(__AVX2__)
+using Vector = __m256i;
+inline Vector load(const uint8_t *at) { return _mm256_loadu_si256(reinterpret_cast<const Vector *>(at)); }
+inline void stream(uint8_t *to, Vector v) { _mm256_stream_si256(reinterpret_cast<Vector *>(to), v); }
+inline Vector mixed(Vector base, Vector difference, Vector mask) {
+  return _mm256_xor_si256(base, _mm256_and_si256(difference, mask));
+}
+#elif defined(__SSE2__)
+using Vector = __m128i;
+inline Vector load(const uint8_t *at) { return _mm_loadu_si128(reinterpret_cast<const Vector *>(at)); }
+inline void stream(uint8_t *to, Vector v) { _mm_stream_si128(reinterpret_cast<Vector *>(to), v); }
+inline Vector mixed(Vector base, Vector difference, Vector mask) {
+  return _mm_xor_si128(base, _mm_and_si128(difference, mask));
+}
+#endif
+
+// The same past the caches, a whole line at a time: a plain store would first read the line that it overwrites.
 void blend_streaming(const uint8_t *base, const uint8_t *difference, const uint8_t *mask, uint8_t *out,
                      int64_t bytes) {
 #if defined(__SSE2__)
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(out) % 16);
+  constexpr int64_t line = 64;
+  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<uintptr_t>(out) % line);
   blend(base, difference, mask, out, head);
   int64_t i = head;
-  for (; i + 16 <= bytes; i += 16) {
-    const __m128i d = _mm_loadu_si128(reinterpret_cast<const __m128i *>(difference + i));
-    const __m128i m = _mm_loadu_si128(reinterpret_cast<const __m128i *>(mask + i));
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i *>(base + i));
-    _mm_stream_si128(reinterpret_cast<__m128i *>(out + i), _mm_xor_si128(b, _mm_and_si128(d, m)));
-  }
+  for (; i + line <= bytes; i += line)
+    for (int64_t j = i; j < i + line; j += int64_t(sizeof(Vector)))
+      stream(out + j, mixed(load(base + j), load(difference + j), load(mask + j)));
   blend(base + i, difference + i, mask + i, out + i, bytes - i);
 #else
   blend(base, difference, mask, out, bytes);
@@ -155,13 +179,22 @@ void perturb_words(const Perturbation &p, int threads) {
 }
 
 template <typename Key>
-void perturb_keys(const Perturbation &p, int threads) {
+bool perturb_keys(const Perturbation &p, int threads) {
+  bool nan = false;
+  for (int64_t sample = 0; sample < p.n; ++sample) {
+    const Key *keys = static_cast<const Key *>(p.key.data) + sample * p.key.stride[0];
+    for_runs(p.key.stride[1], p.key.stride[2], p.w, 0, p.h * p.w, [&](int64_t offset, int64_t run, int64_t) {
+      nan |= any_nan(keys + offset, p.key.stride[2], run);
+    });
+  }
+  if (nan) return false;
   switch (p.out_type) {
     case Scalar::f16:
-    case Scalar::bf16: return perturb_words<Key, uint16_t>(p, threads);
-    case Scalar::f32: return perturb_words<Key, uint32_t>(p, threads);
-    default: return perturb_words<Key, uint64_t>(p, threads);
+    case Scalar::bf16: perturb_words<Key, uint16_t>(p, threads); break;
+    case Scalar::f32: perturb_words<Key, uint32_t>(p, threads); break;
+    default: perturb_words<Key, uint64_t>(p, threads);
   }
+  return true;
 }
 
 // One tile of the soft version: normalised inputs of all channels, and the mask of one threshold at a time.
@@ -193,7 +226,9 @@ struct SoftTile {
   void make_mask(int64_t sample, int64_t k, int64_t first, int64_t n) {
     const T threshold = p.thresholds[sample * p.k + k];
     const T *saliency = p.saliency + sample * p.h * p.w + first;
-    for (int64_t i = 0; i < n; ++i) mask[i] = T(1) / (T(1) + std::exp((threshold - saliency[i]) / p.temperature));
+    const T temperature = p.temperature;
+    T *__restrict to = mask;
+    for (int64_t i = 0; i < n; ++i) to[i] = T(1) / (T(1) + exponential((threshold - saliency[i]) / temperature));
   }
 };
 
@@ -214,7 +249,7 @@ void for_soft_tiles(const SoftPerturbation<T> &p, int threads, const Visit &visi
 
 }  // namespace
 
-void perturb(const Perturbation &p, int threads) {
+bool perturb(const Perturbation &p, int threads) {
   switch (p.key.type) {
     case Scalar::i32: return perturb_keys<int32_t>(p, threads);
     case Scalar::f32: return perturb_keys<float>(p, threads);
@@ -223,8 +258,9 @@ void perturb(const Perturbation &p, int threads) {
 }
 
 template <typename T>
-void soft_perturb(const SoftPerturbation<T> &p, T *out, int threads) {
+bool soft_perturb(const SoftPerturbation<T> &p, T *out, int threads) {
   const int64_t plane = p.h * p.w;
+  if (any_nan(p.saliency, 1, p.n * plane)) return false;
   for_soft_tiles(p, threads, [=, &p](SoftTile<T> &tile, int64_t sample, int64_t first, int64_t n) {
     for (int64_t k = 0; k < p.k; ++k) {
       tile.make_mask(sample, k, first, n);
@@ -239,6 +275,7 @@ void soft_perturb(const SoftPerturbation<T> &p, T *out, int threads) {
       }
     }
   });
+  return true;
 }
 
 template <typename T>
@@ -266,8 +303,8 @@ void soft_perturb_backward(const SoftPerturbation<T> &p, const T *grad, T *grad_
   });
 }
 
-template void soft_perturb<float>(const SoftPerturbation<float> &, float *, int);
-template void soft_perturb<double>(const SoftPerturbation<double> &, double *, int);
+template bool soft_perturb<float>(const SoftPerturbation<float> &, float *, int);
+template bool soft_perturb<double>(const SoftPerturbation<double> &, double *, int);
 template void soft_perturb_backward<float>(const SoftPerturbation<float> &, const float *, float *, float *, int);
 template void soft_perturb_backward<double>(const SoftPerturbation<double> &, const double *, double *, double *, int);
 

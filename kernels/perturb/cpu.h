@@ -26,7 +26,8 @@ struct Perturbation {
   int64_t n, k, c, h, w;
 };
 
-void perturb(const Perturbation &p, int threads);
+// False, and nothing written, where the key holds NaN.
+bool perturb(const Perturbation &p, int threads);
 
 // image, baseline: [n, c, h, w] with strides; saliency [n, h, w], thresholds [n, k], mean, std [c] (or null), all of T
 // and contiguous; out, grad: [n, 2, k, c, h, w], contiguous.
@@ -40,8 +41,9 @@ struct SoftPerturbation {
   int64_t n, k, c, h, w;
 };
 
+// False, and nothing written, where the saliency holds NaN.
 template <typename T>
-void soft_perturb(const SoftPerturbation<T> &p, T *out, int threads);
+bool soft_perturb(const SoftPerturbation<T> &p, T *out, int threads);
 
 // grad_saliency: [n, h, w]; grad_image: [n, c, h, w], or null where it is not asked for.
 template <typename T>

@@ -1,4 +1,5 @@
 // The CPU kernels on buffers of exactly the size they need, for AddressSanitizer and UBSan; built without Python.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 #include "guided_update/cpu.h"
 #include "half.h"
 #include "perturb/cpu.h"
+#include "vector.h"
 
 using namespace counterlens;
 
@@ -68,9 +70,10 @@ void test_filter_and_update() {
             const int64_t sample = i / (c * h * w), pixel = i % (h * w);
             check(filtered[i] == (kept[sample * h * w + pixel] ? score[i] : T(0)), "zero keeps or removes");
           }
-        const Buffer<T> scalars(7 * b, T(0.5));
-        guided_update(z.get(), uncond.get(), reference.get(), score.get(), distance.get(), scalars.get(), z_prev.get(),
-                      z0.get(), fraction.get(), b, c, h, w, chunk, FilterMode(mode), 3);
+        const Column<T> each{cos.get(), 1, T(0)}, shared{nullptr, 0, T(0.5)};
+        guided_update<T>({z.get(), uncond.get(), reference.get(), score.get(), distance.get(), each, shared, each, shared,
+                          each, shared, each, z_prev.get(), z0.get(), fraction.get(), b, c, h, w, chunk,
+                          FilterMode(mode)}, 3);
         for (int64_t i = 0; i < n; ++i) check(std::isfinite(z_prev[i]) && std::isfinite(z0[i]), "the update is finite");
       }
 }
@@ -140,6 +143,19 @@ void test_curve() {
   check(std::isnan(probability[1]) && std::isnan(insertion[0]) && !std::isnan(deletion[0]), "NaN stays in its curve");
 }
 
+template <typename T>
+void test_exponential(T lowest, T highest) {
+  const T inf = std::numeric_limits<T>::infinity(), epsilon = std::numeric_limits<T>::epsilon();
+  for (int i = 0; i <= 100000; ++i) {
+    const T x = lowest + (highest - lowest) * T(i) / T(100000), expected = std::exp(x);
+    const T unit = std::max(expected * epsilon, std::numeric_limits<T>::denorm_min());
+    check(std::fabs(exponential(x) - expected) <= 3 * unit, "exponential agrees with std::exp, subnormal results too");
+  }
+  check(exponential(T(0)) == 1 && exponential(-inf) == 0 && exponential(inf) == inf, "exponential at 0 and at infinity");
+  check(exponential(2 * lowest) == 0 && exponential(2 * highest) == inf, "exponential out of range");
+  check(std::isnan(exponential(std::numeric_limits<T>::quiet_NaN())), "exponential of NaN");
+}
+
 void test_half() {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     Half half;
@@ -165,6 +181,8 @@ int main() {
   test_soft<double>();
   test_curve<float>();
   test_curve<double>();
+  test_exponential<float>(-104, 88);
+  test_exponential<double>(-745, 709);
   test_half();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
