@@ -20,7 +20,7 @@ from .guidance.pullback import frozen
 from .guidance.sampler import sample
 from .guidance.schedule import make_schedule
 from .images import as_saved, make_folder, save_png, to_uint8
-from .models.protocols import Classifier, Diffusion
+from .models.protocols import Classifier, Diffusion, probabilities
 from .packs import Pack
 
 # Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
@@ -186,7 +186,7 @@ class Engine:
         images: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:
         """The classifier's probabilities: [B, labels]; computed in padded batches like everything else."""
-        parts = [torch.softmax(self.classifier.logits(images[rows]), dim=1)[:n] for rows, n in _batches(len(images))]
+        parts = [probabilities(self.classifier, images[rows])[:n] for rows, n in _batches(len(images))]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
     def check_target(self, target: str | int) -> int:

@@ -174,6 +174,112 @@ def save_dit(folder: Path) -> Path:
     return folder
 
 
+CLASSIFIER_SIZE = 24  # unlike the diffusion models' images, so that every preprocessing resizes
+TOKENS = {"vocab_size": 128, "max_position_embeddings": 48, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+NAMES = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def save_processor(folder: Path, kind: str, **fields: object) -> None:
+    """preprocessor_config.json, as the hub has it."""
+    config = {"image_processor_type": kind, "do_resize": True, "do_normalize": True, "do_rescale": True}
+    config |= {"rescale_factor": 1 / 255, **IMAGENET, **fields}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+
+
+def wider(module: nn.Module, gain: float = 3.0) -> nn.Module:
+    """Random weights large enough for logits that differ between images."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(gain)
+    return module
+
+
+def save_resnet(folder: Path, labels: int = 10) -> Path:
+    """ResNetForImageClassification with max pooling and batch normalisation; resized to 27, cropped to 24."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(5)
+    names = NAMES if labels == 10 else {"num_labels": labels}
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **names)
+    ResNetForImageClassification(config).save_pretrained(folder)
+    save_processor(
+        folder, "ConvNextImageProcessor", size={"shortest_edge": CLASSIFIER_SIZE}, crop_pct=0.875, resample=3
+    )
+    return folder
+
+
+def save_vit(folder: Path) -> Path:
+    """ViTForImageClassification with patches of 8 pixels."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(6)
+    config = ViTConfig(**TOWER, image_size=CLASSIFIER_SIZE, patch_size=8, **NAMES)
+    wider(ViTForImageClassification(config)).save_pretrained(folder)
+    save_processor(folder, "ViTImageProcessor", size={"height": CLASSIFIER_SIZE, "width": CLASSIFIER_SIZE}, resample=2)
+    return folder
+
+
+def save_dino(folder: Path, times: int = 2) -> Path:
+    """Dinov2Model and, in head.safetensors, a linear head on `times` times its width."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(7)
+    config = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=CLASSIFIER_SIZE,
+        patch_size=8,
+    )
+    wider(Dinov2Model(config)).save_pretrained(folder)
+    size, crop = {"shortest_edge": 28}, {"height": CLASSIFIER_SIZE, "width": CLASSIFIER_SIZE}
+    save_processor(folder, "BitImageProcessor", size=size, crop_size=crop, do_center_crop=True, resample=3)
+    head = {"linear.weight": torch.randn(10, 16 * times), "linear.bias": torch.randn(10)}
+    save_file(head, folder / "head.safetensors")
+    return folder
+
+
+def save_clip(folder: Path) -> Path:
+    """CLIPModel with its tokenizer; logit scale 100."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(8)
+    vision = {**TOWER, "image_size": CLASSIFIER_SIZE, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config={**TOWER, **TOKENS}, vision_config=vision, projection_dim=16))
+    nn.init.normal_(model.text_model.embeddings.token_embedding.weight)
+    nn.init.constant_(model.logit_scale, 4.6052)
+    wider(model.vision_model)
+    model.save_pretrained(folder)
+    save_tokenizer(folder, ["thing", "photo", "of"])
+    size = {"height": CLASSIFIER_SIZE, "width": CLASSIFIER_SIZE}
+    save_processor(
+        folder, "CLIPImageProcessor", size={"shortest_edge": CLASSIFIER_SIZE}, crop_size=size, do_center_crop=True,
+        resample=3,
+    )  # fmt: skip
+    return folder
+
+
+def save_siglip(folder: Path) -> Path:
+    """SiglipModel with a tokenizer."""
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(9)
+    vision = {**TOWER, "image_size": CLASSIFIER_SIZE, "patch_size": 8}
+    model = SiglipModel(SiglipConfig(text_config={**TOWER, **TOKENS}, vision_config=vision))
+    nn.init.normal_(model.text_model.embeddings.token_embedding.weight)
+    nn.init.constant_(model.logit_scale, 2.0)
+    nn.init.constant_(model.logit_bias, -1.0)
+    model.save_pretrained(folder)
+    save_tokenizer(folder, ["thing", "photo", "of"])
+    save_processor(
+        folder, "SiglipImageProcessor", size={"height": CLASSIFIER_SIZE, "width": CLASSIFIER_SIZE}, resample=3
+    )
+    return folder
+
+
 DIFFUSIONS = {
     "sd-eps": save_stable_diffusion,
     "sd-v": lambda folder: save_stable_diffusion(folder, "v_prediction"),

@@ -128,10 +128,20 @@ class ClassConditionalLatentDiffusion:
         self.vae = vae
         self.unet = unet
         self.alphas_cumprod = alphas_cumprod
-        self.labels = list(labels)
-        self.null_class = len(self.labels)
+        self.names = self.labels = list(labels)
+        self.null_class = len(self.names)
+        self.classes = torch.arange(self.null_class)  # the class of each label
         self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.image_size = int(vae.config.sample_size)
+
+    def describe(self, labels: Sequence[str], classes: Sequence[int] | None = None) -> None:
+        """Say which of the model's classes each label is (see `match_classes`).
+
+        Raises:
+            UsageError: they cannot be matched, or a class is out of range.
+        """
+        self.classes = match_classes(labels, self.null_class, self.names, classes)
+        self.labels = list(labels)
 
     def modules(self) -> list[nn.Module]:
         """The VAE and the UNet."""
@@ -164,8 +174,8 @@ class ClassConditionalLatentDiffusion:
         self,
         targets: Tensor,  # [B]
     ) -> Tensor:
-        """Class indices are their own condition."""
-        return targets
+        """The model's class indices of the targets: [B]."""
+        return self.classes.to(targets.device)[targets]
 
     def null_condition(self, batch: int) -> Tensor:
         """The null class, `batch` times."""

@@ -16,10 +16,13 @@ from ..errors import CounterlensError, UsageError
 
 if TYPE_CHECKING:
     from .dit import DiffusionTransformer
+    from .latent import ClassConditionalLatentDiffusion
     from .ldm import ClassContextLatentDiffusion
     from .stable_diffusion import StableDiffusion
 
-    OpenedDiffusion = DiffusionTransformer | ClassContextLatentDiffusion | StableDiffusion
+    OpenedDiffusion = (
+        DiffusionTransformer | ClassContextLatentDiffusion | StableDiffusion | ClassConditionalLatentDiffusion
+    )
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # The parts of each kind of folder; the first part that is there and in no other kind tells which kind it is.
@@ -141,13 +144,14 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def read_part(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
+def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^") -> Any:
     """A module from its folder, every tensor accounted for, frozen and in eval mode.
 
     Args:
         loader: a class of diffusers or transformers.
         folder: with config.json and weights.
         dtype: of the weights once loaded.
+        ignore: pattern of tensors that may be missing or left over.
 
     Raises:
         CounterlensError: a file is missing, corrupt or of another class, or tensors are missing, left over or of
@@ -173,7 +177,7 @@ def read_part(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CounterlensError(f"{folder}: cannot be loaded as {loader.__name__} ({error})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(problem) or [])):
+        if keys := sorted(k for k in map(str, info.get(problem) or []) if not re.search(ignore, k)):
             raise CounterlensError(
                 f"{files[0]}: {problem.replace('_', ' ')}: {', '.join(keys[:4])} ({len(keys)} in all)"
             )
@@ -204,16 +208,25 @@ def open_diffusion(
     dtype: str = "float32",
     image_size: int | None = None,
 ) -> OpenedDiffusion:
-    """Open a Stable Diffusion, class-conditional LDM or DiT folder, or hub id.
+    """Open a Stable Diffusion, class-conditional LDM or DiT folder, a hub id, or a pack's generator.
 
     Args:
-        name: a folder in diffusers' layout (`unet/`, `vae/`, ...), or `owner/name`.
+        name: a folder in diffusers' layout (`unet/`, `vae/`, ...), `owner/name`, `digits` or a pack's folder.
         dtype: of the weights: float32, float16 or bfloat16 (float64 for tests).
         image_size: side in pixels, for Stable Diffusion alone; the model's own without it.
 
     Raises:
         UsageError: the name or an option does not fit. CounterlensError: files are missing or corrupt.
     """
+    if name == "digits" or (Path(name) / "pack.json").is_file():
+        from ..packs import Pack
+
+        if image_size is not None:
+            raise UsageError("image_size: a pack has one image size; only Stable Diffusion takes others")
+        pack = Pack(str(name)).diffusion()
+        for module in pack.modules():
+            module.to(check_dtype(dtype, torch.device("cpu")))
+        return pack
     folder = find_folder(name, "model")
     present = {p.name for p in folder.iterdir() if p.is_dir()}
     kind = next((k for k, parts in PARTS.items() if parts[0] in present), None)
