@@ -90,6 +90,8 @@ class LinearOnFeatures(nn.Module):
 class ZeroShot(nn.Module):
     """CLIP or SigLIP: scaled cosines between an image and the labels' prompts, which are encoded once."""
 
+    prompts: Tensor
+
     def __init__(self, preprocessing: nn.Module, model: nn.Module, prompts: Tensor, scale: float, bias: float) -> None:
         super().__init__()
         self.preprocessing = preprocessing
@@ -101,7 +103,7 @@ class ZeroShot(nn.Module):
         self,
         image: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:
-        features = self.model.vision_model(_like(self.preprocessing(image), self.model)).pooler_output  # type: ignore[operator, union-attr]
+        features = self.model.vision_model(_like(self.preprocessing(image), self.model)).pooler_output  # type: ignore[operator]
         if hasattr(self.model, "visual_projection"):
             features = self.model.visual_projection(features)  # type: ignore[operator]
         features = nn.functional.normalize(features, dim=-1)

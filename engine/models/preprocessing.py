@@ -45,6 +45,11 @@ class Preprocessing(nn.Module):
         UsageError: the crop is larger than the image, or a value makes no sense.
     """
 
+    rows: Tensor
+    columns: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         image_size: int,

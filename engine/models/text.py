@@ -22,6 +22,8 @@ def import_transformers() -> ModuleType:
         import transformers
     except ImportError as error:
         raise CounterlensError("transformers is not installed; pip install 'counterlens[models]'") from error
+    # Bars for the fraction of a second in which a text encoder loads would only hide what the command line says.
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
