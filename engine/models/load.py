@@ -33,6 +33,7 @@ PARTS = {
 }
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 DOWNLOADED = ["*.json", "*.txt", "*.model", "*/diffusion_pytorch_model*.safetensors", "*model.safetensors"]
+NOT_DOWNLOADED = ["*non_ema*", "*fp16*", "safety_checker/*"]
 
 
 def find_folder(name: str | Path, what: str) -> Path:
@@ -53,7 +54,7 @@ def find_folder(name: str | Path, what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED, ignore_patterns=["*non_ema*", "*fp16*"]))
+        return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED))
     except (OSError, ValueError) as error:
         raise CounterlensError(
             f"{what}: {name!r} is no folder here, not in the local cache, and the hub cannot be asked "
@@ -218,7 +219,7 @@ def open_diffusion(
     Raises:
         UsageError: the name or an option does not fit. CounterlensError: files are missing or corrupt.
     """
-    if name == "digits" or (Path(name) / "pack.json").is_file():
+    if str(name) == "digits" or (Path(name) / "pack.json").is_file():
         from ..packs import Pack
 
         if image_size is not None:

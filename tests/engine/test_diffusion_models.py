@@ -294,3 +294,12 @@ def test_pickles_with_code_are_refused_and_plain_ones_read(folders, tmp_path: Pa
 def test_unknown_dtype(folders) -> None:
     with pytest.raises(UsageError, match=r"^dtype: expected one of float32"):
         open_diffusion(folders["dit"], dtype="int8")
+
+
+def test_half_precision_that_the_device_lacks(folders, monkeypatch) -> None:
+    def without_half(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+        raise RuntimeError(f'"slow_conv2d_cpu" not implemented for {x.dtype}')
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", without_half)
+    with pytest.raises(UsageError, match=r"^dtype: float16 is not implemented on this cpu .*use float32"):
+        open_diffusion(folders["dit"], dtype="float16")
