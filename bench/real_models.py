@@ -151,13 +151,18 @@ def measure(name: str, batch: int, checkpointing: bool) -> dict[str, Any]:
     with frozen(*modules), saving:
         condition = diffusion.condition(target)
         parts = by_part(diffusion, classifier, z, mode)
-        start = time.perf_counter()
-        with PeakMemory() as memory:
-            z_prev, _, _ = step(
+
+        def take_step() -> Tensor:
+            return step(
                 z, t, t - 2, condition, image, target, guidance_scale=settings.guidance_scale,
                 class_scale=settings.class_scale, distance_scale=settings.distance_scale, angle_deg=settings.angle,
-            )  # fmt: skip
+            )[0]  # fmt: skip
+
+        start = time.perf_counter()
+        z_prev = take_step()
         seconds = time.perf_counter() - start
+        with PeakMemory() as memory:
+            take_step()
     return {
         "batch": batch,
         "image_size": IMAGE_SIZE,

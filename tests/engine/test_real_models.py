@@ -200,3 +200,17 @@ def test_convert_command(tmp_path: Path) -> None:
     one_line_error(run("convert", tmp_path / "sd.safetensors", "--out", tmp_path / "sd"), 2, "tokenizer")
     one_line_error(run("convert", tmp_path / "none.ckpt", "--out", tmp_path / "no"), 1, "none.ckpt: no such file")
     assert "Example: counterlens convert" in " ".join(run("convert", "--help").stdout.split())
+
+
+def test_the_packs_own_models_through_the_public_door_give_the_same_pictures() -> None:
+    """A trained classifier wrapped as any module would be, with the trained generator: the pack's counterfactuals."""
+    from counterlens.engine.packs import Pack
+
+    pack = Pack("digits")
+    x = pack.samples("test", count=3).images
+    expected = Engine.from_pack("digits", "clean").counterfactual(x)
+    module = pack.classifier("clean").module
+    engine = Engine.from_pretrained("digits", module, labels=[str(d) for d in range(10)])
+    result = engine.counterfactual(x)
+    assert result.flipped.tolist() == expected.flipped.tolist()
+    torch.testing.assert_close(result.images, expected.images, rtol=1e-4, atol=1e-4)
