@@ -132,8 +132,9 @@ def real_models_table() -> str:
             continue
         parts = row["seconds_by_part"]
         forward = sum(v for k, v in parts.items() if "backward" not in k)
+        share = f"{100 * forward / sum(parts.values()):.0f} %" if parts else ""
         memory = [f"{row[k]:.1f} GB" for k in ("weights_gb", "peak_of_step_gb")]
-        rows.append([name, *memory, f"{row['seconds_of_step']:.0f} s", f"{100 * forward / sum(parts.values()):.0f} %"])
+        rows.append([name, *memory, f"{row['seconds_of_step']:.0f} s", share])
     header = ["one guided step, 256x256, float32", "weights", "peak besides", "time", "of it forward"]
     return f"{table(header, rows)}\n\n{provenance(result, 'real-models-cpu')}"
 

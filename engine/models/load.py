@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def find_folder(name: str | Path, what: str) -> Path:
         raise CounterlensError(
             f"{what}: {name!r} is no folder here, not in the local cache, and the hub cannot be asked "
             f"({type(error).__name__}). Where there is a network, run `hf download {name} --local-dir FOLDER "
-            f"--include {' '.join(DOWNLOADED)}`, bring FOLDER here and give its path"
+            f"--include {shlex.join(DOWNLOADED)}`, bring FOLDER here and give its path"
         ) from error
 
 
