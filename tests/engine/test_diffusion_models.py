@@ -68,7 +68,9 @@ def test_step_equals_literal(folders, name: str, dtype: torch.dtype) -> None:
     assert 0.02 < kept.mean() < 0.98
 
 
-@pytest.mark.parametrize("name", ["sd-v", "ldm", "dit"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("sd-v", marks=pytest.mark.slow), pytest.param("ldm", marks=pytest.mark.slow), "dit"]
+)
 def test_step_can_be_traced(folders, name: str) -> None:
     """The condition is an input like any other, and nothing branches on values: one graph for every sample."""
     diffusion = open_diffusion(folders[name])
