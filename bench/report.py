@@ -123,7 +123,24 @@ def kernel_table() -> str:
     )
 
 
+def real_models_table() -> str:
+    """Full-size models with random weights: one guided step, by part."""
+    result = load("real-models-cpu")
+    rows = []
+    for name, row in result.items():
+        if name == "environment":
+            continue
+        parts = row["seconds_by_part"]
+        forward = sum(v for k, v in parts.items() if "backward" not in k)
+        share = f"{100 * forward / sum(parts.values()):.0f} %" if parts else ""
+        memory = [f"{row[k]:.1f} GB" for k in ("weights_gb", "peak_of_step_gb")]
+        rows.append([name, *memory, f"{row['seconds_of_step']:.0f} s", share])
+    header = ["one guided step, 256x256, float32", "weights", "peak besides", "time", "of it forward"]
+    return f"{table(header, rows)}\n\n{provenance(result, 'real-models-cpu')}"
+
+
 TABLES = {
+    "real": real_models_table,
     "kernels": kernel_table,
     "counterfactuals": counterfactual_table,
     "truth": truth_table,

@@ -1,4 +1,4 @@
-"""The command line: `counterlens demo`, `counterfactual`, `samples`, `export`, `info`."""
+"""The command line: `counterlens demo`, `counterfactual`, `samples`, `convert`, `export`, `info`."""
 
 from __future__ import annotations
 
@@ -117,12 +117,35 @@ def demo(
 
 @app.command()
 def counterfactual(
-    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
-    target: Annotated[str, typer.Option(help="Label, or runner-up: the classifier's second choice.")] = "runner-up",
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="Label, runner-up (second choice), opposite (of two) or neighbour (--neighbours).")
+    ] = "runner-up",
     out: Annotated[Path, typer.Option(help="Folder for the counterfactuals.")] = Path("counterfactuals"),
     mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
     pack: PackOption = "digits",
-    classifier: Annotated[str, typer.Option(help="The pack's classifier to explain.")] = "clean",
+    classifier: Annotated[
+        str | None,
+        typer.Option(help="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Diffusion model instead of the pack's: a diffusers folder or hub id.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="imagenet, pets, flowers, smile, age, or a template with {label}.")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")] = None,
+    head: Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="CSV file with the columns image and target.")] = None,
+    neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
+    memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the process that is noised, in (0, 1].")] = None,
@@ -141,13 +164,21 @@ def counterfactual(
     Writes one PNG per image and results.jsonl, each batch as soon as it is done. An image that fails is reported and
     the others go on; the exit code is 1 then.
 
+    With --model, any classifier is explained by any diffusion model; --preset picks a published setting for them.
+
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from .config import Config
+    from .data import collect, read_manifest, read_names, read_neighbours
     from .images import make_folder
 
+    items = collect(images or []) + (read_manifest(manifest) if manifest else [])
+    if not items:
+        raise UsageError("images: none given; name files or folders, or a --manifest")
+    images = [item.path for item in items]
+    named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
     config = Config.make(
-        mode=mode, pack=pack, classifier=classifier, preset=preset, steps=steps, strength=strength,
+        mode=mode, **named, preset=preset, steps=steps, strength=strength,
         guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
         filter=filter, gradient=gradient, noise=noise, seed=seed,
     )  # fmt: skip
@@ -158,19 +189,41 @@ def counterfactual(
     out = make_folder(out)
     from .engine import Engine
 
-    engine = Engine.from_pack(pack, classifier, config)
-    choice: str | int = target
-    if target not in engine.labels and target.isdecimal():
-        choice = int(target)
-    engine.check_target(choice)
-    config.settings(engine.pack_settings)
+    own: dict[str, Any] = {"labels": labels, "prompts": prompts, "classes": classes, "head": head, "weights": weights}
+    own |= {"image_size": image_size, "dtype": dtype}
+    own = {name: value for name, value in own.items() if value is not None}
+    saving: dict[str, Any] = {"checkpointing": checkpointing}
+    if memory_budget is not None:
+        saving["memory_budget"] = memory_budget * 1e9
+    if neighbours is not None:
+        saving["neighbours"] = read_neighbours(neighbours)
+    if model is None:
+        if own:
+            raise UsageError(f"{next(iter(own))}: needs --model; the pack's models have their own")
+        engine = Engine.from_pack(pack, classifier or "clean", config, **saving)
+    else:
+        if classifier is None:
+            raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
+        if labels is not None:
+            own["labels"] = read_names(labels)
+        if classes is not None:
+            own["classes"] = _numbers(classes)
+        engine = Engine.from_pretrained(model, classifier, config, **own, **saving)
+    choices = [_as_target(item.target or target, engine) for item in items]
+    for choice in dict.fromkeys(choices):
+        engine.check_target(choice)
+    engine.settings(config)
     console = _out(as_json)
     table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
     failed = 0
     log_path = out / "results.jsonl"
     with _progress("counterfactuals") as progress, _open_for_append(log_path) as log:
         task = progress.task_ids[0]
-        for record in _counterfactual_records(engine, images, names, choice, out, progress, task):
+        for item, record in zip(
+            items, _counterfactual_records(engine, images, names, choices, out, progress, task), strict=True
+        ):
+            if item.label is not None:
+                record["label"] = item.label
             failed += "error" in record
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -199,6 +252,18 @@ def _open_for_append(path: Path) -> Iterator[Any]:
         raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def _as_target(target: str, engine: Engine) -> str | int:
+    """A label's index where the text is no label's name but a number."""
+    return int(target) if target not in engine.labels and target.isdecimal() else target
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"classes: expected numbers separated by commas, got {text!r}") from error
+
+
 def _names(paths: list[Path]) -> list[str]:
     """One output name per image: its stem, numbered where several share it."""
     seen: dict[str, int] = {}
@@ -213,7 +278,7 @@ def _counterfactual_records(
     engine: Engine,
     paths: list[Path],
     names: list[str],
-    target: str | int,
+    targets: list[str | int],
     out: Path,
     progress: Progress,
     task: Any,
@@ -241,7 +306,7 @@ def _counterfactual_records(
         if loaded:
             result = engine.counterfactual(
                 torch.stack(list(loaded.values())),
-                target,
+                [targets[i] for i in loaded],
                 on_step=show,
             )
         order = list(loaded)
@@ -358,6 +423,35 @@ def export(
         console.print(table)
     for path in report["files"]:
         console.print(path)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Original checkpoint: .safetensors, or a pickle of tensors.")],
+    out: Annotated[Path, typer.Option(help="New folder in diffusers' layout.")] = Path("converted"),
+    image_size: Annotated[int | None, typer.Option(help="Side that it was trained for: 256 (LDM), 512 (SD).")] = None,
+    prediction: Annotated[str, typer.Option(help="epsilon or v_prediction.")] = "epsilon",
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a CLIP tokenizer; SD files hold none.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Names of the classes: a .txt file, one a line.")] = None,
+    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Convert cin256-v2 or a Stable Diffusion single file to a folder for --model; every tensor is accounted for.
+
+    Example: counterlens convert model.ckpt --out cin256
+    """
+    from .data import read_names
+    from .models.convert import convert_checkpoint
+
+    report = convert_checkpoint(
+        checkpoint, out, image_size=image_size, prediction=prediction, tokenizer=tokenizer,
+        labels=read_names(labels) if labels else None,
+    )  # fmt: skip
+    if as_json:
+        _print_json(report)
+    text = ", ".join(f"{part} {count}" for part, count in report["tensors"].items())
+    left = ", ".join(f"{name} {count}" for name, count in report["left_out"].items()) or "nothing"
+    _out(as_json).print(f"{report['kind']} in {out}; tensors: {text}; left out: {left}")
 
 
 @app.command()

@@ -54,6 +54,29 @@ PRESETS: dict[str, Settings] = {
     "pets-text": _published(0.382, 4.2, 2.4, 45),
 }
 OFFICIAL_PRESET = "pairs-class"
+# How the published text-conditional settings say a label (see `models.stable_diffusion.PROMPTS`). `celeba-text` has two
+# attributes, so its prompts must be chosen. Its released configuration file contradicts the paper: guidance is "free"
+# there, so that the classifier is never asked; the preset here is the paper's, with the classifier.
+PRESET_PROMPTS = {"pets-text": "pets", "flowers-text": "flowers"}
+
+
+def default_settings(conditioning: str) -> dict[str, dict[str, Any]]:
+    """Settings by mode for models that nobody tuned: the published ImageNet setting, and for `audit` 90 degrees."""
+    base = PRESETS["imagenet-text" if conditioning == "text" else "imagenet-class"].model_dump()
+    return {"official": base, "realistic": base, "audit": base | {"angle": 90.0}}
+
+
+def preset_misfit(preset: str, conditioning: str, labels: int) -> str | None:
+    """Why a preset does not fit a diffusion model and a classifier with that many labels; None if it does."""
+    wanted = "text" if preset.endswith("-text") else "class"
+    if conditioning != wanted:
+        return (
+            f"{preset} was published for {wanted}-conditional models, this one is {conditioning}-conditional; "
+            f"take one of {', '.join(name for name in PRESETS if name.endswith(f'-{conditioning}'))}"
+        )
+    if preset == "celeba-text" and labels != 2:
+        return f"celeba-text was published for a binary attribute, this classifier has {labels} labels"
+    return None
 
 
 class Config(BaseModel):
@@ -111,7 +134,8 @@ class Config(BaseModel):
         if self.preset and self.mode_name != "official":
             raise UsageError(f"preset: {self.preset} is a published setting and needs mode official, not {self.mode}")
         if self.mode_name == "official":
-            base = PRESETS[self.preset or OFFICIAL_PRESET].model_dump()
+            published = PRESETS[self.preset or OFFICIAL_PRESET].model_dump()
+            base = published if self.preset else dict(pack_settings.get("official", published))
         else:
             base = dict(pack_settings[self.mode_name])
         base |= {name: value for name in Settings.model_fields if (value := getattr(self, name)) is not None}

@@ -6,29 +6,35 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from counterlens.export.store import Store
 
-from .config import Config, Settings
+from .config import PRESET_PROMPTS, Config, Settings, default_settings, preset_misfit
 from .errors import CounterlensError, UsageError
-from .guidance.pullback import frozen
+from .guidance.pullback import PullbackMode, frozen
 from .guidance.sampler import sample
 from .guidance.schedule import make_schedule
 from .images import as_saved, make_folder, save_png, to_uint8
-from .models.protocols import Classifier, Diffusion
+from .memory import checkpointed, largest_batch
+from .models.latent import ClassConditionalLatentDiffusion
+from .models.protocols import Classifier, Diffusion, probabilities
 from .packs import Pack
 from .runtime.choice import RUNTIMES, Choice, StepRunner
 from .runtime.spec import Spec, flat
 
 # Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
 SLOTS = (1, 2, 4, 8, 16)
+
+# Targets that depend on the prediction: its runner-up, the other one of two labels, the nearest label of a file.
+RELATIVE_TARGETS = ("runner-up", "opposite", "neighbour")
 
 Targets = str | int | Sequence[str | int] | Tensor
 
@@ -130,12 +136,19 @@ class Engine:
     Args:
         diffusion, classifier: see `engine.models.protocols`. Their labels must be the same.
         config: defaults for every call.
-        pack_settings: tuned numbers of the modes `realistic` and `audit`.
+        pack_settings: tuned numbers of the modes `realistic` and `audit`; without them both are the published ImageNet
+            setting for this kind of model, `audit` with the filter at 90 degrees.
         backend: of the kernels: `auto`, `triton`, `cpp` or `reference`.
         runtime: how guided steps are executed: `eager`, `inductor`, `onnxruntime`, `aoti` or `tensorrt`, which runs or
             raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`.
         store: folder of compiled steps; the user's cache without one.
         source: the pack and classifier that this is, where a config must not ask for another.
+        checkpointing: recompute activations of decoder and UNet in the backward pass: less memory, more time.
+        memory_budget: bytes; the largest batch that fits is measured and used.
+        neighbours: nearest labels of each label, nearest first, for targets `neighbour`.
+
+    Raises:
+        UsageError: labels, preset, budget or neighbours do not fit.
     """
 
     def __init__(
@@ -144,28 +157,45 @@ class Engine:
         classifier: Classifier,
         config: Config | None = None,
         *,
-        pack_settings: dict[str, dict[str, Any]],
+        pack_settings: dict[str, dict[str, Any]] | None = None,
         backend: str = "auto",
         runtime: str = "auto",
         store: str | Path | None = None,
         source: dict[str, str] | None = None,
+        checkpointing: bool = False,
+        memory_budget: float | None = None,
+        neighbours: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         if list(diffusion.labels) != list(classifier.labels):
             raise UsageError(
-                f"classifier: its {len(classifier.labels)} labels are not the diffusion model's {len(diffusion.labels)}"
+                f"classifier: its {len(classifier.labels)} labels are not the diffusion model's "
+                f"{len(diffusion.labels)}; diffusion.describe(labels) names them"
             )
         self.diffusion = diffusion
         self.classifier = classifier
         self.config = config or Config()
-        self.pack_settings = pack_settings
+        self.pack_settings = default_settings(diffusion.conditioning) if pack_settings is None else pack_settings
         self.backend = backend
         self.source = source or {}
         if runtime not in RUNTIMES:
             raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
-        self.runtime = runtime
+        if checkpointing and runtime not in ("auto", "eager"):
+            raise UsageError(f"checkpointing: recomputes in eager; runtime {runtime!r} cannot")
+        self.runtime = "eager" if checkpointing else runtime
         self.store = Store(store)
         self._runners: dict[tuple[str, str], StepRunner] = {}
+        self.pullback: PullbackMode = "autograd" if checkpointing else "functional"
+        self.neighbours = {
+            self.check_target(k): [self.check_target(n) for n in v if n != k] for k, v in (neighbours or {}).items()
+        }
+        self.slots: tuple[int, ...] = SLOTS
         self._check_source(self.config)
+        if memory_budget is not None:
+            with self._saving_memory():
+                most = largest_batch(
+                    diffusion, classifier, self.settings(self.config), memory_budget, SLOTS, self.pullback
+                )
+            self.slots = tuple(s for s in SLOTS if s <= most)
 
     @classmethod
     def from_pack(
@@ -186,13 +216,15 @@ class Engine:
         key = (settings.filter, settings.gradient)
         if key not in self._runners:
             spec = Spec(self.diffusion, self.classifier, filter_mode=settings.filter, gradient=settings.gradient)
-            self._runners[key] = StepRunner(spec, self.runtime, self.store, self.backend)
+            self._runners[key] = StepRunner(spec, self.runtime, self.store, self.backend, self.pullback)
         return self._runners[key]
+
+    def _slots(self, batch: int) -> int:
+        return next((s for s in self.slots if s >= batch), self.slots[-1])
 
     def runtime_choice(self, batch: int = 1, config: Config | None = None) -> Choice:
         """Which runtime runs the guided steps of a batch of this size, and why."""
-        settings = (config or self.config).settings(self.pack_settings)
-        return self._runner(settings).choose(_slots(batch))
+        return self._runner(self.settings(config or self.config)).choose(self._slots(batch))
 
     def warmup(
         self, batches: Sequence[int] = SLOTS, config: Config | None = None, *, measure: bool | None = None
@@ -208,11 +240,10 @@ class Engine:
         Returns:
             Slot count to the runtime that is taken and why.
         """
-        settings = (config or self.config).settings(self.pack_settings)
-        runner = self._runner(settings)
+        runner = self._runner(self.settings(config or self.config))
         out = {}
         with frozen(*self.diffusion.modules(), self.classifier.module):
-            for slots in sorted({_slots(b) for b in batches}):
+            for slots in sorted({self._slots(b) for b in batches}):
                 missing = self.runtime == "auto" and str(slots) not in runner.measurements()
                 if missing if measure is None else measure:
                     runner.measure(slots)
@@ -220,6 +251,87 @@ class Engine:
                     flat(runner.step(slots))(*runner.spec.example(slots))
                 out[slots] = runner.choose(slots)
         return out
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        classifier: str | Path | nn.Module | Classifier,
+        config: Config | None = None,
+        *,
+        labels: Sequence[str] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        classes: Sequence[int] | None = None,
+        preprocessing: dict[str, Any] | None = None,
+        head: str | Path | None = None,
+        weights: str | Path | None = None,
+        image_size: int | None = None,
+        dtype: str = "float32",
+        **options: Any,
+    ) -> Engine:
+        """Explain a classifier with a public diffusion model; everything is checked before the first step.
+
+        Args:
+            model: folder in diffusers' layout, hub id (`owner/name`), or a pack (`digits`).
+            classifier: see `models.image_classifiers.open_classifier`; or your own module.
+            config: defaults for every call; without a preset or mode, the published ImageNet setting.
+            labels: names of the logits, where the classifier does not bring its own.
+            prompts: of a text-conditional model and of zero-shot classifiers: a name in
+                `models.stable_diffusion.PROMPTS`, a template with {label}, or one prompt per label.
+            classes: of a class-conditional model, one per label, where names do not tell.
+            preprocessing: of your own module: arguments of `models.image_classifiers.wrap_classifier`.
+            head, weights: files, see `open_classifier`.
+            image_size: for Stable Diffusion; its own without it.
+            dtype: of the diffusion model's weights: float32, bfloat16 or float16. Guidance is summed in float32, and
+                the classifier stays in float32: gradients of log p fall below what float16 holds.
+            options: of `Engine`: backend, checkpointing, memory_budget, neighbours.
+
+        Raises:
+            UsageError: parts or options do not fit. CounterlensError: files are missing or corrupt.
+        """
+        from .models.image_classifiers import open_classifier, wrap_classifier
+        from .models.load import open_diffusion
+        from .models.stable_diffusion import StableDiffusion
+
+        config = config or Config()
+        diffusion = open_diffusion(model, dtype=dtype, image_size=image_size)
+        said = prompts or PRESET_PROMPTS.get(config.preset or "", "imagenet")
+        size = diffusion.image_size
+        if isinstance(classifier, str | Path):
+            explained: Classifier = open_classifier(
+                classifier, image_size=size, labels=labels, prompts=said, head=head, weights=weights
+            )
+        elif isinstance(classifier, nn.Module):
+            if labels is None:
+                raise UsageError("labels: a module has none; give one name per logit")
+            explained = wrap_classifier(classifier, labels, image_size=size, **(preprocessing or {}))
+        else:
+            explained = classifier
+        if isinstance(diffusion, StableDiffusion):
+            if config.preset == "celeba-text" and prompts is None:
+                raise UsageError("prompts: celeba-text has two attributes; say smile or age, or give two prompts")
+            diffusion.describe(explained.labels, said)
+        else:
+            diffusion.describe(explained.labels, classes)
+        tuned = None
+        if isinstance(diffusion, ClassConditionalLatentDiffusion):
+            tuned = Pack(str(model)).manifest["settings"]
+        return cls(diffusion, explained, config, pack_settings=tuned, **options)
+
+    def settings(self, config: Config) -> Settings:
+        """Every number of a run with this config.
+
+        Raises:
+            UsageError: its fields contradict each other, or its preset does not fit the models.
+        """
+        if config.preset and (reason := preset_misfit(config.preset, self.diffusion.conditioning, len(self.labels))):
+            raise UsageError(f"preset: {reason}")
+        return config.settings(self.pack_settings)
+
+    @contextmanager
+    def _saving_memory(self) -> Iterator[None]:
+        with checkpointed(self.diffusion.modules()) if self.pullback == "autograd" else nullcontext():
+            yield
 
     def _check_source(self, config: Config) -> None:
         for field, mine in self.source.items():
@@ -242,30 +354,37 @@ class Engine:
         images: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:
         """The classifier's probabilities: [B, labels]; computed in padded batches like everything else."""
-        parts = [torch.softmax(self.classifier.logits(images[rows]), dim=1)[:n] for rows, n in _batches(len(images))]
+        batches = _batches(len(images), self.slots)
+        parts = [probabilities(self.classifier, images[rows])[:n] for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
     def check_target(self, target: str | int) -> int:
-        """Index of a label given by name or index; -1 for `runner-up`, which depends on the image.
+        """Index of a label given by name or index; -1 for `RELATIVE_TARGETS`, which depend on the image.
 
         Raises:
-            UsageError: it is no label.
+            UsageError: it is no label, or relative to something that this classifier does not have.
         """
-        if target == "runner-up":
+        if target == "opposite" and len(self.labels) != 2:
+            raise UsageError(f"target: opposite needs a classifier with two labels, this one has {len(self.labels)}")
+        if target == "neighbour" and (lonely := [n for i, n in enumerate(self.labels) if not self.neighbours.get(i)]):
+            raise UsageError(f"neighbours: none given for {len(lonely)} labels, {lonely[0]!r} for one")
+        if target in RELATIVE_TARGETS:
             return -1
         if isinstance(target, str) and target in self.labels:
             return self.labels.index(target)
         if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(self.labels):
             return target
         known = ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
-        raise UsageError(f"target: {target!r} is no label; expected runner-up, an index or one of {known}")
+        raise UsageError(
+            f"target: {target!r} is no label; expected {', '.join(RELATIVE_TARGETS)}, an index or one of {known}"
+        )
 
     def resolve_targets(
         self,
         targets: Targets,
         probabilities: Tensor,  # [B, labels]
     ) -> Tensor:
-        """Label indices [B] of targets by index, by label, or `runner-up` (the classifier's second choice).
+        """Label indices [B] of targets by index, by label, or relative to the prediction (`RELATIVE_TARGETS`).
 
         Raises:
             UsageError: a target is no label, or there are more or fewer targets than images.
@@ -277,8 +396,15 @@ class Engine:
             targets = [targets] * batch
         if len(targets) != batch:
             raise UsageError(f"targets: expected {batch}, one per image, got {len(targets)}")
-        second = probabilities.topk(2, dim=1).indices[:, 1].tolist()
-        out = [s if t == "runner-up" else self.check_target(t) for t, s in zip(targets, second, strict=True)]
+        best = probabilities.topk(2, dim=1).indices.tolist()
+        out = []
+        for target, (first, second) in zip(targets, best, strict=True):
+            index = self.check_target(target)
+            if target == "neighbour":
+                index = self.neighbours[first][0]
+            elif index < 0:  # of two labels, the opposite one is the runner-up
+                index = second
+            out.append(index)
         return torch.tensor(out, dtype=torch.long)
 
     def counterfactual(
@@ -294,7 +420,8 @@ class Engine:
 
         Args:
             images: [B, 3, H, W] in [0, 1] at the model's image size (`load_image` reads files).
-            targets: one per image, or one for all: label index, label name, or `runner-up`.
+            targets: one per image, or one for all: label index, label name, `runner-up`, `opposite` (of two labels)
+                or `neighbour` (the nearest one that the engine was given).
             seeds: one per image; without them each image's own pixels and `config.seed` decide, so that an image has
                 the same noise wherever it stands.
             config: instead of the engine's.
@@ -310,9 +437,9 @@ class Engine:
         """
         config = config or self.config
         self._check_source(config)
-        settings = config.settings(self.pack_settings)
+        settings = self.settings(config)
         self._check_images(images)
-        with frozen(*self.diffusion.modules(), self.classifier.module):
+        with frozen(*self.diffusion.modules(), self.classifier.module), self._saving_memory():
             before = self.probabilities(images)
             source = before.argmax(dim=1)
             target = self.resolve_targets(targets, before)
@@ -353,7 +480,7 @@ class Engine:
         on_step: Callable[[int, int], None] | None,
     ) -> Counterfactuals:
         batch = len(images)
-        batches = _batches(len(todo))
+        batches = _batches(len(todo), self.slots)
         steps = len(make_schedule(len(self.diffusion.alphas_cumprod), settings.steps, settings.strength))
         total = steps * len(batches)
         out = images.clone()
@@ -372,7 +499,7 @@ class Engine:
             started = time.perf_counter()
             run = sample(
                 self.diffusion, self.classifier, images[index], target[index], [seeds[i] for i in index], settings,
-                backend=self.backend, step=self._runner(settings).step(len(index)), on_step=after_step,
+                step=self._runner(settings).step(len(index)), on_step=after_step,
             )  # fmt: skip
             with torch.no_grad():
                 decoded = (self.diffusion.decode(run.z) + 1) / 2
@@ -425,18 +552,13 @@ class Engine:
         )
 
 
-def _slots(batch: int) -> int:
-    """The slot count that a batch of this size is padded to."""
-    return next((s for s in SLOTS if s >= batch), SLOTS[-1])
-
-
-def _batches(count: int) -> list[tuple[list[int], int]]:
+def _batches(count: int, slots: Sequence[int] = SLOTS) -> list[tuple[list[int], int]]:
     """Rows of each batch, padded to a slot count with its first row, and how many of them are real."""
     batches = []
-    for start in range(0, count, SLOTS[-1]):
-        rows = list(range(start, min(start + SLOTS[-1], count)))
-        slots = next(s for s in SLOTS if s >= len(rows))
-        batches.append((rows + rows[:1] * (slots - len(rows)), len(rows)))
+    for start in range(0, count, slots[-1]):
+        rows = list(range(start, min(start + slots[-1], count)))
+        size = next(s for s in slots if s >= len(rows))
+        batches.append((rows + rows[:1] * (size - len(rows)), len(rows)))
     return batches
 
 

@@ -227,7 +227,7 @@ def _comparison(kind: str, name: str, negate: bool = False) -> None:
 
     @_lowers(packet.Tensor, packet.Scalar)
     def lower(g: Builder, node: Node, a: Any, b: Any) -> Value:
-        known = [n.meta["val"] if isinstance(n, Node) else n for n in node.args[:2]]
+        known: list[Any] = [n.meta["val"] if isinstance(n, Node) else n for n in node.args[:2]]
         dtype = torch.result_type(*known)
         if dtype == torch.bool and kind != "Equal":
             dtype = torch.int32

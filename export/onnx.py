@@ -192,9 +192,10 @@ class OnnxBuilder:
         if node.target is aten.sym_size.int:
             shape = self.op("Shape", values[node.args[0]])  # type: ignore[index]
             return self.op("Gather", shape, self.constant([node.args[1]]), axis=0)
-        args, kwargs = torch.fx.node.map_aggregate(
+        mapped: Any = torch.fx.node.map_aggregate(
             (node.args, dict(node.kwargs)), lambda v: values[v] if isinstance(v, Node) else v
         )
+        args, kwargs = mapped
         target: Any = node.target
         if target.__name__ == "getitem":
             return args[0][args[1]]

@@ -85,7 +85,11 @@ def literal_step(
         eps_u, eps_c = diffusion.predict_noise(torch.cat([z, z]), timesteps, conditions).chunk(2)
         seen = eps_u.detach() if detached else eps_u
         x0 = (diffusion.decode((z - math.sqrt(1 - abar) * seen) / math.sqrt(abar)) + 1) / 2
-        log_p = torch.log_softmax(classifier.logits(x0), dim=1)[torch.arange(batch), target].sum()
+        logits = classifier.logits(x0)
+        if classifier.link == "sigmoid":
+            log_p = torch.log(torch.sigmoid(logits[torch.arange(batch), target])).sum()
+        else:
+            log_p = torch.log_softmax(logits, dim=1)[torch.arange(batch), target].sum()
         distance = (x0.clamp(0, 1) - image).abs().sum()
         grad_class = torch.autograd.grad(log_p, z, retain_graph=True)[0]
         grad_distance = torch.autograd.grad(distance, z)[0]

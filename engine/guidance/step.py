@@ -85,8 +85,8 @@ class GuidedStep:
             the share of locations that the filter kept.
         """
         diffusion = self.diffusion
-        alphas_cumprod = diffusion.alphas_cumprod.to(z.device)
-        abar, abar_prev = alphas_cumprod[timestep].to(z.dtype), alphas_cumprod[timestep_prev].to(z.dtype)
+        alphas_cumprod = diffusion.alphas_cumprod.to(z)
+        abar, abar_prev = alphas_cumprod[timestep], alphas_cumprod[timestep_prev]
         alpha, sigma = abar.sqrt().reshape(-1, 1, 1, 1), (1 - abar).sqrt().reshape(-1, 1, 1, 1)
         null = diffusion.null_condition(z.shape[0])
 

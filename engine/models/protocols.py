@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ class Diffusion(Protocol):
     latent_shape: tuple[int, int, int]
     image_size: int
     labels: list[str]
+    conditioning: str  # "class" or "text"
 
     def modules(self) -> list[nn.Module]:
         """Every module that is differentiated through or run."""
@@ -47,6 +48,7 @@ class Classifier(Protocol):
 
     labels: list[str]
     module: nn.Module
+    link: Literal["softmax", "sigmoid"]  # from logits to probabilities: labels that exclude each other, or not
 
     def logits(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [0, 1] to logits [B, labels]."""
@@ -60,6 +62,8 @@ class Classifier(Protocol):
 class SoftmaxClassifier:
     """A module from images in [0, 1] to logits over exclusive labels."""
 
+    link: Literal["softmax", "sigmoid"] = "softmax"
+
     def __init__(self, module: nn.Module, labels: Sequence[str]) -> None:
         self.module = module
         self.labels = list(labels)
@@ -72,3 +76,27 @@ class SoftmaxClassifier:
         """log p(target | image) under a softmax: [B]."""
         log_p = torch.log_softmax(self.logits(image), dim=1)
         return log_p.gather(1, target[:, None])[:, 0]
+
+
+class SigmoidClassifier:
+    """A module from images in [0, 1] to logits of labels that each may hold or not: SigLIP, multi-label models."""
+
+    link: Literal["softmax", "sigmoid"] = "sigmoid"
+
+    def __init__(self, module: nn.Module, labels: Sequence[str]) -> None:
+        self.module = module
+        self.labels = list(labels)
+
+    def logits(self, image: Tensor) -> Tensor:
+        """Image [B, 3, H, W] in [0, 1] to logits [B, labels]."""
+        return self.module(image)
+
+    def log_prob(self, image: Tensor, target: Tensor) -> Tensor:
+        """log p(target | image) under the target's own sigmoid: [B]."""
+        return torch.nn.functional.logsigmoid(self.logits(image).gather(1, target[:, None])[:, 0])
+
+
+def probabilities(classifier: Classifier, image: Tensor) -> Tensor:
+    """Probabilities of the labels [B, labels]; under `sigmoid` they do not sum to one."""
+    logits = classifier.logits(image)
+    return torch.softmax(logits, dim=1) if classifier.link == "softmax" else torch.sigmoid(logits)

@@ -98,7 +98,7 @@ def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
 
         model = folder / FILES["onnx"]
         metadata = {"counterlens": json.dumps(spec.key(target))}
-        names = {"input_names": spec.inputs, "output_names": spec.outputs, "metadata": metadata}
+        names: dict[str, Any] = {"input_names": spec.inputs, "output_names": spec.outputs, "metadata": metadata}
         timed("writing ONNX", "write", lambda: write_onnx(graph, model, **names))
         if target == "tensorrt":
             timed("building with TensorRT", "compile", lambda: tensorrt.build(model, path, spec))

@@ -16,6 +16,7 @@ import torch
 from counterlens.export.store import Artefact, Store
 
 from ..errors import UsageError
+from ..guidance.pullback import PullbackMode
 from ..guidance.step import GuidedStep
 from . import artefacts
 from .compiled import CompiledStep, expected_inputs
@@ -43,7 +44,7 @@ class StepRunner:
         runtime: one of `RUNTIMES`. A runtime that is named runs or raises; `auto` takes the fastest that was measured
             on this machine for the batch size among those in the store, else eager.
         store: of artefacts and measurements.
-        backend: of the kernels in eager.
+        backend, pullback: of the kernels and of the pullbacks in eager.
         say: told when something is built, which takes tens of seconds.
     """
 
@@ -53,6 +54,7 @@ class StepRunner:
         runtime: str = "auto",
         store: Store | None = None,
         backend: str = "auto",
+        pullback: PullbackMode = "functional",
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         if runtime not in RUNTIMES:
@@ -61,6 +63,7 @@ class StepRunner:
         self.runtime = runtime
         self.store = store or Store()
         self.backend = backend
+        self.pullback: PullbackMode = pullback
         self.say = say
         self._steps: dict[str, AnyStep] = {}
         self._found: dict[str, Artefact] | None = None
@@ -91,6 +94,8 @@ class StepRunner:
         """The artefacts of this step that are in the store and can run here, by runtime."""
         if self._found is None:
             self._found = {}
+            if not self.store.folder.exists():  # nothing to look for: large weights need not be hashed
+                return self._found
             for runtime, target in TARGETS.items():
                 if artefacts.missing(target):
                     continue
@@ -127,7 +132,7 @@ class StepRunner:
     def _open(self, runtime: str) -> AnyStep:
         if runtime == "eager":
             step = self.spec.step()
-            step.backend = self.backend
+            step.backend, step.mode = self.backend, self.pullback
             return step
         if runtime == "inductor":
             inputs = dict(zip(self.spec.inputs, self.spec.example(1), strict=True))

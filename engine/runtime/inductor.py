@@ -37,7 +37,7 @@ class InductorStep:
         """Compile for one batch size now. ExportError if the result does not agree with eager."""
         if self._graph is None:
             self._graph = trace(self.spec.function(), self.spec.example(2))
-        options = dict(OPTIONS)
+        options: dict[str, Any] = dict(OPTIONS)
         if self.spec.device.type == "cuda":
             options["triton.cudagraphs"] = True
         compiled = torch.compile(self._graph, fullgraph=True, dynamic=False, options=options)

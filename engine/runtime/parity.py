@@ -49,7 +49,7 @@ def check_parity(
     error, left_out = torch.cat(errors), torch.cat(moved)
     tolerance = TOLERANCE[spec.dtype]
     worst = error[~left_out].max().item() if not left_out.all() else float("nan")
-    report = {
+    report: dict[str, Any] = {
         "samples": len(error),
         "batches": list(batches),
         "tolerance": tolerance,

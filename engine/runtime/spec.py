@@ -135,12 +135,13 @@ class Spec:
         if self.what == STEP:
             return flat(self.step())
         diffusion, classifier = in_precision(self.diffusion, self.classifier, DTYPES[self.dtype])
-        return {
+        parts: dict[str, Callable[..., Any]] = {
             "unet": diffusion.predict_noise,
             "vae-encoder": diffusion.encode,
             "vae-decoder": diffusion.decode,
             "classifier": classifier.logits,
-        }[self.what]
+        }
+        return parts[self.what]
 
     @torch.no_grad()
     def example(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -186,6 +187,7 @@ class _CastDiffusion:
         self.latent_shape = inner.latent_shape
         self.image_size = inner.image_size
         self.labels = inner.labels
+        self.conditioning = inner.conditioning
 
     def modules(self) -> list[nn.Module]:
         return self.inner.modules()

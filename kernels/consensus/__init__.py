@@ -8,7 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import FLOATING, choose_backend, compute_dtype, cpu_module, define_op, tensor_reasons, values_readable
+from ..dispatch import (
+    FLOATING,
+    choose_backend,
+    compute_dtype,
+    cpu_module,
+    define_op,
+    exporting,
+    tensor_reasons,
+    values_readable,
+)
 from . import reference as _reference
 
 Mode = Literal["zero", "project", "global", "off"]
@@ -68,7 +77,8 @@ def angle_limits(
         raise ValueError(f"angle_deg: expected a number or [{batch}], got {list(angle_deg.shape)}")
     if not angle_deg.is_cuda and values_readable(angle_deg):
         _check_angles(angle_deg.reshape(-1).tolist(), mode)
-    angle = angle_deg.to(device, torch.float64).expand(batch)
+    # A graph for another runtime stays in the tensors' own precision: TensorRT has no float64.
+    angle = angle_deg.to(device, dtype if exporting() else torch.float64).expand(batch)
     radians = angle * (math.pi / 180)
     cos = torch.where(angle == 90, 0.0, torch.cos(radians))
     return cos.to(dtype), torch.tan(radians).to(dtype)

@@ -1,0 +1,155 @@
+"""Stable Diffusion 1.x and 2.x, miniSD and their relatives: a text-conditional latent diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .latent import check_image_size, check_parts, decode_kl, dtype_of, encode_kl
+
+# As published, punctuation included (LDCE, supplement): the full stop belongs to the prompt. The last two are binary
+# attributes, the negative label's prompt first.
+PROMPTS: dict[str, str | tuple[str, str]] = {
+    "imagenet": "a photo of a {label}.",
+    "pets": "a photo of a {label}, a type of pet.",
+    "flowers": "a photo of a {label}, a type of flower.",
+    "smile": ("a photo of a non-smiling person", "a photo of a smiling person"),
+    "age": ("a photo of an old person", "a photo of a young person"),
+}
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+def make_prompts(labels: Sequence[str], prompts: str | Sequence[str]) -> list[str]:
+    """One prompt for each label: a name in `PROMPTS`, a template with {label}, or the prompts themselves.
+
+    Raises:
+        UsageError: a template has no {label}, or there are more or fewer prompts than labels.
+    """
+    chosen = PROMPTS.get(prompts, prompts) if isinstance(prompts, str) else prompts
+    if isinstance(chosen, str):
+        if "{label}" not in chosen:
+            raise UsageError(
+                f"prompts: {chosen!r} has no {{label}}; expected one of {', '.join(PROMPTS)} or a template"
+            )
+        return [chosen.replace("{label}", label) for label in labels]
+    if len(chosen) != len(labels):
+        raise UsageError(f"prompts: expected {len(labels)}, one per label, got {len(chosen)}")
+    return list(chosen)
+
+
+class StableDiffusion:
+    """A `UNet2DConditionModel` over an `AutoencoderKL`'s latents; the condition is the target's text embedding.
+
+    Args:
+        vae, unet, text_encoder, tokenizer: parts of a diffusers folder.
+        alphas_cumprod: [T] float64.
+        prediction: `epsilon` or `v_prediction`: what the UNet was trained to predict.
+        image_size: side in pixels; the UNet's own without it.
+
+    Raises:
+        UsageError: the parts or the image size do not fit.
+    """
+
+    conditioning = "text"
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        text_encoder: Any,
+        tokenizer: Any,
+        alphas_cumprod: Tensor,
+        *,
+        prediction: str = "epsilon",
+        image_size: int | None = None,
+    ) -> None:
+        if prediction not in PREDICTIONS:
+            raise UsageError(f"prediction_type: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+        check_parts(vae, unet)
+        width = unet.config.cross_attention_dim
+        if width != text_encoder.config.hidden_size:
+            raise UsageError(f"text encoder: its {text_encoder.config.hidden_size} channels are not the UNet's {width}")
+        self.vae = vae
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.alphas_cumprod = alphas_cumprod
+        self.prediction = prediction
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_size = image_size or int(unet.config.sample_size) * factor
+        check_image_size(self.image_size, factor, 2 ** (len(unet.config.block_out_channels) - 1))
+        side = self.image_size // factor
+        self.latent_shape = (int(unet.config.in_channels), side, side)
+        self.labels: list[str] = []
+        self.prompts: list[str] = []
+        self._embeddings: dict[str, Tensor] = {}
+        self._null = self._embed("")  # computed here, so that it is a constant where a step is traced
+
+    def describe(self, labels: Sequence[str], prompts: str | Sequence[str] = "imagenet") -> None:
+        """Name the labels and how each is said in words (see `make_prompts`).
+
+        Raises:
+            UsageError: prompts do not fit the labels, or one is longer than the text encoder reads.
+        """
+        made = make_prompts(labels, prompts)
+        longest = self.tokenizer.model_max_length
+        for prompt in made:
+            if (count := len(self.tokenizer(prompt).input_ids)) > longest:
+                raise UsageError(f"prompts: {prompt!r} has {count} tokens, the text encoder reads {longest}")
+        self.labels, self.prompts = list(labels), made
+
+    def modules(self) -> list[nn.Module]:
+        """The VAE, the UNet and the text encoder."""
+        return [self.vae, self.unet, self.text_encoder]
+
+    def encode(
+        self,
+        image: Tensor,  # [B, 3, H, W] in [0, 1]
+    ) -> Tensor:
+        """Scaled latents [B, C, h, w]: the encoder's mode."""
+        return encode_kl(self.vae, image)
+
+    def decode(
+        self,
+        z: Tensor,  # [B, C, h, w]
+    ) -> Tensor:
+        """Image [B, 3, H, W], nominally in [-1, 1]."""
+        return decode_kl(self.vae, z)
+
+    def predict_noise(
+        self,
+        z: Tensor,  # [B, C, h, w]
+        timestep: Tensor,  # [B]
+        condition: Tensor,  # [B, tokens, width]
+    ) -> Tensor:
+        """Noise in `z`: [B, C, h, w]; a predicted velocity v is turned into sqrt(abar) v + sqrt(1 - abar) z."""
+        dtype = dtype_of(self.unet)
+        out = self.unet(z.to(dtype), timestep, encoder_hidden_states=condition.to(dtype)).sample.to(z.dtype)
+        if self.prediction == "epsilon":
+            return out
+        abar = self.alphas_cumprod.to(z.device)[timestep].to(z.dtype).reshape(-1, 1, 1, 1)
+        return abar.sqrt() * out + (1 - abar).sqrt() * z
+
+    def condition(
+        self,
+        targets: Tensor,  # [B]
+    ) -> Tensor:
+        """Text embeddings of the targets' prompts: [B, tokens, width]; each prompt is encoded once."""
+        return torch.cat([self._embed(self.prompts[t]) for t in targets.tolist()])
+
+    def null_condition(self, batch: int) -> Tensor:
+        """The empty prompt's embedding, `batch` times: [batch, tokens, width]."""
+        return self._null.expand(batch, -1, -1)
+
+    @torch.no_grad()
+    def _embed(self, prompt: str) -> Tensor:
+        if prompt not in self._embeddings:
+            tokens = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            device = next(self.text_encoder.parameters()).device
+            self._embeddings[prompt] = self.text_encoder(tokens.to(device)).last_hidden_state  # [1, tokens, width]
+        return self._embeddings[prompt]

@@ -1,0 +1,49 @@
+"""transformers, where it is needed: text encoders and tokenizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..errors import CounterlensError
+from .load import read_part
+
+
+def import_transformers() -> ModuleType:
+    """The package, which only real models need.
+
+    Raises:
+        CounterlensError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise CounterlensError("transformers is not installed; pip install 'counterlens[models]'") from error
+    # Bars for the fraction of a second in which a text encoder loads would only hide what the command line says.
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder.
+
+    Raises:
+        CounterlensError: it cannot be read, or needs a package that is not installed.
+    """
+    try:
+        return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise CounterlensError(f"{folder}: no tokenizer that can be read ({error})") from error
+
+
+def open_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """CLIP text encoder and tokenizer of a Stable Diffusion folder.
+
+    Raises:
+        CounterlensError: see `read_part` and `open_tokenizer`.
+    """
+    transformers = import_transformers()
+    return read_part(transformers.CLIPTextModel, folder / "text_encoder", dtype), open_tokenizer(folder / "tokenizer")
