@@ -139,7 +139,24 @@ def real_models_table() -> str:
     return f"{table(header, rows)}\n\n{provenance(result, 'real-models-cpu')}"
 
 
+def runtimes_table() -> str:
+    """One guided step of the digits pack under every runtime."""
+    result = load("runtimes")
+    rows = []
+    for row in result["rows"]:
+        times = [
+            f"{name} {1e3 * s['p50']:.0f} ms ({1e3 * s['p20']:.0f} to {1e3 * s['p80']:.0f})"
+            for name, s in row["seconds"].items()
+        ]
+        worst = max(p["worst"] for p in row["parity"].values())
+        ratios = [f"{row['times_literal']:.1f}", f"{row['times_eager']:.1f}", f"{worst:.0e}"]
+        rows.append([f"{row['gradient']}, batch {row['batch']}", "<br>".join(times), row["fastest"], *ratios])
+    header = ["guided step", "p50 (p20 to p80)", "fastest", "times literal", "times eager", "worst relative error"]
+    return f"{table(header, rows)}\n\n{provenance(result, 'runtimes')}"
+
+
 TABLES = {
+    "runtimes": runtimes_table,
     "real": real_models_table,
     "kernels": kernel_table,
     "counterfactuals": counterfactual_table,

@@ -20,6 +20,7 @@ from counterlens.engine.runtime.compiled import CompiledStep, expected_inputs
 from counterlens.engine.runtime.parity import check_parity
 from counterlens.engine.runtime.spec import SIGNATURES, Spec
 from counterlens.export import ExportError, Store
+from tests.tensorrt_operators import unsupported
 
 NUMBERS = {"guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 45.0, "steps": 10}
 SETTINGS = {mode: NUMBERS | {"strength": 0.3, "gradient": "exact"} for mode in ("realistic", "audit")}
@@ -51,6 +52,10 @@ def test_the_report_tells_parity_and_times(artefact: Any) -> None:
     assert set(artefact.report["seconds"]) == {"trace", "write", "load", "check"}
     model = onnx.load(artefact.file("model.onnx"))
     assert [i.name for i in model.graph.input] == list(SIGNATURES["guided-step"][0])
+
+
+def test_its_operators_are_documented_for_tensorrt(artefact: Any) -> None:
+    assert unsupported(onnx.load(artefact.file("model.onnx"))) == []
 
 
 def test_whole_runs_agree_with_eager(tiny: Any, store: Store, artefact: Any) -> None:
