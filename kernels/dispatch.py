@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -31,14 +32,10 @@ def missing_cpp() -> list[str]:
 
 @functools.cache
 def cpu_module() -> Any:
-    """The compiled CPU module: its AVX2 twin where the processor can run it. Both give the same bits."""
+    """The compiled CPU module: the twin with the longest vectors that the processor can run. All give the same bits."""
     from counterlens.kernels import _cpu
 
-    if _cpu.use_avx2():
-        from counterlens.kernels import _cpu_avx2
-
-        return _cpu_avx2
-    return _cpu
+    return import_module(f"counterlens.kernels.{[*_cpu.twins(), '_cpu'][0]}")
 
 
 def interpreting() -> bool:

@@ -1,8 +1,12 @@
 // Python bindings of the CPU kernels. Addresses and sizes only: shapes and dtypes are checked in Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
+#include <string>
+#include <vector>
 
 #include "consensus/cpu.h"
 #include "curve/cpu.h"
@@ -132,19 +136,22 @@ void soft_perturb_backward(Address image, Strides image_stride, Address baseline
   counterlens::soft_perturb_backward<T>(p, in<T>(grad), out<T>(grad_saliency), out<T>(grad_image), threads);
 }
 
-// Whether there is a twin of this module for AVX2 and the processor can run it.
-bool use_avx2() {
-#if defined(COUNTERLENS_AVX2_TWIN)
-  return __builtin_cpu_supports("avx2");
-#else
-  return false;
+// The twins of this module that the processor can run, the fastest first.
+std::vector<std::string> twins() {
+  std::vector<std::string> names;
+#if defined(COUNTERLENS_X86_TWINS)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    names.push_back("_cpu_avx512");
+  if (__builtin_cpu_supports("avx2")) names.push_back("_cpu_avx2");
 #endif
+  return names;
 }
 
 }  // namespace
 
 NB_MODULE(COUNTERLENS_MODULE, m) {
-  m.def("use_avx2", &use_avx2);
+  m.def("twins", &twins);
   m.def("consensus_f32", &consensus<float>);
   m.def("consensus_f64", &consensus<double>);
   m.def("curve_scores_f32", &curve_scores<float>);

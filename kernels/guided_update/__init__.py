@@ -63,11 +63,12 @@ def _update(
         return _triton.guided_update(*latents, tensors, numbers, mode, chunk)
     double = z.dtype == torch.float64
     compute = torch.float64 if double else torch.float32
-    b, c, h, w = shape = z.shape
+    b, c, h, w = z.shape
     # A `to` that does nothing still costs a microsecond.
     inputs = [(x if x.dtype == compute else x.to(compute)).contiguous() for x in latents]
     columns = [None if tensor is None else tensor.to(z.device, compute) for tensor in tensors]
-    z_prev, z0 = torch.empty(shape, dtype=compute), torch.empty(shape, dtype=compute)
+    dense = torch.contiguous_format
+    z_prev, z0 = torch.empty_like(inputs[0], memory_format=dense), torch.empty_like(inputs[0], memory_format=dense)
     kept_fraction = torch.empty(b, dtype=compute)
     function = cpu_module().guided_update_f64 if double else cpu_module().guided_update_f32
     function(

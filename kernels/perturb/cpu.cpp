@@ -81,7 +81,14 @@ void blend(const uint8_t *base, const uint8_t *difference, const uint8_t *mask, 
   for (int64_t i = 0; i < bytes; ++i) out[i] = base[i] ^ (difference[i] & mask[i]);
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+using Vector = __m512i;
+inline Vector load(const uint8_t *at) { return _mm512_loadu_si512(at); }
+inline void stream(uint8_t *to, Vector v) { _mm512_stream_si512(reinterpret_cast<Vector *>(to), v); }
+inline Vector mixed(Vector base, Vector difference, Vector mask) {
+  return _mm512_xor_si512(base, _mm512_and_si512(difference, mask));
+}
+#elif defined(__AVX2__)
 using Vector = __m256i;
 inline Vector load(const uint8_t *at) { return _mm256_loadu_si256(reinterpret_cast<const Vector *>(at)); }
 inline void stream(uint8_t *to, Vector v) { _mm256_stream_si256(reinterpret_cast<Vector *>(to), v); }

@@ -35,16 +35,19 @@ def poisoned_buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """Every uninitialised buffer that our code asks for is full of NaN (or of 127, or of true)."""
     if "compiles" in request.node.name:
         return  # a patched torch.empty cannot be traced
-    allocate = torch.empty
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        buffer = allocate(*args, **kwargs)
-        if type(buffer) is Tensor:
-            value = float("nan") if buffer.is_floating_point() else True if buffer.dtype == torch.bool else 127
-            buffer.fill_(value)
-        return buffer
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poison(*args: Any, **kwargs: Any) -> Tensor:
+            buffer = allocate(*args, **kwargs)
+            if type(buffer) is Tensor:
+                value = float("nan") if buffer.is_floating_point() else True if buffer.dtype == torch.bool else 127
+                buffer.fill_(value)
+            return buffer
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return poison
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
 @pytest.fixture

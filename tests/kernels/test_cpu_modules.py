@@ -1,8 +1,9 @@
-"""The portable C++ module and its AVX2 twin give the same bits."""
+"""The portable C++ module and its twins for longer vectors give the same bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from counterlens.kernels import _cpu, consensus, curve, guided_update, perturb
+from counterlens.kernels.dispatch import cpu_module
 
 
 def runs() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
@@ -39,16 +41,19 @@ def runs() -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     return calls
 
 
-@pytest.mark.skipif(not _cpu.use_avx2(), reason="needs an x86 processor with AVX2")
-def test_both_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    from counterlens.kernels import _cpu_avx2
-
+@pytest.mark.skipif(not _cpu.twins(), reason="needs an x86 processor with AVX2")
+def test_all_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for module in (_cpu, _cpu_avx2):
+    for module in (_cpu, *[import_module(f"counterlens.kernels.{name}") for name in _cpu.twins()]):
         for package in (consensus, curve, guided_update, perturb):
             monkeypatch.setattr(package, "cpu_module", lambda module=module: module)
         results.append({name: run() for name, run in runs().items()})
-    portable, twin = results
+    portable, *twins = results
     for name, tensors in portable.items():
-        for x, y in zip(tensors, twin[name], strict=True):
-            assert torch.equal(x, y), name
+        for twin in twins:
+            for x, y in zip(tensors, twin[name], strict=True):
+                assert torch.equal(x, y), name
+
+
+def test_the_longest_vectors_are_taken() -> None:
+    assert cpu_module().__name__.rpartition(".")[2] == [*_cpu.twins(), "_cpu"][0]
