@@ -159,12 +159,14 @@ def test_parts(what: str, tiny: Any, store: Store) -> None:
         artefacts.open_step(part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filter_mode", ["project", "global", "off"])
 def test_other_filters_and_the_detached_gradient(filter_mode: Any, tiny: Any, store: Store) -> None:
     built = artefacts.build(Spec(*tiny, filter_mode=filter_mode, gradient="detached"), "onnx", store)
     assert built.report["parity"]["worst"] <= 1e-4
 
 
+@pytest.mark.slow
 def test_half_precision_agrees_and_overflow_is_named(tiny: Any, store: Store) -> None:
     spec = Spec(*tiny, dtype="fp16", gradient="detached")
     built = artefacts.build(spec, "onnx", store)
@@ -195,6 +197,7 @@ def test_other_weights_are_another_artefact(tiny: Any) -> None:
         bias.data -= 1
 
 
+@pytest.mark.slow
 def test_inductor_step_checks_before_it_answers(tiny: Any, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     """The compiler is replaced by one that is wrong: its result must not come through."""
     spec = Spec(*tiny, gradient="detached")
