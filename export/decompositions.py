@@ -536,6 +536,47 @@ def embedding_dense_backward(
     return hot.to(grad.dtype).T @ grad.reshape(-1, grad.shape[-1])
 
 
+def _memory_order(sizes: Sequence[int], strides: Sequence[int]) -> list[int] | None:
+    """The axes from the largest stride to the smallest, if they fill memory densely; None otherwise."""
+    # Where an axis of one element stands does not matter; in front it is in nobody's way.
+    order = sorted(range(len(sizes)), key=lambda i: (sizes[i] != 1, -strides[i]))
+    step = 1
+    for i in reversed(order):
+        if sizes[i] != 1 and strides[i] != step:
+            return None
+        step *= sizes[i]
+    return order
+
+
+def _same_elements(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None
+) -> tuple[list[int], list[int]] | None:
+    """Memory orders of x and of a strided view that holds each of its elements once; None for any other view."""
+    mine, wanted = _memory_order(x.shape, x.stride()), _memory_order(size, stride)
+    whole = math.prod(size) == x.numel() and (offset or 0) == x.storage_offset()
+    return (mine, wanted) if whole and mine is not None and wanted is not None else None
+
+
+def _in_order(x: Tensor, order: list[int], sizes: Sequence[int], target: list[int]) -> Tensor:
+    """Read x along `order` and lay its elements out as `sizes`, whose axes are in memory as `target` says."""
+    laid = x.permute(order).reshape([sizes[i] for i in target])
+    return laid.permute([target.index(i) for i in range(len(sizes))])
+
+
+@_decomposes(aten.as_strided.default)
+def as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Tensor:
+    orders = _same_elements(x, size, stride, offset)
+    return _in_order(x, orders[0], size, orders[1]) if orders else NotImplemented
+
+
+@_decomposes(aten.as_strided_scatter.default)
+def as_strided_scatter(
+    x: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> Tensor:
+    orders = _same_elements(x, size, stride, offset)
+    return _in_order(source, orders[1], x.shape, orders[0]) if orders else NotImplemented
+
+
 @_decomposes(aten.roll.default)
 def roll(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
     if not dims:

@@ -103,6 +103,10 @@ CASES: list[tuple[Any, Any]] = [
     (aten.slice_scatter.default, lambda: (r(2, 7, 4), r(2, 3, 4), 1, 2, 5)),
     (aten.scatter_add.default, lambda: (r(2, 5), 1, torch.tensor([[1, 1], [4, 0]]), r(2, 2))),
     (aten.embedding_dense_backward.default, lambda: (r(2, 3, 4), torch.tensor([[1, 1, 0], [4, 2, 2]]), 5, 2, False)),
+    (aten.as_strided.default, lambda: (r(3, 5, 7), [3, 1, 35], [35, 99, 1])),
+    (aten.as_strided.default, lambda: (r(3, 5, 7).permute(2, 0, 1), [7, 5, 3], [1, 7, 35])),
+    (aten.as_strided_scatter.default, lambda: (r(3, 5, 7), r(3, 35), [3, 35], [35, 1])),
+    (aten.as_strided_scatter.default, lambda: (r(3, 5, 7).permute(2, 0, 1), r(5, 1, 21), [5, 1, 21], [1, 99, 5], 0)),
     (aten.roll.default, lambda: (r(3, 5, 7), [2, -3], [1, 2])),
     (aten.roll.default, lambda: (r(3, 5), [4])),
 ]
