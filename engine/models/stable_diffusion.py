@@ -132,7 +132,7 @@ class StableDiffusion:
         out = self.unet(z.to(dtype), timestep, encoder_hidden_states=condition.to(dtype)).sample.to(z.dtype)
         if self.prediction == "epsilon":
             return out
-        abar = self.alphas_cumprod.to(z.device)[timestep].to(z.dtype).reshape(-1, 1, 1, 1)
+        abar = self.alphas_cumprod.to(z)[timestep].reshape(-1, 1, 1, 1)
         return abar.sqrt() * out + (1 - abar).sqrt() * z
 
     def condition(

@@ -66,12 +66,11 @@ def test_digits_operators_are_documented_for_tensorrt(digits: Any, gradient: Any
 
 
 def test_aoti_package(tmp_path: Path) -> None:
-    """A detached step of tiny models, compiled ahead of time and loaded again."""
+    """Compiled ahead of time and loaded again; the guided step takes many minutes, so a part of the models."""
     from tests.conftest import make_tiny
 
-    built = artefacts.build(Spec(*make_tiny(), gradient="detached"), "aoti", Store(tmp_path))
+    spec = Spec(*make_tiny(), what="classifier")
+    built = artefacts.build(spec, "aoti", Store(tmp_path))
     assert built.report["parity"]["worst"] <= 1e-4
-    again = artefacts.open_step(built)
-    inputs = Spec(*make_tiny(), gradient="detached").example(5)
-    with torch.no_grad():
-        assert again.run(*inputs)[0].shape == inputs[0].shape
+    image = torch.rand(5, 3, 16, 16)
+    torch.testing.assert_close(artefacts.open_function(built)(image)[0], spec.function()(image))
