@@ -120,6 +120,7 @@ def test_classifiers(pack: Pack) -> None:
     assert accuracy["shortcut", "conflicting"] <= accuracy["shortcut", "matching"] - 0.30
 
 
+@pytest.mark.slow  # test_matrix.py does it with fewer samples
 def test_one_step_equals_the_literal_baseline(pack: Pack) -> None:
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         rows = one_step(pack, dtype, timesteps=(341,))
@@ -131,7 +132,7 @@ def test_one_step_equals_the_literal_baseline(pack: Pack) -> None:
 
 @pytest.mark.slow
 def test_whole_loop_equals_the_literal_baseline(pack: Pack) -> None:
-    result = whole_loop(pack)
+    result = whole_loop(pack, count=2)  # python -m bench.exactness takes eight
     assert result["steps"] == 171
     assert result["worst"] <= 1e-6
 
