@@ -19,6 +19,7 @@ from rich.table import Table
 from counterlens.export.errors import ExportError
 
 from .errors import CounterlensError, UsageError
+from .metrics.cli import app as metrics
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Show what would have to change in an image for a model to change its mind.",
 )
+app.add_typer(metrics, name="metrics")
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
