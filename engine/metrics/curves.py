@@ -208,6 +208,7 @@ def perturbing(
             mean=mean,
             std=std,
             out=out.view(stop - first, -1, source.shape[1], *planes),
+            trusted=True,  # ranks of finite maps
             backend=backend,
         )
 
