@@ -43,7 +43,7 @@ def export_artefact(
         UsageError: what or dtype is none that there is. ExportError: it cannot be built, or is wrong.
         CounterlensError: the copy cannot be written.
     """
-    settings = engine.config.settings(engine.pack_settings)
+    settings = engine.settings(engine.config)
     spec = Spec(
         engine.diffusion, engine.classifier, what=what, filter_mode=settings.filter, gradient=settings.gradient,
         dtype=dtype,
