@@ -15,7 +15,7 @@ from .guidance.pullback import frozen
 from .images import make_folder
 from .runtime import artefacts
 from .runtime.choice import TARGETS, StepRunner
-from .runtime.spec import STEP, Spec
+from .runtime.spec import STEP
 
 
 def export_artefact(
@@ -43,11 +43,7 @@ def export_artefact(
         UsageError: what or dtype is none that there is. ExportError: it cannot be built, or is wrong.
         CounterlensError: the copy cannot be written.
     """
-    settings = engine.settings(engine.config)
-    spec = Spec(
-        engine.diffusion, engine.classifier, what=what, filter_mode=settings.filter, gradient=settings.gradient,
-        dtype=dtype,
-    )  # fmt: skip
+    spec = engine.spec(engine.settings(engine.config), what=what, dtype=dtype)
     with frozen(*spec.modules):
         before = engine.store.path(artefacts.key_of(spec, target)).exists()
         artefact = artefacts.build(spec, target, engine.store, force=force, say=say)
