@@ -386,7 +386,10 @@ def samples(
 @app.command()
 def export(
     what: Annotated[
-        str, typer.Option(help="guided-step (gradient included), unet, vae-encoder, vae-decoder or classifier.")
+        str,
+        typer.Option(
+            help="guided-step (gradient included), unet, vae-encoder, vae-decoder, classifier, or all (engine)."
+        ),
     ] = "guided-step",
     format: Annotated[str, typer.Option(help="onnx, aoti (AOTInductor package) or tensorrt.")] = "onnx",
     dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
@@ -413,7 +416,8 @@ def export(
     """Compile the guided step, its gradients included, or a part of the models, and check it against eager.
 
     The artefact goes to a store, where the engine finds it: `runtime="auto"` takes it where it was measured to be
-    faster. One that does not agree with eager is not kept.
+    faster. One that does not agree with eager is not kept. `all` is what a run uses: the step, and encoder, decoder and
+    UNet beside it.
 
     Example: counterlens export --what guided-step --format onnx
 
@@ -423,21 +427,27 @@ def export(
 
     named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
     config = Config.make(mode=mode, **named, preset=preset, filter=filter, gradient=gradient)
-    from .exporting import export_artefact
+    from .exporting import ALL, export_artefact
 
     engine = open_engine(
         config, pack, classifier, model, {"store": store}, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size,
     )  # fmt: skip
-    with _progress("export") as progress:
-        task = progress.task_ids[0]
-        report = export_artefact(
-            engine, what=what, target=format, dtype=dtype, force=force, measure=measure, out=out,
-            say=lambda text: progress.update(task, description=text),
-        )  # fmt: skip
-    if as_json:
-        _print_json(report)
-        return
+    for part in ALL if what == "all" else (what,):
+        with _progress("export") as progress:
+            task = progress.task_ids[0]
+            report = export_artefact(
+                engine, what=part, target=format, dtype=dtype, force=force, measure=measure,
+                out=out / part if out is not None and what == "all" else out,
+                say=lambda text, p=progress, t=task: p.update(t, description=text),  # type: ignore[misc]
+            )  # fmt: skip
+        if as_json:
+            _print_json(report)
+        else:
+            _print_export(report)
+
+
+def _print_export(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     parity = report["parity"]
     built = ", ".join(f"{name} {seconds:g} s" for name, seconds in report["seconds"].items())
