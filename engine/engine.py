@@ -22,6 +22,7 @@ from .errors import CounterlensError, UsageError
 from .guidance.pullback import PullbackMode, frozen
 from .guidance.sampler import Job, Outcome, Sampler, count_ticks
 from .guidance.schedule import make_schedule
+from .guidance.spans import span
 from .images import as_saved, make_folder, save_png, to_uint8
 from .memory import checkpointed, largest_batch
 from .models.latent import ClassConditionalLatentDiffusion
@@ -303,12 +304,22 @@ class Engine:
                "decode": self.diffusion.decode}  # fmt: skip
         return {name: runners[what].part(slots) if what in runners else own[name] for name, what in PARTS.items()}
 
-    def _slots(self, batch: int) -> int:
+    @property
+    def device(self) -> torch.device:
+        """Where the diffusion model is."""
+        return next(p for m in self.diffusion.modules() for p in m.parameters()).device
+
+    def predict_noise(self, slots: int) -> Callable[..., Tensor]:
+        """The noise prediction beside the guided steps, compiled where the store has it."""
+        return self._parts(slots)["predict_noise"]
+
+    def slots_for(self, batch: int) -> int:
+        """The slot count that a batch of this size is padded to."""
         return next((s for s in self.slots if s >= batch), self.slots[-1])
 
     def runtime_choice(self, batch: int = 1, config: Config | None = None) -> Choice:
         """Which runtime runs the guided steps of a batch of this size, and why."""
-        return self._runner(self.settings(config or self.config)).choose(self._slots(batch))
+        return self._runner(self.settings(config or self.config)).choose(self.slots_for(batch))
 
     def warmup(
         self, batches: Sequence[int] = SLOTS, config: Config | None = None, *, measure: bool | None = None
@@ -328,7 +339,7 @@ class Engine:
         runner = self._runner(settings)
         out = {}
         with self.frozen():
-            for slots in sorted({self._slots(b) for b in batches}):
+            for slots in sorted({self.slots_for(b) for b in batches}):
                 for r in (runner, *self._part_runners().values()):
                     missing = self.runtime == "auto" and str(slots) not in r.measurements() and r.found()
                     if missing if measure is None else measure:
@@ -452,7 +463,8 @@ class Engine:
     ) -> Tensor:
         """The classifier's probabilities: [B, labels]; computed in padded batches like everything else."""
         batches = _batches(len(images), self.slots)
-        parts = [probabilities(self.classifier, images[rows])[:n] for rows, n in batches]
+        with span("predictions"):
+            parts = [probabilities(self.classifier, images[rows])[:n] for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
     def check_target(self, target: str | int) -> int:
@@ -599,7 +611,7 @@ class Engine:
         """What became of the jobs in `todo`, by their index."""
         if not todo:
             return {}
-        slots = self._slots(len(todo))
+        slots = self.slots_for(len(todo))
         settings = jobs[todo[0]].settings
         sampler = self._sampler(settings, slots)
         index = {sampler.submit(jobs[i]): i for i in todo}
