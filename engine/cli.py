@@ -21,6 +21,7 @@ from counterlens.export.errors import ExportError
 from .errors import CounterlensError, UsageError
 
 if TYPE_CHECKING:
+    from .config import Config
     from .engine import Engine
 
 # torch, diffusers and everything that needs them are imported inside the commands: --help must answer at once.
@@ -37,6 +38,21 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False)
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the run; combined with each image's own pixels or id.", min=0)]
 PackOption = Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")]
+ClassifierOption = Annotated[
+    str | None,
+    typer.Option(help="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME."),
+]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Diffusion model instead of the pack's: a diffusers folder or hub id.")
+]
+LabelsOption = Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")]
+PromptsOption = Annotated[
+    str | None, typer.Option(help="imagenet, pets, flowers, smile, age, or a template with {label}.")
+]
+ClassesOption = Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")]
+HeadOption = Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")]
+WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")]
+ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
 BATCH = 16
 
 
@@ -126,26 +142,20 @@ def counterfactual(
     out: Annotated[Path, typer.Option(help="Folder for the counterfactuals.")] = Path("counterfactuals"),
     mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
     pack: PackOption = "digits",
-    classifier: Annotated[
-        str | None,
-        typer.Option(help="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Diffusion model instead of the pack's: a diffusers folder or hub id.")
-    ] = None,
-    labels: Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="imagenet, pets, flowers, smile, age, or a template with {label}.")
-    ] = None,
-    classes: Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")] = None,
-    head: Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")] = None,
+    classifier: ClassifierOption = None,
+    model: ModelOption = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    head: HeadOption = None,
+    weights: WeightsOption = None,
     manifest: Annotated[Path | None, typer.Option(help="CSV file with the columns image and target.")] = None,
     neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")] = None,
+    image_size: ImageSizeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
     memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
+    attention: Annotated[str, typer.Option(help="Of UNet and VAE: sdpa, or xformers (CUDA).")] = "sdpa",
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the process that is noised, in (0, 1].")] = None,
@@ -169,7 +179,7 @@ def counterfactual(
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from .config import Config
-    from .data import collect, read_manifest, read_names, read_neighbours
+    from .data import collect, read_manifest, read_neighbours
     from .images import make_folder
 
     items = collect(images or []) + (read_manifest(manifest) if manifest else [])
@@ -187,28 +197,15 @@ def counterfactual(
     if overwritten:
         raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
     out = make_folder(out)
-    from .engine import Engine
-
-    own: dict[str, Any] = {"labels": labels, "prompts": prompts, "classes": classes, "head": head, "weights": weights}
-    own |= {"image_size": image_size, "dtype": dtype}
-    own = {name: value for name, value in own.items() if value is not None}
-    saving: dict[str, Any] = {"checkpointing": checkpointing}
+    saving: dict[str, Any] = {"checkpointing": checkpointing, "attention": attention}
     if memory_budget is not None:
         saving["memory_budget"] = memory_budget * 1e9
     if neighbours is not None:
         saving["neighbours"] = read_neighbours(neighbours)
-    if model is None:
-        if own:
-            raise UsageError(f"{next(iter(own))}: needs --model; the pack's models have their own")
-        engine = Engine.from_pack(pack, classifier or "clean", config, **saving)
-    else:
-        if classifier is None:
-            raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
-        if labels is not None:
-            own["labels"] = read_names(labels)
-        if classes is not None:
-            own["classes"] = _numbers(classes)
-        engine = Engine.from_pretrained(model, classifier, config, **own, **saving)
+    engine = open_engine(
+        config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
+        weights=weights, image_size=image_size, dtype=dtype,
+    )  # fmt: skip
     choices = [_as_target(item.target or target, engine) for item in items]
     for choice in dict.fromkeys(choices):
         engine.check_target(choice)
@@ -241,6 +238,27 @@ def counterfactual(
     console.print(table)
     if failed:
         raise CounterlensError(f"{failed} of {len(images)} images failed; the others are in {out}")
+
+
+def open_engine(
+    config: Config, pack: str, classifier: str | None, model: str | None, options: dict[str, Any], **own: Any
+) -> Engine:
+    """The engine of a pack, or of --model and --classifier with what describes them (`own`; None: not given)."""
+    from .data import read_names
+    from .engine import Engine
+
+    own = {name: value for name, value in own.items() if value is not None}
+    if model is None:
+        if own:
+            raise UsageError(f"{next(iter(own))}: needs --model; the pack's models have their own")
+        return Engine.from_pack(pack, classifier or "clean", config, **options)
+    if classifier is None:
+        raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
+    if "labels" in own:
+        own["labels"] = read_names(own["labels"])
+    if "classes" in own:
+        own["classes"] = _numbers(own["classes"])
+    return Engine.from_pretrained(model, classifier, config, **own, **options)
 
 
 @contextmanager
@@ -373,8 +391,16 @@ def export(
     format: Annotated[str, typer.Option(help="onnx, aoti (AOTInductor package) or tensorrt.")] = "onnx",
     dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
     pack: PackOption = "digits",
-    classifier: Annotated[str, typer.Option(help="The pack's classifier.")] = "clean",
+    classifier: ClassifierOption = None,
+    model: ModelOption = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    head: HeadOption = None,
+    weights: WeightsOption = None,
+    image_size: ImageSizeOption = None,
     mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit: filter, gradient.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of the artefact's files.")] = None,
@@ -390,14 +416,19 @@ def export(
     faster. One that does not agree with eager is not kept.
 
     Example: counterlens export --what guided-step --format onnx
+
+    Example: counterlens export --model ./sd15 --classifier ./resnet-50 --preset imagenet-text --format aoti
     """
     from .config import Config
 
-    config = Config.make(mode=mode, pack=pack, classifier=classifier, filter=filter, gradient=gradient)
-    from .engine import Engine
+    named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
+    config = Config.make(mode=mode, **named, preset=preset, filter=filter, gradient=gradient)
     from .exporting import export_artefact
 
-    engine = Engine.from_pack(pack, classifier, config, store=store)
+    engine = open_engine(
+        config, pack, classifier, model, {"store": store}, labels=labels, prompts=prompts, classes=classes, head=head,
+        weights=weights, image_size=image_size,
+    )  # fmt: skip
     with _progress("export") as progress:
         task = progress.task_ids[0]
         report = export_artefact(

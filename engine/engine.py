@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from counterlens.export.store import Store
 
+from .attention import ATTENTIONS, memory_efficient_attention, not_supported_reasons
 from .config import PRESET_PROMPTS, SPEEDS, Config, Settings, default_settings, preset_misfit
 from .errors import CounterlensError, UsageError
 from .guidance.pullback import PullbackMode, frozen
@@ -149,6 +150,7 @@ class Engine:
         source: the pack and classifier that this is, where a config must not ask for another.
         checkpointing: recompute activations of decoder and UNet in the backward pass: less memory, more time.
         memory_budget: bytes; the largest batch that fits is measured and used.
+        attention: of UNet and VAE: `sdpa` (PyTorch's own) or `xformers` (CUDA, eager).
         neighbours: nearest labels of each label, nearest first, for targets `neighbour`.
         guidance_decoder: what `guidance_decoder="tiny"` differentiates through: a folder or hub id of an
             `AutoencoderTiny`, or an open decoder.
@@ -171,6 +173,7 @@ class Engine:
         source: dict[str, str] | None = None,
         checkpointing: bool = False,
         memory_budget: float | None = None,
+        attention: str = "sdpa",
         neighbours: Mapping[str, Sequence[str]] | None = None,
         guidance_decoder: TinyDecoder | str | Path | None = None,
     ) -> None:
@@ -195,17 +198,26 @@ class Engine:
             raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
         if checkpointing and runtime not in ("auto", "eager"):
             raise UsageError(f"checkpointing: recomputes in eager; runtime {runtime!r} cannot")
-        self.runtime = "eager" if checkpointing else runtime
+        if attention not in ATTENTIONS:
+            raise UsageError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        if attention == "xformers":
+            if runtime not in ("auto", "eager"):
+                raise UsageError(f"attention: xformers runs in eager; runtime {runtime!r} cannot")
+            if reasons := not_supported_reasons(diffusion.modules()):
+                raise UsageError(f"attention: xformers cannot be used: {'; '.join(reasons)}")
+        self.checkpointing, self.attention = checkpointing, attention
+        differentiated_by_autograd = checkpointing or attention == "xformers"
+        self.runtime = "eager" if differentiated_by_autograd else runtime
         self.store = Store(store)
         self._runners: dict[tuple[object, ...], StepRunner] = {}
-        self.pullback: PullbackMode = "autograd" if checkpointing else "functional"
+        self.pullback: PullbackMode = "autograd" if differentiated_by_autograd else "functional"
         self.neighbours = {
             self.check_target(k): [self.check_target(n) for n in v if n != k] for k, v in (neighbours or {}).items()
         }
         self.slots: tuple[int, ...] = SLOTS
         self._check_source(self.config)
         if memory_budget is not None:
-            with self._saving_memory():
+            with self._prepared():
                 most = largest_batch(
                     diffusion, classifier, self.settings(self.config), memory_budget, SLOTS, self.pullback
                 )
@@ -250,7 +262,7 @@ class Engine:
     def frozen(self) -> Iterator[None]:
         """Hold all models in eval mode without parameter gradients: for a `sampler` and whatever runs beside it."""
         own = [] if self.guidance_decoder is None else [self.guidance_decoder.module]
-        with frozen(*self.diffusion.modules(), self.classifier.module, *own), self._saving_memory():
+        with frozen(*self.diffusion.modules(), self.classifier.module, *own), self._prepared():
             yield
 
     def sampler(self, config: Config | None = None, slots: int = 16) -> Sampler:
@@ -380,8 +392,12 @@ class Engine:
         return settings
 
     @contextmanager
-    def _saving_memory(self) -> Iterator[None]:
-        with checkpointed(self.diffusion.modules()) if self.pullback == "autograd" else nullcontext():
+    def _prepared(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.checkpointing:
+                stack.enter_context(checkpointed(self.diffusion.modules()))
+            if self.attention == "xformers":
+                stack.enter_context(memory_efficient_attention(self.diffusion.modules()))
             yield
 
     def _check_source(self, config: Config) -> None:

@@ -65,10 +65,7 @@ def cotangents(
 ) -> Tensor:
     """What guidance pulls back: gradients of log p(target), and of the distance for a third of the samples."""
     seen = (x + 1) / 2
-    pulls = [
-        torch.func.grad(lambda y, c=c: c.log_prob(y, target).sum())(seen)  # type: ignore[misc]
-        for c in classifiers
-    ]
+    pulls = [torch.func.grad(lambda y, c=c: c.log_prob(y, target).sum())(seen) for c in classifiers]
     pulls.append((seen.clamp(0, 1) - image).sign() * ((seen > 0) & (seen < 1)))
     choice = torch.randint(len(pulls), (len(x),), generator=g)
     return unit_largest(torch.stack(pulls)[choice, torch.arange(len(x))])
@@ -86,7 +83,7 @@ def distill(pack: Pack, out: Path, steps: int, count: int, seed: int, progress: 
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.05)
     task = progress.add_task("distilling", total=steps, loss=float("nan"))
-    for step in range(steps):
+    for _ in range(steps):
         index = torch.randint(len(z), (128,), generator=g)
         latents = z[index].requires_grad_()
         output = student(latents)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,21 @@ def test_parts(what: str, tiny: Any, store: Store) -> None:
     assert part.report["parity"]["worst"] <= 1e-4
     with pytest.raises(ExportError, match=f"holds the {what}, not the guided step"):
         artefacts.open_step(part)
+
+
+def test_a_full_disk_leaves_the_store_valid(tiny: Any, tmp_path: Path) -> None:
+    """A limit on file sizes stands for the full disk: the same call fails in the same place."""
+    spec, full = Spec(*tiny, what="unet"), Store(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ExportError, match=r"the artefact cannot be written \(.*File too large"):
+            artefacts.build(spec, "onnx", full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert full.entries() == []
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+    assert artefacts.build(spec, "onnx", full).report["parity"]["worst"] <= 1e-4
 
 
 @pytest.mark.slow
