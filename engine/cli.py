@@ -53,6 +53,9 @@ ClassesOption = Annotated[str | None, typer.Option(help="The diffusion model's c
 HeadOption = Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")]
 WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")]
 ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
+SpeedOption = Annotated[str | None, typer.Option(help="exact, balanced or fast: how the setting is computed.")]
+GuidanceDecoderOption = Annotated[str | None, typer.Option(help="full, or tiny: a small one, for gradients only.")]
+DistanceOption = Annotated[str | None, typer.Option(help="To the input, over image (pixels) or latent.")]
 BATCH = 16
 
 
@@ -166,6 +169,18 @@ def counterfactual(
     filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
     noise: Annotated[str | None, typer.Option(help="random or inversion.")] = None,
+    speed: SpeedOption = None,
+    solver: Annotated[str | None, typer.Option(help="ddim, dpm++ (DPM-Solver++(2M)) or unipc.")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(help="official, or over the noised part: leading, trailing, linspace, logsnr.")
+    ] = None,
+    guidance_decoder: GuidanceDecoderOption = None,
+    tiny_decoder: Annotated[str | None, typer.Option(help="AutoencoderTiny for --guidance-decoder tiny.")] = None,
+    distance: DistanceOption = None,
+    guidance_start: Annotated[float | None, typer.Option(help="Share of the run from which steps are guided.")] = None,
+    guidance_end: Annotated[float | None, typer.Option(help="Share of the run up to which steps are guided.")] = None,
+    guidance_every: Annotated[int | None, typer.Option(help="Every n-th step asks, the others reuse it.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds for each image; then what there is.")] = None,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -190,8 +205,12 @@ def counterfactual(
     config = Config.make(
         mode=mode, **named, preset=preset, steps=steps, strength=strength,
         guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
-        filter=filter, gradient=gradient, noise=noise, seed=seed,
+        filter=filter, gradient=gradient, noise=noise, speed=speed, solver=solver, spacing=spacing,
+        guidance_decoder=guidance_decoder, distance=distance, guidance_start=guidance_start, guidance_end=guidance_end,
+        guidance_every=guidance_every, seed=seed,
     )  # fmt: skip
+    if budget is not None and not budget > 0:
+        raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
     names = _names(images)
     overwritten = {(out / f"{n}.png").resolve() for n in names} & {p.resolve() for p in images}
     if overwritten:
@@ -200,6 +219,8 @@ def counterfactual(
     saving: dict[str, Any] = {"checkpointing": checkpointing, "attention": attention}
     if memory_budget is not None:
         saving["memory_budget"] = memory_budget * 1e9
+    if tiny_decoder is not None:
+        saving["guidance_decoder"] = tiny_decoder
     if neighbours is not None:
         saving["neighbours"] = read_neighbours(neighbours)
     engine = open_engine(
@@ -217,7 +238,7 @@ def counterfactual(
     with _progress("counterfactuals") as progress, _open_for_append(log_path) as log:
         task = progress.task_ids[0]
         for item, record in zip(
-            items, _counterfactual_records(engine, images, names, choices, out, progress, task), strict=True
+            items, _counterfactual_records(engine, images, names, choices, out, budget, progress, task), strict=True
         ):
             if item.label is not None:
                 record["label"] = item.label
@@ -298,6 +319,7 @@ def _counterfactual_records(
     names: list[str],
     targets: list[str | int],
     out: Path,
+    budget_s: float | None,
     progress: Progress,
     task: Any,
 ) -> Iterator[dict[str, Any]]:
@@ -326,6 +348,7 @@ def _counterfactual_records(
                 torch.stack(list(loaded.values())),
                 [targets[i] for i in loaded],
                 on_step=show,
+                budget_s=budget_s,
             )
         order = list(loaded)
         for i in rows:
@@ -403,6 +426,9 @@ def export(
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
+    speed: SpeedOption = None,
+    guidance_decoder: GuidanceDecoderOption = None,
+    distance: DistanceOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of the artefact's files.")] = None,
     store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
@@ -422,7 +448,10 @@ def export(
     from .config import Config
 
     named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
-    config = Config.make(mode=mode, **named, preset=preset, filter=filter, gradient=gradient)
+    config = Config.make(
+        mode=mode, **named, preset=preset, filter=filter, gradient=gradient, speed=speed,
+        guidance_decoder=guidance_decoder, distance=distance,
+    )  # fmt: skip
     from .exporting import export_artefact
 
     engine = open_engine(
