@@ -1,4 +1,4 @@
-"""The command line: `counterlens demo`, `counterfactual`, `samples`, `convert`, `export`, `info`."""
+"""The command line; larger commands live in the `cli.py` of their packages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from counterlens.export.errors import ExportError
 
 from .errors import CounterlensError, UsageError
+from .options import (
+    ClassesOption,
+    ClassifierOption,
+    DistanceOption,
+    GuidanceDecoderOption,
+    HeadOption,
+    ImageSizeOption,
+    JsonFlag,
+    LabelsOption,
+    ModelOption,
+    PackOption,
+    PromptsOption,
+    SeedOption,
+    SpeedOption,
+    WeightsOption,
+    errors,
+    open_engine,
+    print_json,
+    progress_bar,
+    text_console,
+)
+from .profiling import cli as _profiling
 
 if TYPE_CHECKING:
-    from .config import Config
     from .engine import Engine
 
 # torch, diffusers and everything that needs them are imported inside the commands: --help must answer at once.
@@ -33,46 +54,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Show what would have to change in an image for a model to change its mind.",
 )
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the run; combined with each image's own pixels or id.", min=0)]
-PackOption = Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")]
-ClassifierOption = Annotated[
-    str | None,
-    typer.Option(help="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME."),
-]
-ModelOption = Annotated[
-    str | None, typer.Option(help="Diffusion model instead of the pack's: a diffusers folder or hub id.")
-]
-LabelsOption = Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")]
-PromptsOption = Annotated[
-    str | None, typer.Option(help="imagenet, pets, flowers, smile, age, or a template with {label}.")
-]
-ClassesOption = Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")]
-HeadOption = Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")]
-WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")]
-ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
 BATCH = 16
-
-
-def _out(as_json: bool) -> Console:
-    """Where text for people goes: stderr when stdout belongs to a machine."""
-    return Console(stderr=as_json, highlight=False)
-
-
-def _print_json(record: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Progress]:
-    """A progress bar on stderr, shown on terminals only and gone when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        progress.add_task(title, total=None)
-        yield progress
 
 
 @app.command()
@@ -96,12 +78,12 @@ def demo(
     out = make_folder(out)
     from .demo import run_demo
 
-    with _progress("demo") as progress:
+    with progress_bar("demo") as progress:
         task = progress.task_ids[0]
         parts = run_demo(pack, count, seed, lambda i, n: progress.update(task, completed=i, total=n))
     path = out / "counterfactuals.png"
     write_png(draw_strips([p.strip for p in parts]), path)
-    console = _out(as_json)
+    console = text_console(as_json)
     table = Table("explained", "images", "flipped", "judge agrees", "L1", "marker touched", box=box.SIMPLE)
     table.columns[0].no_wrap = True
     for p in parts:
@@ -121,11 +103,11 @@ def demo(
     if as_json:
         for p in parts:
             for record in p.records:
-                _print_json({"classifier": p.classifier, "mode": p.mode, **record})
+                print_json({"classifier": p.classifier, "mode": p.mode, **record})
         artifacts = [str(path)]
         first = parts[0].summary
         by_part = {f"{p.classifier}/{p.mode}": p.summary for p in parts}
-        _print_json({**first, "artifacts": artifacts, "parts": by_part})
+        print_json({**first, "artifacts": artifacts, "parts": by_part})
     failed = sum(p.summary["failed"] for p in parts)
     if failed:
         raise CounterlensError(f"{failed} counterfactuals failed; --json names them")
@@ -166,6 +148,18 @@ def counterfactual(
     filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
     noise: Annotated[str | None, typer.Option(help="random or inversion.")] = None,
+    speed: SpeedOption = None,
+    solver: Annotated[str | None, typer.Option(help="ddim, dpm++ (DPM-Solver++(2M)) or unipc.")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(help="official, or over the noised part: leading, trailing, linspace, logsnr.")
+    ] = None,
+    guidance_decoder: GuidanceDecoderOption = None,
+    tiny_decoder: Annotated[str | None, typer.Option(help="AutoencoderTiny for --guidance-decoder tiny.")] = None,
+    distance: DistanceOption = None,
+    guidance_start: Annotated[float | None, typer.Option(help="Share of the run from which steps are guided.")] = None,
+    guidance_end: Annotated[float | None, typer.Option(help="Share of the run up to which steps are guided.")] = None,
+    guidance_every: Annotated[int | None, typer.Option(help="Every n-th step asks, the others reuse it.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds for each image; then what there is.")] = None,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -190,8 +184,12 @@ def counterfactual(
     config = Config.make(
         mode=mode, **named, preset=preset, steps=steps, strength=strength,
         guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
-        filter=filter, gradient=gradient, noise=noise, seed=seed,
+        filter=filter, gradient=gradient, noise=noise, speed=speed, solver=solver, spacing=spacing,
+        guidance_decoder=guidance_decoder, distance=distance, guidance_start=guidance_start, guidance_end=guidance_end,
+        guidance_every=guidance_every, seed=seed,
     )  # fmt: skip
+    if budget is not None and not budget > 0:
+        raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
     names = _names(images)
     overwritten = {(out / f"{n}.png").resolve() for n in names} & {p.resolve() for p in images}
     if overwritten:
@@ -200,6 +198,8 @@ def counterfactual(
     saving: dict[str, Any] = {"checkpointing": checkpointing, "attention": attention}
     if memory_budget is not None:
         saving["memory_budget"] = memory_budget * 1e9
+    if tiny_decoder is not None:
+        saving["guidance_decoder"] = tiny_decoder
     if neighbours is not None:
         saving["neighbours"] = read_neighbours(neighbours)
     engine = open_engine(
@@ -210,14 +210,14 @@ def counterfactual(
     for choice in dict.fromkeys(choices):
         engine.check_target(choice)
     engine.settings(config)
-    console = _out(as_json)
+    console = text_console(as_json)
     table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
     failed = 0
     log_path = out / "results.jsonl"
-    with _progress("counterfactuals") as progress, _open_for_append(log_path) as log:
+    with progress_bar("counterfactuals") as progress, _open_for_append(log_path) as log:
         task = progress.task_ids[0]
         for item, record in zip(
-            items, _counterfactual_records(engine, images, names, choices, out, progress, task), strict=True
+            items, _counterfactual_records(engine, images, names, choices, out, budget, progress, task), strict=True
         ):
             if item.label is not None:
                 record["label"] = item.label
@@ -225,7 +225,7 @@ def counterfactual(
             log.write(json.dumps(record) + "\n")
             log.flush()
             if as_json:
-                _print_json(record)
+                print_json(record)
             if "error" in record:
                 errors.print(f"error: {record['image']}: {record['error']}", markup=False, style="red")
                 table.add_row(record["image"], "", "", "", "", "", "", "failed")
@@ -240,27 +240,6 @@ def counterfactual(
         raise CounterlensError(f"{failed} of {len(images)} images failed; the others are in {out}")
 
 
-def open_engine(
-    config: Config, pack: str, classifier: str | None, model: str | None, options: dict[str, Any], **own: Any
-) -> Engine:
-    """The engine of a pack, or of --model and --classifier with what describes them (`own`; None: not given)."""
-    from .data import read_names
-    from .engine import Engine
-
-    own = {name: value for name, value in own.items() if value is not None}
-    if model is None:
-        if own:
-            raise UsageError(f"{next(iter(own))}: needs --model; the pack's models have their own")
-        return Engine.from_pack(pack, classifier or "clean", config, **options)
-    if classifier is None:
-        raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
-    if "labels" in own:
-        own["labels"] = read_names(own["labels"])
-    if "classes" in own:
-        own["classes"] = _numbers(own["classes"])
-    return Engine.from_pretrained(model, classifier, config, **own, **options)
-
-
 @contextmanager
 def _open_for_append(path: Path) -> Iterator[Any]:
     try:
@@ -273,13 +252,6 @@ def _open_for_append(path: Path) -> Iterator[Any]:
 def _as_target(target: str, engine: Engine) -> str | int:
     """A label's index where the text is no label's name but a number."""
     return int(target) if target not in engine.labels and target.isdecimal() else target
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"classes: expected numbers separated by commas, got {text!r}") from error
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -298,6 +270,7 @@ def _counterfactual_records(
     names: list[str],
     targets: list[str | int],
     out: Path,
+    budget_s: float | None,
     progress: Progress,
     task: Any,
 ) -> Iterator[dict[str, Any]]:
@@ -326,6 +299,7 @@ def _counterfactual_records(
                 torch.stack(list(loaded.values())),
                 [targets[i] for i in loaded],
                 on_step=show,
+                budget_s=budget_s,
             )
         order = list(loaded)
         for i in rows:
@@ -372,7 +346,7 @@ def samples(
         save_png(image, out / name)
         rows.append({"file": name, "label": str(label), "marker": str(planted) if planted else "none"})
         if as_json:
-            _print_json(rows[-1])
+            print_json(rows[-1])
     try:
         with (out / "labels.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["file", "label", "marker"])
@@ -380,7 +354,7 @@ def samples(
             writer.writerows(rows)
     except OSError as error:
         raise CounterlensError(f"{out / 'labels.csv'}: cannot be written ({error.strerror or error})") from error
-    _out(as_json).print(f"{len(rows)} images and labels.csv in {out}")
+    text_console(as_json).print(f"{len(rows)} images and labels.csv in {out}")
 
 
 @app.command()
@@ -406,6 +380,9 @@ def export(
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
+    speed: SpeedOption = None,
+    guidance_decoder: GuidanceDecoderOption = None,
+    distance: DistanceOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of the artefact's files.")] = None,
     store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
@@ -426,7 +403,10 @@ def export(
     from .config import Config
 
     named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
-    config = Config.make(mode=mode, **named, preset=preset, filter=filter, gradient=gradient)
+    config = Config.make(
+        mode=mode, **named, preset=preset, filter=filter, gradient=gradient, speed=speed,
+        guidance_decoder=guidance_decoder, distance=distance,
+    )  # fmt: skip
     from .exporting import ALL, export_artefact
 
     engine = open_engine(
@@ -434,7 +414,7 @@ def export(
         weights=weights, image_size=image_size,
     )  # fmt: skip
     for part in ALL if what == "all" else (what,):
-        with _progress("export") as progress:
+        with progress_bar("export") as progress:
             task = progress.task_ids[0]
             report = export_artefact(
                 engine, what=part, target=format, dtype=dtype, force=force, measure=measure,
@@ -442,7 +422,7 @@ def export(
                 say=lambda text, p=progress, t=task: p.update(t, description=text),  # type: ignore[misc]
             )  # fmt: skip
         if as_json:
-            _print_json(report)
+            print_json(report)
         else:
             _print_export(report)
 
@@ -489,10 +469,10 @@ def convert(
         labels=read_names(labels) if labels else None,
     )  # fmt: skip
     if as_json:
-        _print_json(report)
+        print_json(report)
     text = ", ".join(f"{part} {count}" for part, count in report["tensors"].items())
     left = ", ".join(f"{name} {count}" for name, count in report["left_out"].items()) or "nothing"
-    _out(as_json).print(f"{report['kind']} in {out}; tensors: {text}; left out: {left}")
+    text_console(as_json).print(f"{report['kind']} in {out}; tensors: {text}; left out: {left}")
 
 
 @app.command()
@@ -517,7 +497,7 @@ def info(
         except OSError as error:
             raise CounterlensError(f"{out / 'info.json'}: cannot be written ({error.strerror or error})") from error
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     console = Console(highlight=False)
     console.print("  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
@@ -537,6 +517,9 @@ def info(
         text = ", ".join(f"{k} {v}" for k, v in settings.items())
         table.add_row(facts["pack"]["name"], ", ".join(facts["pack"]["classifiers"]), mode, text)
     console.print(table)
+
+
+app.command("profile")(_profiling.profile)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from counterlens.export.store import Store, weights_digest
 
 from .attention import ATTENTIONS, memory_efficient_attention, not_supported_reasons
-from .config import PRESET_PROMPTS, Config, Settings, default_settings, preset_misfit
+from .config import PRESET_PROMPTS, SPEEDS, Config, Settings, default_settings, preset_misfit
 from .errors import CounterlensError, UsageError
 from .guidance.pullback import PullbackMode, frozen
 from .guidance.sampler import Job, Outcome, Sampler, count_ticks
@@ -151,6 +151,7 @@ class Engine:
             raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`. Encoder, decoder
             and UNet beside the steps are compiled where the store has them too (`counterlens export --what all`).
         store: folder of compiled steps; the user's cache without one.
+        speeds: what the speeds `exact`, `balanced` and `fast` change in a setting; `config.SPEEDS` without it.
         source: the pack and classifier that this is, where a config must not ask for another.
         checkpointing: recompute activations of decoder and UNet in the backward pass: less memory, more time.
         memory_budget: bytes; the largest batch that fits is measured and used.
@@ -170,6 +171,7 @@ class Engine:
         config: Config | None = None,
         *,
         pack_settings: dict[str, dict[str, Any]] | None = None,
+        speeds: dict[str, dict[str, Any]] | None = None,
         backend: str = "auto",
         runtime: str = "auto",
         store: str | Path | None = None,
@@ -189,6 +191,7 @@ class Engine:
         self.classifier = classifier
         self.config = config or Config()
         self.pack_settings = default_settings(diffusion.conditioning) if pack_settings is None else pack_settings
+        self.speeds = speeds or SPEEDS
         self.backend = backend
         self.source = source or {}
         if isinstance(guidance_decoder, str | Path):
@@ -240,6 +243,7 @@ class Engine:
         settings = {mode: pack.manifest["settings"][mode] for mode in ("realistic", "audit")}
         source = {"pack": name, "classifier": classifier}
         models = (pack.diffusion(), pack.classifier(classifier))
+        options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
         return cls(*models, config, pack_settings=settings, source=source, **options)
 
     def spec(self, settings: Settings, **fields: Any) -> Spec:
@@ -382,7 +386,7 @@ class Engine:
             image_size: for Stable Diffusion; its own without it.
             dtype: of the diffusion model's weights: float32, bfloat16 or float16. Guidance is summed in float32, and
                 the classifier stays in float32: gradients of log p fall below what float16 holds.
-            options: of `Engine`: backend, checkpointing, memory_budget, neighbours.
+            options: of `Engine`: backend, checkpointing, memory_budget, neighbours, guidance_decoder.
 
         Raises:
             UsageError: parts or options do not fit. CounterlensError: files are missing or corrupt.
@@ -413,7 +417,9 @@ class Engine:
             diffusion.describe(explained.labels, classes)
         tuned = None
         if isinstance(diffusion, ClassConditionalLatentDiffusion):
-            tuned = Pack(str(model)).manifest["settings"]
+            pack = Pack(str(model))
+            tuned = pack.manifest["settings"]
+            options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
         return cls(diffusion, explained, config, pack_settings=tuned, **options)
 
     def settings(self, config: Config) -> Settings:
@@ -424,7 +430,7 @@ class Engine:
         """
         if config.preset and (reason := preset_misfit(config.preset, self.diffusion.conditioning, len(self.labels))):
             raise UsageError(f"preset: {reason}")
-        settings = config.settings(self.pack_settings)
+        settings = config.settings(self.pack_settings, self.speeds)
         if settings.guidance_decoder == "tiny" and self.guidance_decoder is None:
             raise UsageError(
                 "guidance_decoder: this engine has no tiny decoder; give Engine(guidance_decoder=...) the folder or "

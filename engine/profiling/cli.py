@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ..cli import (
+from ..errors import CounterlensError, UsageError
+from ..options import (
     ClassesOption,
     ClassifierOption,
+    GuidanceDecoderOption,
     HeadOption,
     ImageSizeOption,
     JsonFlag,
@@ -19,13 +21,13 @@ from ..cli import (
     PackOption,
     PromptsOption,
     SeedOption,
+    SpeedOption,
     WeightsOption,
-    _out,
-    _print_json,
-    _progress,
     open_engine,
+    print_json,
+    progress_bar,
+    text_console,
 )
-from ..errors import CounterlensError, UsageError
 
 
 def profile(
@@ -40,11 +42,11 @@ def profile(
         str, typer.Option(help="auto, eager, inductor, onnxruntime, aoti or tensorrt; parts are timed in eager.")
     ] = "auto",
     mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
-    speed: Annotated[str | None, typer.Option(help="exact, balanced or fast.")] = None,
+    speed: SpeedOption = None,
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps over the whole process.")] = None,
     gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
-    guidance_decoder: Annotated[str | None, typer.Option(help="full or tiny: what is differentiated through.")] = None,
+    guidance_decoder: GuidanceDecoderOption = None,
     pack: PackOption = "digits",
     classifier: ClassifierOption = None,
     model: ModelOption = None,
@@ -94,7 +96,7 @@ def profile(
         pictures = torch.stack([load_image(item.path, engine.image_size) for item in items])
     else:
         pictures = Pack(pack).samples("test", count=count, marker="random").images
-    with _progress("profile") as progress:
+    with progress_bar("profile") as progress:
         task = progress.task_ids[0]
         result = measure(
             engine, pictures, target, batch=batch, say=lambda text: progress.update(task, description=text)
@@ -110,7 +112,7 @@ def profile(
         except OSError as error:
             raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
     if as_json:
-        _print_json(result.as_json() | {"files": [str(path) for path in files]})
-    console = _out(as_json)
+        print_json(result.as_json() | {"files": [str(path) for path in files]})
+    console = text_console(as_json)
     print_profile(result, console)
     console.print("\n".join(str(path) for path in files))

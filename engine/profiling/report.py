@@ -27,13 +27,12 @@ def print_profile(profile: Profile, console: Console) -> None:
         table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}")
     console.print(table)
     of = "" if profile.parts_runtime == profile.runtime else f" (in {profile.parts_runtime}: compiled, it is one call)"
-    table = Table(
-        f"a guided step{of}", "ms", "share", "calls", "GFLOP", "MB", "roofline", "peak MB", box=box.SIMPLE
-    )
+    table = Table(f"a guided step{of}", "ms", "share", "GFLOP", "MB", "roofline", "peak MB", box=box.SIMPLE)
     table.columns[0].no_wrap = True
     for name, part in profile.parts.items():
+        times = f" ({part.calls:g} x)" if part.calls != 1 else ""
         table.add_row(
-            name, f"{part.seconds * 1e3:.2f}", f"{part.share:.1%}", f"{part.calls:g}", f"{part.gflop:.2f}",
+            name + times, f"{part.seconds * 1e3:.2f}", f"{part.share:.1%}", f"{part.gflop:.2f}",
             f"{part.mbytes:.1f}", f"{part.roofline:.0%}", f"{part.peak_mbytes:.1f}",
         )  # fmt: skip
     table.add_row("between the parts", "", f"{profile.gap_share:.1%}")
