@@ -1,4 +1,4 @@
-"""The command line: `counterlens demo`, `counterfactual`, `samples`, `convert`, `export`, `info`."""
+"""The command line; larger commands live in the `cli.py` of their packages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from counterlens.export.errors import ExportError
 
 from .errors import CounterlensError, UsageError
+from .options import (
+    ClassesOption,
+    ClassifierOption,
+    DistanceOption,
+    GuidanceDecoderOption,
+    HeadOption,
+    ImageSizeOption,
+    JsonFlag,
+    LabelsOption,
+    ModelOption,
+    PackOption,
+    PromptsOption,
+    SeedOption,
+    SpeedOption,
+    WeightsOption,
+    errors,
+    open_engine,
+    print_json,
+    progress_bar,
+    text_console,
+)
+from .profiling import cli as _profiling
 
 if TYPE_CHECKING:
-    from .config import Config
     from .engine import Engine
 
 # torch, diffusers and everything that needs them are imported inside the commands: --help must answer at once.
@@ -33,49 +54,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Show what would have to change in an image for a model to change its mind.",
 )
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the run; combined with each image's own pixels or id.", min=0)]
-PackOption = Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")]
-ClassifierOption = Annotated[
-    str | None,
-    typer.Option(help="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME."),
-]
-ModelOption = Annotated[
-    str | None, typer.Option(help="Diffusion model instead of the pack's: a diffusers folder or hub id.")
-]
-LabelsOption = Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")]
-PromptsOption = Annotated[
-    str | None, typer.Option(help="imagenet, pets, flowers, smile, age, or a template with {label}.")
-]
-ClassesOption = Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")]
-HeadOption = Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")]
-WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")]
-ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
-SpeedOption = Annotated[str | None, typer.Option(help="exact, balanced or fast: how the setting is computed.")]
-GuidanceDecoderOption = Annotated[str | None, typer.Option(help="full, or tiny: a small one, for gradients only.")]
-DistanceOption = Annotated[str | None, typer.Option(help="To the input, over image (pixels) or latent.")]
 BATCH = 16
-
-
-def _out(as_json: bool) -> Console:
-    """Where text for people goes: stderr when stdout belongs to a machine."""
-    return Console(stderr=as_json, highlight=False)
-
-
-def _print_json(record: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Progress]:
-    """A progress bar on stderr, shown on terminals only and gone when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        progress.add_task(title, total=None)
-        yield progress
 
 
 @app.command()
@@ -99,12 +78,12 @@ def demo(
     out = make_folder(out)
     from .demo import run_demo
 
-    with _progress("demo") as progress:
+    with progress_bar("demo") as progress:
         task = progress.task_ids[0]
         parts = run_demo(pack, count, seed, lambda i, n: progress.update(task, completed=i, total=n))
     path = out / "counterfactuals.png"
     write_png(draw_strips([p.strip for p in parts]), path)
-    console = _out(as_json)
+    console = text_console(as_json)
     table = Table("explained", "images", "flipped", "judge agrees", "L1", "marker touched", box=box.SIMPLE)
     table.columns[0].no_wrap = True
     for p in parts:
@@ -124,11 +103,11 @@ def demo(
     if as_json:
         for p in parts:
             for record in p.records:
-                _print_json({"classifier": p.classifier, "mode": p.mode, **record})
+                print_json({"classifier": p.classifier, "mode": p.mode, **record})
         artifacts = [str(path)]
         first = parts[0].summary
         by_part = {f"{p.classifier}/{p.mode}": p.summary for p in parts}
-        _print_json({**first, "artifacts": artifacts, "parts": by_part})
+        print_json({**first, "artifacts": artifacts, "parts": by_part})
     failed = sum(p.summary["failed"] for p in parts)
     if failed:
         raise CounterlensError(f"{failed} counterfactuals failed; --json names them")
@@ -232,11 +211,11 @@ def counterfactual(
         engine.check_target(choice)
     if engine.settings(config).guidance_decoder != "tiny" and tiny_decoder is not None:
         raise UsageError("tiny_decoder: it is not used; add --guidance-decoder tiny")
-    console = _out(as_json)
+    console = text_console(as_json)
     table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
     failed = 0
     log_path = out / "results.jsonl"
-    with _progress("counterfactuals") as progress, _open_for_append(log_path) as log:
+    with progress_bar("counterfactuals") as progress, _open_for_append(log_path) as log:
         task = progress.task_ids[0]
         for item, record in zip(
             items, _counterfactual_records(engine, images, names, choices, out, budget, progress, task), strict=True
@@ -247,7 +226,7 @@ def counterfactual(
             log.write(json.dumps(record) + "\n")
             log.flush()
             if as_json:
-                _print_json(record)
+                print_json(record)
             if "error" in record:
                 errors.print(f"error: {record['image']}: {record['error']}", markup=False, style="red")
                 table.add_row(record["image"], "", "", "", "", "", "", "failed")
@@ -262,27 +241,6 @@ def counterfactual(
         raise CounterlensError(f"{failed} of {len(images)} images failed; the others are in {out}")
 
 
-def open_engine(
-    config: Config, pack: str, classifier: str | None, model: str | None, options: dict[str, Any], **own: Any
-) -> Engine:
-    """The engine of a pack, or of --model and --classifier with what describes them (`own`; None: not given)."""
-    from .data import read_names
-    from .engine import Engine
-
-    own = {name: value for name, value in own.items() if value is not None}
-    if model is None:
-        if own:
-            raise UsageError(f"{next(iter(own))}: needs --model; the pack's models have their own")
-        return Engine.from_pack(pack, classifier or "clean", config, **options)
-    if classifier is None:
-        raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
-    if "labels" in own:
-        own["labels"] = read_names(own["labels"])
-    if "classes" in own:
-        own["classes"] = _numbers(own["classes"])
-    return Engine.from_pretrained(model, classifier, config, **own, **options)
-
-
 @contextmanager
 def _open_for_append(path: Path) -> Iterator[Any]:
     try:
@@ -295,13 +253,6 @@ def _open_for_append(path: Path) -> Iterator[Any]:
 def _as_target(target: str, engine: Engine) -> str | int:
     """A label's index where the text is no label's name but a number."""
     return int(target) if target not in engine.labels and target.isdecimal() else target
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"classes: expected numbers separated by commas, got {text!r}") from error
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -396,7 +347,7 @@ def samples(
         save_png(image, out / name)
         rows.append({"file": name, "label": str(label), "marker": str(planted) if planted else "none"})
         if as_json:
-            _print_json(rows[-1])
+            print_json(rows[-1])
     try:
         with (out / "labels.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["file", "label", "marker"])
@@ -404,13 +355,16 @@ def samples(
             writer.writerows(rows)
     except OSError as error:
         raise CounterlensError(f"{out / 'labels.csv'}: cannot be written ({error.strerror or error})") from error
-    _out(as_json).print(f"{len(rows)} images and labels.csv in {out}")
+    text_console(as_json).print(f"{len(rows)} images and labels.csv in {out}")
 
 
 @app.command()
 def export(
     what: Annotated[
-        str, typer.Option(help="guided-step (gradient included), unet, vae-encoder, vae-decoder or classifier.")
+        str,
+        typer.Option(
+            help="guided-step (gradient included), unet, vae-encoder, vae-decoder, classifier, or all (engine)."
+        ),
     ] = "guided-step",
     format: Annotated[str, typer.Option(help="onnx, aoti (AOTInductor package) or tensorrt.")] = "onnx",
     dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
@@ -440,7 +394,8 @@ def export(
     """Compile the guided step, its gradients included, or a part of the models, and check it against eager.
 
     The artefact goes to a store, where the engine finds it: `runtime="auto"` takes it where it was measured to be
-    faster. One that does not agree with eager is not kept.
+    faster. One that does not agree with eager is not kept. `all` is what a run uses: the step, and encoder, decoder and
+    UNet beside it.
 
     Example: counterlens export --what guided-step --format onnx
 
@@ -453,21 +408,27 @@ def export(
         mode=mode, **named, preset=preset, filter=filter, gradient=gradient, speed=speed,
         guidance_decoder=guidance_decoder, distance=distance,
     )  # fmt: skip
-    from .exporting import export_artefact
+    from .exporting import ALL, export_artefact
 
     engine = open_engine(
         config, pack, classifier, model, {"store": store}, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size,
     )  # fmt: skip
-    with _progress("export") as progress:
-        task = progress.task_ids[0]
-        report = export_artefact(
-            engine, what=what, target=format, dtype=dtype, force=force, measure=measure, out=out,
-            say=lambda text: progress.update(task, description=text),
-        )  # fmt: skip
-    if as_json:
-        _print_json(report)
-        return
+    for part in ALL if what == "all" else (what,):
+        with progress_bar("export") as progress:
+            task = progress.task_ids[0]
+            report = export_artefact(
+                engine, what=part, target=format, dtype=dtype, force=force, measure=measure,
+                out=out / part if out is not None and what == "all" else out,
+                say=lambda text, p=progress, t=task: p.update(t, description=text),  # type: ignore[misc]
+            )  # fmt: skip
+        if as_json:
+            print_json(report)
+        else:
+            _print_export(report)
+
+
+def _print_export(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     parity = report["parity"]
     built = ", ".join(f"{name} {seconds:g} s" for name, seconds in report["seconds"].items())
@@ -509,10 +470,10 @@ def convert(
         labels=read_names(labels) if labels else None,
     )  # fmt: skip
     if as_json:
-        _print_json(report)
+        print_json(report)
     text = ", ".join(f"{part} {count}" for part, count in report["tensors"].items())
     left = ", ".join(f"{name} {count}" for name, count in report["left_out"].items()) or "nothing"
-    _out(as_json).print(f"{report['kind']} in {out}; tensors: {text}; left out: {left}")
+    text_console(as_json).print(f"{report['kind']} in {out}; tensors: {text}; left out: {left}")
 
 
 @app.command()
@@ -537,7 +498,7 @@ def info(
         except OSError as error:
             raise CounterlensError(f"{out / 'info.json'}: cannot be written ({error.strerror or error})") from error
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     console = Console(highlight=False)
     console.print("  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
@@ -557,6 +518,9 @@ def info(
         text = ", ".join(f"{k} {v}" for k, v in settings.items())
         table.add_row(facts["pack"]["name"], ", ".join(facts["pack"]["classifiers"]), mode, text)
     console.print(table)
+
+
+app.command("profile")(_profiling.profile)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from counterlens.export.store import Store
+from counterlens.export.store import Store, weights_digest
 
 from .attention import ATTENTIONS, memory_efficient_attention, not_supported_reasons
 from .config import PRESET_PROMPTS, SPEEDS, Config, Settings, default_settings, preset_misfit
@@ -22,6 +22,7 @@ from .errors import CounterlensError, UsageError
 from .guidance.pullback import PullbackMode, frozen
 from .guidance.sampler import Job, Outcome, Sampler, count_ticks
 from .guidance.schedule import make_schedule
+from .guidance.spans import span
 from .images import as_saved, make_folder, save_png, to_uint8
 from .memory import checkpointed, largest_batch
 from .models.latent import ClassConditionalLatentDiffusion
@@ -36,6 +37,9 @@ SLOTS = (1, 2, 4, 8, 16)
 
 # Targets that depend on the prediction: its runner-up, the other one of two labels, the nearest label of a file.
 RELATIVE_TARGETS = ("runner-up", "opposite", "neighbour")
+
+# What the sampler calls beside the step, and the part of the models that it is.
+PARTS = {"predict_noise": "unet", "encode": "vae-encoder", "decode": "vae-decoder"}
 
 Targets = str | int | Sequence[str | int] | Tensor
 
@@ -144,7 +148,8 @@ class Engine:
             setting for this kind of model, `audit` with the filter at 90 degrees.
         backend: of the kernels: `auto`, `triton`, `cpp` or `reference`.
         runtime: how guided steps are executed: `eager`, `inductor`, `onnxruntime`, `aoti` or `tensorrt`, which runs or
-            raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`.
+            raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`. Encoder, decoder
+            and UNet beside the steps are compiled where the store has them too (`counterlens export --what all`).
         store: folder of compiled steps; the user's cache without one.
         speeds: what the speeds `exact`, `balanced` and `fast` change in a setting; `config.SPEEDS` without it.
         source: the pack and classifier that this is, where a config must not ask for another.
@@ -210,6 +215,8 @@ class Engine:
         self.runtime = "eager" if differentiated_by_autograd else runtime
         self.store = Store(store)
         self._runners: dict[tuple[object, ...], StepRunner] = {}
+        self._part_runner: dict[str, StepRunner] = {}
+        self._weights_hashes: dict[int, str] = {}
         self.pullback: PullbackMode = "autograd" if differentiated_by_autograd else "functional"
         self.neighbours = {
             self.check_target(k): [self.check_target(n) for n in v if n != k] for k, v in (neighbours or {}).items()
@@ -241,16 +248,25 @@ class Engine:
 
     def spec(self, settings: Settings, **fields: Any) -> Spec:
         """What is compiled for these settings; fields are those of `Spec` that the settings leave open."""
+        decoder = self.guidance_decoder if settings.guidance_decoder == "tiny" else None
         return Spec(
             self.diffusion,
             self.classifier,
             filter_mode=settings.filter,
             gradient=settings.gradient,
-            decoder=self.guidance_decoder if settings.guidance_decoder == "tiny" else None,
+            decoder=decoder,
             distance=settings.distance,
             with_guidance=settings.guidance_every > 1,
+            weights=self._weights(*([] if decoder is None else [decoder.module])),
             **fields,
         )
+
+    def _weights(self, *more: nn.Module) -> str | None:
+        """Hash of all weights, made once; None while there is no store, which is all that asks for it."""
+        if len(more) not in self._weights_hashes and self.store.folder.exists():
+            modules = [*self.diffusion.modules(), self.classifier.module, *more]
+            self._weights_hashes[len(more)] = weights_digest(modules)
+        return self._weights_hashes.get(len(more))
 
     def _runner(self, settings: Settings) -> StepRunner:
         key = tuple(settings.graph.values())
@@ -270,16 +286,44 @@ class Engine:
 
         Results are bit-identical to those of `counterfactual` where that uses as many slots.
         """
-        settings = self.settings(config or self.config)
-        step = self._runner(settings).step(slots)
-        return Sampler(self.diffusion, slots, step, settings.graph, decode=self.diffusion.decode)
+        return self._sampler(self.settings(config or self.config), slots)
 
-    def _slots(self, batch: int) -> int:
+    def _sampler(self, settings: Settings, slots: int) -> Sampler:
+        return Sampler(self.diffusion, slots, self._runner(settings).step(slots), settings.graph, **self._parts(slots))
+
+    def _part_runners(self) -> dict[str, StepRunner]:
+        """One runner for each part of the models that runs beside the steps; none where everything is eager."""
+        if self.runtime in ("eager", "inductor"):
+            return {}
+        if not self._part_runner:
+            for what in PARTS.values():
+                spec = Spec(self.diffusion, self.classifier, what=what, weights=self._weights())
+                self._part_runner[what] = StepRunner(spec, self.runtime, self.store)
+        return self._part_runner
+
+    def _parts(self, slots: int) -> dict[str, Callable[..., Tensor]]:
+        """Encoder, decoder and UNet for encoding, inversion and decoding: compiled ones where the store has them."""
+        runners = self._part_runners()
+        own = {"predict_noise": self.diffusion.predict_noise, "encode": self.diffusion.encode,
+               "decode": self.diffusion.decode}  # fmt: skip
+        return {name: runners[what].part(slots) if what in runners else own[name] for name, what in PARTS.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the diffusion model is."""
+        return next(p for m in self.diffusion.modules() for p in m.parameters()).device
+
+    def predict_noise(self, slots: int) -> Callable[..., Tensor]:
+        """The noise prediction beside the guided steps, compiled where the store has it."""
+        return self._parts(slots)["predict_noise"]
+
+    def slots_for(self, batch: int) -> int:
+        """The slot count that a batch of this size is padded to."""
         return next((s for s in self.slots if s >= batch), self.slots[-1])
 
     def runtime_choice(self, batch: int = 1, config: Config | None = None) -> Choice:
         """Which runtime runs the guided steps of a batch of this size, and why."""
-        return self._runner(self.settings(config or self.config)).choose(self._slots(batch))
+        return self._runner(self.settings(config or self.config)).choose(self.slots_for(batch))
 
     def warmup(
         self, batches: Sequence[int] = SLOTS, config: Config | None = None, *, measure: bool | None = None
@@ -295,13 +339,16 @@ class Engine:
         Returns:
             Slot count to the runtime that is taken and why.
         """
-        runner = self._runner(self.settings(config or self.config))
+        settings = self.settings(config or self.config)
+        runner = self._runner(settings)
         out = {}
         with self.frozen():
-            for slots in sorted({self._slots(b) for b in batches}):
-                missing = self.runtime == "auto" and str(slots) not in runner.measurements()
-                if missing if measure is None else measure:
-                    runner.measure(slots)
+            for slots in sorted({self.slots_for(b) for b in batches}):
+                for r in (runner, *self._part_runners().values()):
+                    missing = self.runtime == "auto" and str(slots) not in r.measurements() and r.found()
+                    if missing if measure is None else measure:
+                        r.measure(slots)
+                self._parts(slots)
                 with torch.no_grad():
                     flat(runner.step(slots))(*runner.spec.example(slots))
                 out[slots] = runner.choose(slots)
@@ -422,7 +469,8 @@ class Engine:
     ) -> Tensor:
         """The classifier's probabilities: [B, labels]; computed in padded batches like everything else."""
         batches = _batches(len(images), self.slots)
-        parts = [probabilities(self.classifier, images[rows])[:n] for rows, n in batches]
+        with span("predictions"):
+            parts = [probabilities(self.classifier, images[rows])[:n] for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
     def check_target(self, target: str | int) -> int:
@@ -569,11 +617,9 @@ class Engine:
         """What became of the jobs in `todo`, by their index."""
         if not todo:
             return {}
-        slots = self._slots(len(todo))
+        slots = self.slots_for(len(todo))
         settings = jobs[todo[0]].settings
-        sampler = Sampler(
-            self.diffusion, slots, self._runner(settings).step(slots), settings.graph, decode=self.diffusion.decode
-        )
+        sampler = self._sampler(settings, slots)
         index = {sampler.submit(jobs[i]): i for i in todo}
         steps = {s: self._schedule_steps(s) for s in {jobs[i].settings for i in todo}}
         total = count_ticks([steps[jobs[i].settings] for i in todo], slots)

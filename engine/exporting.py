@@ -9,13 +9,15 @@ from typing import Any
 
 from counterlens.export.store import MANIFEST
 
-from .engine import SLOTS, Engine
+from .engine import PARTS, SLOTS, Engine
 from .errors import CounterlensError
 from .guidance.pullback import frozen
 from .images import make_folder
 from .runtime import artefacts
 from .runtime.choice import TARGETS, StepRunner
 from .runtime.spec import STEP
+
+ALL = (STEP, *PARTS.values())  # what an engine runs
 
 
 def export_artefact(
@@ -35,7 +37,7 @@ def export_artefact(
         engine: its models, config (filter and gradient) and store.
         what, target, dtype: see `runtime.spec.Spec` and `runtime.artefacts.TARGETS`.
         force: build again.
-        measure: time a float32 guided step against eager at every slot count, for `runtime="auto"`.
+        measure: time what the engine runs, in float32, against eager at every slot count, for `runtime="auto"`.
         out: folder for a copy of the files.
         say: told what is being done.
 
@@ -48,7 +50,7 @@ def export_artefact(
         before = engine.store.path(artefacts.key_of(spec, target)).exists()
         artefact = artefacts.build(spec, target, engine.store, force=force, say=say)
         measured: dict[str, dict[str, float]] = {}
-        if measure and what == STEP and dtype == "fp32":
+        if measure and what != "classifier" and dtype == "fp32":
             runner = StepRunner(spec, "auto", engine.store)
             for slots in SLOTS:
                 say(f"measuring batch {slots}")

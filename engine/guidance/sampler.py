@@ -16,6 +16,7 @@ from ..models.protocols import Classifier, Decoder, Diffusion
 from .pullback import PullbackMode
 from .schedule import Schedule, add_noise, ddim, make_schedule
 from .solvers import COLUMNS, advance, coefficients, no_history
+from .spans import span
 from .step import GuidedStep
 
 StepFunction = Callable[..., tuple[Tensor, ...]]
@@ -241,7 +242,8 @@ class Sampler:
             else:
                 self._prepare()
         if any(self._running):
-            self._step()
+            with span("step"):
+                self._step()
         return self._finish()
 
     @property
@@ -261,12 +263,14 @@ class Sampler:
 
     def _prepare(self) -> None:
         if self._waiting and not self._encoded and None in self._inverting:
-            self._encode()
+            with span("encode"):
+                self._encode()
         for i, held in enumerate(self._inverting):
             if held is None and self._encoded:
                 self._inverting[i] = self._encoded.popleft()
         if any(self._inverting):
-            self._invert()
+            with span("inversion"):
+                self._invert()
 
     def _encode(self) -> None:
         samples = [self._waiting.popleft() for _ in range(min(self.slots, len(self._waiting)))]
@@ -366,10 +370,13 @@ class Sampler:
         kept = torch.full((self.slots,), torch.nan, device=device)
         z_next, z0 = z, z
         if any(guided):
-            z_next, z0, kept = self._guided_step(z, t, t_prev, _per_slot(guided, device))
+            with span("guided step"):
+                z_next, z0, kept = self._guided_step(z, t, t_prev, _per_slot(guided, device))
         if unguided := [i for i, _ in held if not guided[i]]:
             levels = self.diffusion.alphas_cumprod.to(z)
-            eps = self.predict_noise(z, t, self._null) + torch.where(_per_slot(inside, device), self._reused, 0.0)
+            with span("unguided step"):
+                eps = self.predict_noise(z, t, self._null)
+            eps = eps + torch.where(_per_slot(inside, device), self._reused, 0.0)
             plain_next, plain_z0 = ddim(z, eps, levels[t], levels[t_prev])
             choose = _per_slot([i in unguided for i in range(self.slots)], device)
             z_next, z0 = torch.where(choose, plain_next, z_next), torch.where(choose, plain_z0, z0)
@@ -429,7 +436,8 @@ class Sampler:
         due = not all(sample.complete for sample in self._done) or not (self._ready or self._more_to_prepare)
         while len(self._done) >= self.slots or (due and self._done):
             samples, self._done = self._done[: self.slots], self._done[self.slots :]
-            out += self._decoded(samples)
+            with span("decode"):
+                out += self._decoded(samples)
         return out
 
     def _decoded(self, samples: list[_Sample]) -> list[Outcome]:

@@ -12,6 +12,7 @@ from counterlens.kernels.guided_update import guided_update
 
 from ..models.protocols import Classifier, Decoder, Diffusion
 from .pullback import PullbackMode, pullback
+from .spans import span
 
 Gradient = Literal["exact", "detached"]
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
@@ -119,33 +120,43 @@ class GuidedStep:
             return torch.stack([log_p, (x0.clamp(0, 1) - image).abs().sum(dim=(1, 2, 3))])  # [2, B]
 
         if self.gradient == "exact":
-            eps_c = diffusion.predict_noise(z, timestep, condition)
-            eps_u, pull_unet = pullback(unconditional, z, self.mode)
+            with span("UNet, conditional"):
+                eps_c = diffusion.predict_noise(z, timestep, condition)
+            with span("UNet, unconditional"):
+                eps_u, pull_unet = pullback(unconditional, z, self.mode)
         else:
-            both = torch.cat([null, condition])
-            eps_u, eps_c = diffusion.predict_noise(torch.cat([z, z]), torch.cat([timestep, timestep]), both).chunk(2)
+            with span("UNet, both"):
+                both, times = torch.cat([null, condition]), torch.cat([timestep, timestep])
+                eps_u, eps_c = diffusion.predict_noise(torch.cat([z, z]), times, both).chunk(2)
         z0_hat = (z - sigma * eps_u) / alpha
-        x0, pull_decoder = pullback(to_image, z0_hat, self.mode)
-        values, pull_objectives = pullback(objectives, x0, self.mode)
+        with span("decoder"):
+            x0, pull_decoder = pullback(to_image, z0_hat, self.mode)
+        with span("classifier and distance"):
+            values, pull_objectives = pullback(objectives, x0, self.mode)
 
         def through_decoder(row: int) -> Tensor:
             cotangent = torch.zeros_like(values)
             cotangent[row] = 1
             # R and the filter are free of scale, so every cotangent may be brought back to a safe range.
-            return unit_largest(pull_decoder(unit_largest(pull_objectives(cotangent))))
+            with span("classifier and distance, VJP"):
+                g = unit_largest(pull_objectives(cotangent))
+            with span("decoder, VJP"):
+                return unit_largest(pull_decoder(g))
 
         def to_z(g: Tensor) -> Tensor:
             if self.gradient == "exact":
-                g = g - sigma * pull_unet(g)
+                with span("UNet, VJP"):
+                    g = g - sigma * pull_unet(g)
             return g / alpha  # [B, C, h, w]
 
         towards_class = to_z(through_decoder(0))
         from_image = to_z((z0_hat - image).sign() if self.distance == "latent" else through_decoder(1))
-        z_prev, z0, kept_fraction = guided_update(
-            z, eps_u, eps_c, towards_class, from_image, abar, abar_prev,
-            guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale,
-            angle_deg=angle_deg, mode=self.filter_mode, chunk=self.chunk, backend=self.backend,
-        )  # fmt: skip
+        with span("filter and update"):
+            z_prev, z0, kept_fraction = guided_update(
+                z, eps_u, eps_c, towards_class, from_image, abar, abar_prev,
+                guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale,
+                angle_deg=angle_deg, mode=self.filter_mode, chunk=self.chunk, backend=self.backend,
+            )  # fmt: skip
         if not self.with_guidance:
             return z_prev, z0, kept_fraction
         return z_prev, z0, kept_fraction, (z - alpha * z0) / sigma - eps_u
