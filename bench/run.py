@@ -64,8 +64,12 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def open_engine(runtime: str, config: Config) -> Engine:
-    """The digits engine under one runtime; compiled steps are built into build/bench-store."""
-    return Engine.from_pack("digits", config=config, runtime=runtime, store=STORE)
+    """The digits engine under one runtime; compiled steps and parts are built into build/bench-store."""
+    engine = Engine.from_pack("digits", config=config, runtime=runtime, store=STORE)
+    if runtime == "onnxruntime":
+        for what in ("unet", "vae-encoder", "vae-decoder"):
+            compiled_part(engine, what)
+    return engine
 
 
 def figure(value: float, better: str, unit: str) -> dict[str, Any]:
