@@ -209,7 +209,8 @@ def counterfactual(
     choices = [_as_target(item.target or target, engine) for item in items]
     for choice in dict.fromkeys(choices):
         engine.check_target(choice)
-    engine.settings(config)
+    if engine.settings(config).guidance_decoder != "tiny" and tiny_decoder is not None:
+        raise UsageError("tiny_decoder: it is not used; add --guidance-decoder tiny")
     console = text_console(as_json)
     table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
     failed = 0
