@@ -19,6 +19,7 @@ from rich.table import Table
 from counterlens.export.errors import ExportError
 
 from .errors import CounterlensError, UsageError
+from .metrics import cli as _metrics
 from .options import (
     ClassesOption,
     ClassifierOption,
@@ -521,6 +522,7 @@ def info(
 
 
 app.command("profile")(_profiling.profile)
+app.add_typer(_metrics.app, name="metrics")
 
 
 def main() -> None:
