@@ -144,6 +144,23 @@ def test_batch_size_and_neighbours_do_not_matter(monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(alone.base_score_area, results[0].base_score_area[2:3], atol=1e-5)
 
 
+def test_thresholds_of_each_sample_in_any_order() -> None:
+    images, saliency = sample(3)
+    saliency = (saliency * 6).round() / 6  # ties, and thresholds that equal values
+    levels = torch.tensor([[0.5, 0.0, 1.0, 0.5], [1.0, 0.9, 0.1, 0.0], [1 / 3, 2 / 3, 1 / 6, 0.5]], dtype=torch.float64)
+    model = Random()
+    curves = perturbation_curve(model, images, saliency, 2, thresholds=levels, normalize="none", baseline="zero")
+    assert curves.keep is not None
+    assert curves.remove is not None
+    for i in range(3):
+        for k in range(4):
+            shown = saliency[i] >= levels[i, k].float()
+            for mask, got in ((shown, curves.keep), (~shown, curves.remove)):
+                expected = model(images[i : i + 1] * mask).softmax(1)[0, 2]
+                assert abs(expected.item() - got[i, k].item()) < 1e-6
+            assert curves.areas[i, k].item() == pytest.approx(shown.double().mean().item())
+
+
 def test_forwards_are_full_batches_and_masks_go_once() -> None:
     images, saliency = sample(4)
     model = Random()
