@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
@@ -208,6 +210,7 @@ def main(
     pack = Pack("digits")
     result = {
         "device": device,
+        "quantus": version("quantus") if find_spec("quantus") else "not installed",
         "constructed": constructed_cases(),
         "batch_invariance": batch_invariance(),
         "speed": [speed(pack, *case, device, batch_size) for case in CASES],
