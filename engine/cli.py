@@ -18,6 +18,7 @@ from rich.table import Table
 
 from counterlens.export.errors import ExportError
 
+from .adapter.cli import register as register_adapter
 from .errors import CounterlensError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Show what would have to change in an image for a model to change its mind.",
 )
+register_adapter(app)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
+from ..metrics.inputs import Baseline, make_baseline
 from ..models.protocols import Classifier
 from .lax import LAX
 from .quantities import LogOdds, Quantity, check_targets, make_quantity
@@ -26,12 +27,13 @@ RISE = (400, 8, 0.5)  # masks, cells of a mask, share of cells that are shown
 
 @dataclass(frozen=True)
 class Question:
-    """What a method is asked: a classifier's quantity, and what hides pixels.
+    """What a method is asked about a batch.
 
     Attributes:
         classifier: see `engine.models.protocols.Classifier`.
         quantity: gradients are of its log-odds, RISE averages its probability.
-        baseline: [3] a colour in [0, 1].
+        target: [B] labels to explain.
+        hidden: [B, 3, H, W], what hides pixels.
         seed: of noise and masks; they are the same for every image.
         layer: of Grad-CAM.
         adapter: of LAX.
@@ -39,7 +41,8 @@ class Question:
 
     classifier: Classifier
     quantity: Quantity
-    baseline: Tensor
+    target: Tensor
+    hidden: Tensor
     seed: int
     layer: str | None
     adapter: LAX | None
@@ -48,12 +51,8 @@ class Question:
         """The explained log-odds [B]; what captum differentiates and ablates."""
         return self.quantity.log_odds(self.classifier.logits(images), target)
 
-    def colour(self, images: Tensor) -> Tensor:
-        """The baseline as an image: [1, 3, H, W]."""
-        return self.baseline.to(images)[None, :, None, None].expand(1, -1, *images.shape[2:])
 
-
-Method = Callable[[Question, Tensor, Tensor], Tensor]  # images [B, 3, H, W], targets [B] to a map [B, H, W]
+Method = Callable[[Question, Tensor], Tensor]  # images [B, 3, H, W] to a map [B, H, W]
 
 
 def _captum() -> ModuleType:
@@ -67,58 +66,58 @@ def _captum() -> ModuleType:
     return captum.attr
 
 
-def _gradient_x_input(q: Question, x: Tensor, target: Tensor) -> Tensor:
-    return _captum().InputXGradient(q.log_odds).attribute(x, additional_forward_args=target).sum(1)
+def _gradient_x_input(q: Question, x: Tensor) -> Tensor:
+    return _captum().InputXGradient(q.log_odds).attribute(x, additional_forward_args=q.target).sum(1)
 
 
-def _integrated_gradients(q: Question, x: Tensor, target: Tensor) -> Tensor:
+def _integrated_gradients(q: Question, x: Tensor) -> Tensor:
     method = _captum().IntegratedGradients(q.log_odds)
     return method.attribute(
-        x, baselines=q.colour(x), additional_forward_args=target, n_steps=IG_STEPS, internal_batch_size=max(64, len(x))
+        x, baselines=q.hidden, additional_forward_args=q.target, n_steps=IG_STEPS, internal_batch_size=max(64, len(x))
     ).sum(1).to(x.dtype)
 
 
-def _smoothgrad(q: Question, x: Tensor, target: Tensor) -> Tensor:
+def _smoothgrad(q: Question, x: Tensor) -> Tensor:
     copies, deviation = NOISE
     # captum's NoiseTunnel draws for the whole batch at once: an image's map would depend on its place.
     noise = torch.randn((copies, *x.shape[1:]), generator=torch.Generator().manual_seed(q.seed)).to(x)
     method = _captum().Saliency(q.log_odds)
     total = torch.zeros_like(x)
     for one in noise:
-        total += method.attribute(x + deviation * one, additional_forward_args=target)
+        total += method.attribute(x + deviation * one, additional_forward_args=q.target)
     return total.amax(1) / copies
 
 
-def _grad_cam(q: Question, x: Tensor, target: Tensor) -> Tensor:
+def _grad_cam(q: Question, x: Tensor) -> Tensor:
     attr = _captum()
     layer = q.layer or choose_taps(q.classifier, x[:1])[-1]
     method = attr.LayerGradCam(q.log_odds, find_modules(q.classifier.module, [layer])[0])
     with torch.enable_grad():
-        cam = method.attribute(x, additional_forward_args=target, relu_attributions=True)
+        cam = method.attribute(x, additional_forward_args=q.target, relu_attributions=True)
     if cam.ndim != 4:
         raise UsageError(f"layer: {layer!r} gives {list(cam.shape)}; Grad-CAM needs the maps of a convolution")
     return attr.LayerAttribution.interpolate(cam.detach(), x.shape[2:], "bilinear")[:, 0]
 
 
-def _occlusion(q: Question, x: Tensor, target: Tensor) -> Tensor:
+def _occlusion(q: Question, x: Tensor) -> Tensor:
     h, w = (max(1, s // CELLS) for s in x.shape[2:])
     return _captum().Occlusion(q.log_odds).attribute(
-        x, (3, h, w), strides=(3, max(1, h // 2), max(1, w // 2)), baselines=q.colour(x).expand_as(x),
-        additional_forward_args=target,
+        x, (3, h, w), strides=(3, max(1, h // 2), max(1, w // 2)), baselines=q.hidden,
+        additional_forward_args=q.target,
     ).mean(1)  # fmt: skip
 
 
-def _feature_ablation(q: Question, x: Tensor, target: Tensor) -> Tensor:
+def _feature_ablation(q: Question, x: Tensor) -> Tensor:
     h, w = x.shape[2:]
     rows, columns = torch.arange(h) * min(CELLS, h) // h, torch.arange(w) * min(CELLS, w) // w
     cells = (rows[:, None] * min(CELLS, w) + columns[None, :])[None, None].to(x.device)
     return _captum().FeatureAblation(q.log_odds).attribute(
-        x, baselines=q.colour(x).expand_as(x), feature_mask=cells, additional_forward_args=target
+        x, baselines=q.hidden, feature_mask=cells, additional_forward_args=q.target
     ).mean(1)  # fmt: skip
 
 
 @torch.no_grad()
-def rise(q: Question, images: Tensor, target: Tensor) -> Tensor:
+def rise(q: Question, images: Tensor) -> Tensor:
     """RISE: random coarse masks, averaged with the probability that the classifier gives to what they show.
 
     Source: Petsiuk et al., arXiv 1806.07421; pixels are hidden by the baseline colour and not by black.
@@ -135,19 +134,19 @@ def rise(q: Question, images: Tensor, target: Tensor) -> Tensor:
     masks = torch.stack([m[:, t : t + h, c : c + w] for m, t, c in zip(large, tops, lefts, strict=True)]).to(images)
     total = torch.zeros((b, h, w), dtype=images.dtype, device=images.device)
     per_pass = max(1, 256 // max(1, b))
-    hidden = q.colour(images)[:, None]
+    hidden = q.hidden[:, None]
     for part in masks.split(per_pass):
         shown = part[None] * images[:, None] + (1 - part[None]) * hidden  # [B, k, 3, H, W]
         logits = q.classifier.logits(shown.flatten(0, 1))
-        p = q.quantity(logits, target.repeat_interleave(len(part))).reshape(b, -1)
+        p = q.quantity(logits, q.target.repeat_interleave(len(part))).reshape(b, -1)
         total += torch.einsum("bk,khw->bhw", p, part[:, 0])
     return total / masks.sum(0).clamp(min=1e-6)
 
 
-def _lax(q: Question, x: Tensor, target: Tensor) -> Tensor:
+def _lax(q: Question, x: Tensor) -> Tensor:
     if q.adapter is None:
         raise UsageError("adapter: method lax needs a trained one (counterlens adapter train)")
-    return q.adapter.explain(x, target).scores
+    return q.adapter.explain(x, q.target).scores
 
 
 saliency_methods: dict[str, Method] = {
@@ -187,7 +186,7 @@ def explain_with(
     target: int | Sequence[int] | Tensor | None = None,
     *,
     quantity: str | LogOdds | Quantity = "class",
-    baseline: Tensor | None = None,  # [3]
+    baseline: Baseline = "mean",
     adapter: LAX | None = None,
     layer: str | None = None,
     seed: int = 0,
@@ -203,7 +202,7 @@ def explain_with(
         images: [B, 3, H, W] in [0, 1].
         target: labels to explain; the predictions without it.
         quantity: see `make_quantity`. LAX explains the one that it was trained on.
-        baseline: [3] colour that hides pixels; mid-grey without it.
+        baseline: what hides pixels, see `engine.metrics.inputs.make_baseline`.
         adapter: for `lax`.
         layer: for `gradcam`; the last maps without it.
         seed: of noise and masks.
@@ -216,8 +215,9 @@ def explain_with(
     explained = make_quantity(classifier, quantity)
     if name == "lax" and adapter is not None and adapter.quantity.name != explained.name:
         raise UsageError(f"quantity: the adapter explains {adapter.quantity.name!r}, not {explained.name!r}")
-    colour = torch.full((3,), 0.5) if baseline is None else baseline
-    question = Question(classifier, explained, colour, seed, layer, adapter)
+    filled = make_baseline(baseline, images, [seed] * len(images))
+    filled = torch.full((1,), filled).to(images) if not isinstance(filled, Tensor) else filled
+    hidden = (filled if filled.ndim == 4 else filled.reshape(1, -1, 1, 1)).expand_as(images)
     scores = []
     with frozen(classifier.module), warnings.catch_warnings():
         # captum warns that it sets requires_grad on inputs, which are our own copies.
@@ -232,6 +232,9 @@ def explain_with(
             else:
                 everyone = check_targets(target, len(images), logits.shape[1], x.device)
                 wanted = everyone[start : start + batch]
-            scores.append(saliency_methods[name](question, x, wanted).detach())
+            question = Question(
+                classifier, explained, wanted, hidden[start : start + batch], seed, layer, adapter
+            )
+            scores.append(saliency_methods[name](question, x).detach())
     joined = torch.cat(scores) if scores else images.new_zeros((0, *images.shape[2:]))
     return (torch.sigmoid(joined) if name == "lax" else minmax(joined)), joined

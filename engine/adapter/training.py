@@ -21,6 +21,7 @@ from counterlens.kernels.perturb import soft_perturb
 
 from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
+from ..metrics.inputs import blur
 from .lax import LAX
 
 LARGEST = math.log(1e6)  # -log(1 - p) with 1 - p clamped at 1e-6
@@ -106,25 +107,13 @@ def draw_baselines(
     return out
 
 
-def blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur with reflected borders, cut at three deviations: same shape."""
-    radius = min(math.ceil(3 * sigma), min(images.shape[2:]) - 1)
-    x = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, -1)
-    out = F.pad(images, (radius, radius, radius, radius), mode="reflect")
-    out = F.conv2d(out, kernel[:, :, None, :], groups=images.shape[1])
-    return F.conv2d(out, kernel[:, :, :, None], groups=images.shape[1])
-
-
 def faithfulness(
     adapter: LAX,
     images: Tensor,  # [B, 3, H, W]
     baseline: Tensor,  # [B, 3, H, W]
     saliency: Tensor,  # [B, H, W] in [0, 1]
     target: Tensor,  # [B]
-    levels: Tensor,  # [B, K] strictly increasing in [0, 1]
-    first: int,  # which of them is the one of alpha_min
+    levels: Tensor,  # [B, K] strictly increasing in [0, 1], that of alpha_min first
     temperature: float,
     schedule: Schedule,
 ) -> tuple[Tensor, Tensor]:
@@ -135,7 +124,7 @@ def faithfulness(
     b, k = levels.shape
     # Half the weight at alpha_min, as in BaseScore; the mean over all the others for the rest.
     weights = torch.full((k,), 0.5 / max(1, k - 1))
-    weights[first] = 0.5 if k > 1 else 1.0
+    weights[0] = 0.5 if k > 1 else 1.0
     gradient, total = torch.zeros_like(saliency), saliency.new_zeros(())
     per_pass = max(1, schedule.forward_batch // (2 * b))
     for start in range(0, k, per_pass):
@@ -191,19 +180,19 @@ def training_loss(
     scores = adapter.head(images, features, adapter.quantity.condition(target))
     saliency = torch.sigmoid(scores)
     levels = torch.cat([torch.full((b, 1), low, dtype=torch.float64), _draw(b, k - 1, low, 1, g)], 1)
-    loss = _expectation(adapter, images, baseline, saliency, target, levels, 0, temperature, schedule)
+    loss = _expectation(adapter, images, baseline, saliency, target, levels, temperature, schedule)
     if schedule.ranks:
-        # The area form: thresholds at which a drawn share of the pixels is marked. Scores spread out first, so that
-        # saturation takes no gradient away.
+        # The area form: thresholds at which a drawn share of the pixels is marked. Standardised, so that this term
+        # neither shifts nor stretches the scores: level and contrast are the value form's business.
         flat = scores.flatten(1)
-        mean, std = flat.mean(1).detach()[:, None, None], flat.std(1).detach().clamp(min=1e-3)[:, None, None]
-        spread = torch.sigmoid((scores - mean) / std)
+        spread = torch.sigmoid((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True).clamp(min=1e-3))
+        spread = spread.reshape(scores.shape)
         shares = torch.cat([torch.full((b, 1), low, dtype=torch.float64), _draw(b, k - 1, low, 1, g)], 1)
         ordered = spread.detach().flatten(1).double().sort(1).values
         place = (shares * (ordered.shape[1] - 1)).round().long().to(ordered.device)
         by_area = ordered.gather(1, place)
         loss = loss + schedule.ranks * _expectation(
-            adapter, images, baseline, spread, target, by_area, 0, schedule.rank_temperature, schedule
+            adapter, images, baseline, spread, target, by_area, schedule.rank_temperature, schedule
         )
     area = torch.sigmoid((saliency - low) / temperature).mean()
     variation = saliency.diff(dim=1).abs().mean() + saliency.diff(dim=2).abs().mean()
@@ -217,14 +206,13 @@ def _expectation(
     saliency: Tensor,
     target: Tensor,
     levels: Tensor,
-    first: int,
     temperature: float,
     schedule: Schedule,
 ) -> Tensor:
     """`faithfulness` as a scalar with a gradient: the gradient taken piece by piece enters as a linear term."""
     value, gradient = faithfulness(
-        adapter, images, baseline, saliency.detach(), target, _increasing(levels).to(images.device), first,
-        temperature, schedule,
+        adapter, images, baseline, saliency.detach(), target, _increasing(levels).to(images.device), temperature,
+        schedule,
     )  # fmt: skip
     linear = (saliency * gradient).sum()
     return linear - linear.detach() + value
