@@ -6,24 +6,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .curves import Curves, perturbation_curve
+    from .imputation import impute, road
     from .msi_score import MSI, msi
+    from .paths import Faithfulness, comprehensiveness, deletion, insertion, lerf, morf, sufficiency
     from .quantities import group_odds
-
-__all__ = ["MSI", "Curves", "group_odds", "msi", "perturbation_curve"]
+    from .transition import Transition, cout
 
 _HOMES = {
-    "MSI": ".msi_score",
-    "Curves": ".curves",
-    "group_odds": ".quantities",
-    "msi": ".msi_score",
-    "perturbation_curve": ".curves",
+    ".curves": ("Curves", "perturbation_curve"),
+    ".imputation": ("impute", "road"),
+    ".msi_score": ("MSI", "msi"),
+    ".paths": ("Faithfulness", "comprehensiveness", "deletion", "insertion", "lerf", "morf", "sufficiency"),
+    ".quantities": ("group_odds",),
+    ".transition": ("Transition", "cout"),
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "MSI", "Curves", "Faithfulness", "Transition", "comprehensiveness", "cout", "deletion", "group_odds", "impute",
+    "insertion", "lerf", "morf", "msi", "perturbation_curve", "road", "sufficiency",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     # `counterlens --help` reads `.cli` in this folder, and must not wait for torch.
-    if name not in _HOMES:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name], __name__), name)
+    return getattr(import_module(_HOME[name], __name__), name)

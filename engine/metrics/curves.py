@@ -31,7 +31,7 @@ from .quantities import Explained, Quantity, check_targets
 
 Keep = Literal["both", "above", "below"]
 Order = Literal["value", "rank"]
-# Writes perturbed images: out [n, K, C, H, W], first sample, one past the last, below?, marked pixels [n, K] descending.
+# Writes perturbed images: out [n, K, C, H, W], first sample, one past the last, below?, marked pixels [n, K] falling.
 Fill = Callable[[Tensor, int, int, bool, Tensor], None]
 # What is kept of the logits [B, classes] of perturbed images of samples [B]: [B] or [B, Q].
 Score = Callable[[Tensor, Tensor], Tensor]

@@ -13,8 +13,8 @@ from counterlens.kernels.dispatch import compute_dtype
 
 from ..errors import UsageError
 
-Quantity = Literal["probability", "logit", "log_prob"] | Callable[[Tensor, Tensor], Tensor]
-QUANTITIES = ("probability", "logit", "log_prob")
+Quantity = Literal["probability", "logit", "log_prob", "correct"] | Callable[[Tensor, Tensor], Tensor]
+QUANTITIES = ("probability", "logit", "log_prob", "correct")
 
 
 class Explained:
@@ -24,7 +24,8 @@ class Explained:
         classifier: a `counterlens.engine.models.protocols.Classifier`, or any module or function from images to logits
             [B, classes]. What has its logits in a field `logits` (Hugging Face) is understood.
         quantity: `probability` (under the classifier's link: softmax, or sigmoid where it says so), `logit`,
-            `log_prob`, or a function of logits [B, classes] and targets [B], to [B].
+            `log_prob`, `correct` (1 where the target is predicted, else 0), or a function of logits [B, classes] and
+            targets [B], to [B].
 
     Raises:
         UsageError: the classifier cannot be called, or the quantity is unknown.
@@ -87,6 +88,8 @@ class Explained:
         chosen = logits.gather(1, target[:, None])[:, 0]
         if self.quantity == "logit":
             return chosen
+        if self.quantity == "correct":
+            return (logits.argmax(1) == target).to(logits.dtype)
         if self.link == "sigmoid":
             return torch.sigmoid(chosen) if self.quantity == "probability" else nn.functional.logsigmoid(chosen)
         if self.quantity == "probability":

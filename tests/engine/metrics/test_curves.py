@@ -6,53 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from counterlens.engine.errors import UsageError
 from counterlens.engine.metrics import group_odds, msi, perturbation_curve
 from counterlens.kernels.curve import curve_scores
 from counterlens.kernels.perturb import perturb, rank_pixels
-
-
-class Linear(nn.Module):
-    """Logit 1 is a weighted sum of the first channel, logit 0 is 0."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)  # [H, W]
-
-    def forward(self, image: Tensor) -> Tensor:
-        value = (image[:, 0] * self.weight.to(image.dtype)).sum((1, 2))
-        return torch.stack([torch.zeros_like(value), value], 1)
-
-
-class Needs(nn.Module):
-    """Class 1, as good as certainly, where any of the given sets of pixels is wholly bright; else class 0."""
-
-    def __init__(self, *sets: Tensor) -> None:
-        super().__init__()
-        self.sets = sets  # each [H, W] bool
-
-    def forward(self, image: Tensor) -> Tensor:
-        bright = image.amin(1) > 0.5
-        found = torch.stack([bright[:, s].all(1) for s in self.sets]).any(0).to(image.dtype)
-        return torch.stack([-40 * found + 20, 40 * found - 20], 1)
-
-
-class Random(nn.Module):
-    """A small convolutional classifier with random weights; counts the images that it sees."""
-
-    def __init__(self, classes: int = 5) -> None:
-        super().__init__()
-        g = torch.Generator().manual_seed(0)
-        self.a = nn.Parameter(torch.randn(6, 3, 3, 3, generator=g))
-        self.b = nn.Parameter(torch.randn(classes, 6, generator=g) * 4)
-        self.seen: list[int] = []
-
-    def forward(self, image: Tensor) -> Tensor:
-        self.seen.append(len(image))
-        features = torch.nn.functional.conv2d(image, self.a.to(image.dtype), padding=1).relu()
-        return features.mean((2, 3)) @ self.b.to(image.dtype).T
+from tests.engine.metrics.models import Linear, Needs, Random, sample
 
 
 def four(values: list[float]) -> Tensor:
@@ -145,11 +105,6 @@ def test_ties() -> None:
     by_value = perturbation_curve(model, image, saliency, 1, quantity="logit", baseline="zero", thresholds=[0.5])
     assert by_value.keep is not None
     assert float(by_value.keep) == 7
-
-
-def sample(n: int = 3, size: tuple[int, int] = (9, 7)) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return torch.rand(n, 3, *size, generator=g), torch.rand(n, *size, generator=g)
 
 
 @pytest.mark.parametrize("order", ["value", "rank"])
