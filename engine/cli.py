@@ -33,7 +33,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Show what would have to change in an image for a model to change its mind.",
 )
-register_adapter(app)
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
@@ -498,6 +497,9 @@ def info(
         text = ", ".join(f"{k} {v}" for k, v in settings.items())
         table.add_row(facts["pack"]["name"], ", ".join(facts["pack"]["classifiers"]), mode, text)
     console.print(table)
+
+
+register_adapter(app)
 
 
 def main() -> None:

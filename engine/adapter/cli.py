@@ -147,7 +147,9 @@ def train(
     )  # fmt: skip
     if images is not None:
         if validation is None:
-            raise UsageError("validation: needed beside --images; early stopping looks at images that training does not")
+            raise UsageError(
+                "validation: needed beside --images; early stopping looks at images that training does not"
+            )
         (_, shown), (_, held) = _load(images, size), _load(validation, size)
         colour = shown.mean((0, 2, 3))
     else:
@@ -225,7 +227,15 @@ def _saliency(
         with torch.no_grad():
             label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted])
         saliency, scores = explain_with(
-            method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer, seed=seed
+            method,
+            explained,
+            image,
+            label,
+            quantity=question,
+            baseline=baseline,
+            adapter=trained,
+            layer=layer,
+            seed=seed,
         )
         scored = score_maps(explained, image, saliency, scores, label, question, alpha_min=alpha_min, baseline=baseline)
         curves = scored.msi.curves
@@ -352,13 +362,10 @@ def _evaluate(
     write_png(draw_methods(shown[:SHOWN], captions, maps, notes), out / "methods.png")
     lines: dict[str, dict[str, Any]] = {"keep": {}, "remove": {}, "msi": {}}
     for name, s in scored.items():
-        assert s.ranked.keep is not None
-        assert s.ranked.remove is not None
         assert s.msi.curves.keep is not None
         assert s.msi.curves.remove is not None
-        share = (1 - s.ranked.abscissae.mean(0)).tolist()
-        lines["keep"][name] = (share, s.ranked.keep.mean(0).tolist())
-        lines["remove"][name] = (share, s.ranked.remove.mean(0).tolist())
+        lines["keep"][name] = (s.inserted.shares.tolist(), s.inserted.values.mean(0).tolist())
+        lines["remove"][name] = (s.removed.shares.tolist(), s.removed.values.mean(0).tolist())
         difference = (s.msi.curves.keep - s.msi.curves.remove).mean(0)
         lines["msi"][name] = (s.msi.curves.abscissae.mean(0).tolist(), difference.tolist())
     charts = [
@@ -400,7 +407,9 @@ def evaluate(
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare saliency methods on the same images: a table with 95 % intervals, scores.parquet, curves.png, methods.png.
+    """Compare saliency methods on the same images.
+
+    Writes a table with 95 % intervals, scores.parquet (per image), curves.png and methods.png.
 
     Example: counterlens evaluate --methods lax,ig,gradcam --count 50 --out compared
     """

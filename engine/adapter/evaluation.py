@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CounterlensError
-from ..metrics.curves import Curves, perturbation_curve
+from ..metrics.imputation import road
 from ..metrics.inputs import Baseline
 from ..metrics.msi_score import MSI, msi
+from ..metrics.paths import Faithfulness, deletion, insertion
 from ..models.protocols import Classifier
 from .lax import LAX
 from .methods import check_methods, explain_with
@@ -23,7 +24,7 @@ from .quantities import LogOdds, Quantity, make_quantity
 # Metric: whether more is better.
 METRICS = {"msi": True, "base_score_area": True, "insertion": True, "deletion": False, "road": False}
 DRAWS = 2000
-LEVELS = 33  # points of the insertion and deletion curves
+STEPS = 32  # of the insertion and deletion curves
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Scored:
     Attributes:
         saliency: [N, H, W] in [0, 1]. scores: [N, H, W] as the method gives them.
         target: [N] the explained labels.
-        msi: of `saliency`. area: MSI's area form, of the ranks of `scores`.
-        ranked: insertion (`keep`) and deletion (`remove`) of the ranks of `scores`.
+        msi: of `saliency`.
+        inserted, removed: of the ranks of `scores`.
         values: metric (see `METRICS`, and `sufficient_area`, `mask_area`) to [N].
         seconds: for one image.
     """
@@ -43,8 +44,8 @@ class Scored:
     scores: Tensor
     target: Tensor
     msi: MSI
-    area: MSI
-    ranked: Curves
+    inserted: Faithfulness
+    removed: Faithfulness
     values: dict[str, Tensor]
     seconds: float
 
@@ -71,19 +72,19 @@ def score_maps(
     given: dict[str, Any] = {"quantity": quantity, "baseline": baseline, "seeds": seeds, "batch_size": batch}
     by_value = msi(classifier, images, saliency, target, alpha_min=alpha_min, area=False, **given)
     by_area = msi(classifier, images, scores, target, alpha_min=alpha_min, **given)
-    levels = torch.linspace(0, 1, LEVELS, dtype=torch.float64)
-    ranked = perturbation_curve(classifier, images, scores, target, order="rank", thresholds=levels, **given)
-    assert ranked.keep is not None
-    assert ranked.remove is not None
+    inserted = insertion(classifier, images, scores, target, steps=STEPS, **given)
+    removed = deletion(classifier, images, scores, target, steps=STEPS, **given)
+    imputed = {k: v for k, v in given.items() if k != "baseline"}
     values = {
         "msi": by_value.score,
         "base_score_area": by_area.base_score_area,
-        "insertion": torch.trapezoid(ranked.keep.flip(1), 1 - ranked.abscissae.flip(1)),
-        "deletion": torch.trapezoid(ranked.remove.flip(1), 1 - ranked.abscissae.flip(1)),
+        "insertion": inserted.score,
+        "deletion": removed.score,
+        "road": road(classifier, images, scores, target, **imputed).score,
         "sufficient_area": by_area.sufficient_area,
-        "mask_area": by_value.mask_penalty / by_value.penalty,
+        "mask_area": by_value.curves.areas[:, 0],
     }
-    return Scored(saliency, scores, target, by_value, by_area, ranked, values, seconds)
+    return Scored(saliency, scores, target, by_value, inserted, removed, values, seconds)
 
 
 def evaluate(

@@ -31,33 +31,35 @@ from .taps import choose_taps, tapped
 
 FORMAT, VERSION = "counterlens-adapter", 1
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+SHUFFLED = 4  # how much finer than its finest maps the head draws at most; beyond that, it is interpolated
 ENCODER = (16, 24, 32)  # channels of the head's own features where the model's are hidden, each at half the resolution
 
 
 class Head(nn.Module):
-    """Feature maps of several resolutions and a condition to one map of logits.
+    """Feature maps of several resolutions, the image and a condition to one map of logits.
+
+    A decoder brings the maps together, coarsest first. From the finest it gives every pixel four numbers, an offset and
+    one weight for each colour channel of that pixel: a gradient times input without the gradient. Nothing but that
+    product happens at full resolution.
 
     Args:
         channels: of the feature maps, finest first; empty where the model's features are hidden.
         conditions: how many explained things there are.
-        width: channels inside; half of them at the finest resolution.
-        pixels: the image stands in front of the feature maps.
+        width: channels inside.
+        ratio: side of the image over that of the finest maps.
     """
 
-    def __init__(self, channels: Sequence[int], conditions: int, width: int, pixels: bool) -> None:
+    def __init__(self, channels: Sequence[int], conditions: int, width: int, ratio: int) -> None:
         super().__init__()
-        self.pixels = pixels
         self.encoder = nn.ModuleList()
-        channels = ([3] if pixels else []) + list(channels)
-        if channels == [3]:
-            before = (3, *ENCODER)
-            self.encoder.extend(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(before, ENCODER, strict=False))
-            channels += ENCODER
-        widths = [max(4, width // 2)] + [width] * (len(channels) - 1)
-        self.project = nn.ModuleList(nn.Conv2d(c, w, 1) for c, w in zip(channels, widths, strict=True))
-        self.mix = nn.ModuleList(nn.Conv2d(width, w, 3, padding=1) for w in widths[:-1])
-        self.condition = nn.ModuleList(nn.Embedding(conditions, 2 * w) for w in widths)
-        self.out = nn.Conv2d(widths[0], 1, 3, padding=1)
+        if not channels:
+            channels, ratio = ENCODER, 2
+            self.encoder.extend(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip((3, *ENCODER), ENCODER, strict=False))
+        self.shuffle = nn.PixelShuffle(min(ratio, SHUFFLED))
+        self.project = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.mix = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels[1:])
+        self.condition = nn.ModuleList(nn.Embedding(conditions, 2 * width) for _ in channels)
+        self.out = nn.Conv2d(width, 4 * self.shuffle.upscale_factor**2, 3, padding=1)
         for embedding in self.condition:
             nn.init.zeros_(embedding.weight)
 
@@ -70,9 +72,9 @@ class Head(nn.Module):
             conv.bias.sub_((conv.weight[:, :, 0, 0] * mean).sum(1))
 
     def _levels(self, image: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-        levels = ([image] if self.pixels else []) + list(features)
+        levels = list(features)
         for conv in self.encoder:
-            levels.append(F.silu(conv(levels[-1])))
+            levels.append(F.silu(conv(levels[-1] if levels else image)))
         return levels
 
     def forward(
@@ -88,11 +90,11 @@ class Head(nn.Module):
             if i + 1 < len(levels):
                 y = y + F.interpolate(self.mix[i](x), size=y.shape[2:], mode="bilinear", align_corners=False)
             scale, shift = self.condition[i](condition)[:, :, None, None].chunk(2, 1)
-            x = F.silu(y * (1 + scale) + shift)
-        logits = self.out(x)
-        if logits.shape[2:] != image.shape[2:]:
-            logits = F.interpolate(logits, size=image.shape[2:], mode="bilinear", align_corners=False)
-        return logits[:, 0]  # [B, H, W]
+            x = F.silu(torch.addcmul(shift, y, 1 + scale))
+        local = self.shuffle(self.out(x))  # [B, 4, h * shuffled, w * shuffled]
+        if local.shape[2:] != image.shape[2:]:
+            local = F.interpolate(local, size=image.shape[2:], mode="bilinear", align_corners=False)
+        return local[:, 0] + (local[:, 1:] * (2 * image - 1)).sum(1)  # [B, H, W]
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,8 @@ class LAX:
                 "labels": len(self.classifier.labels),
                 "quantity": self.quantity.name,
                 "taps": self.taps,
-                "channels": [p.in_channels for p in self.head.project][int(self.head.pixels) :],
-                "pixels": self.head.pixels,
+                "channels": [p.in_channels for p in self.head.project] if self.taps else [],
+                "ratio": self.head.shuffle.upscale_factor,
                 "image_size": self.image_size,
                 "width": self.width,
                 "weights": file_digest(folder / WEIGHTS),
@@ -229,7 +231,8 @@ def new_adapter(
         UsageError: a tap or the quantity does not fit.
     """
     parameter = next(classifier.module.parameters(), torch.empty(0))
-    image = torch.full((1, 3, image_size, image_size), 0.5, device=parameter.device)
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    image = torch.full((1, 3, image_size, image_size), 0.5, device=parameter.device, dtype=dtype)
     explained = make_quantity(classifier, quantity)
     with frozen(classifier.module):
         names = choose_taps(classifier, image) if taps is None else list(taps)
@@ -237,17 +240,15 @@ def new_adapter(
     _, features = adapter.features(image)
     order = sorted(range(len(features)), key=lambda i: -features[i].shape[2])
     names, features = [names[i] for i in order], [features[i] for i in order]
-    pixels = not features or features[0].shape[2] < image_size
+    ratio = max(1, round(image_size / features[0].shape[2])) if features else 2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = Head([f.shape[1] for f in features], explained.conditions, width, pixels)
+        head = Head([f.shape[1] for f in features], explained.conditions, width, ratio)
     adapter.taps, adapter.head = names, head.to(parameter.device)
     return adapter
 
 
-def open_adapter(
-    folder: str | Path, classifier: Classifier, quantity: LogOdds | Quantity | None = None
-) -> LAX:
+def open_adapter(folder: str | Path, classifier: Classifier, quantity: LogOdds | Quantity | None = None) -> LAX:
     """Open a saved adapter for the classifier that it was trained on.
 
     Args:
@@ -265,7 +266,7 @@ def open_adapter(
         raise CounterlensError(f"{folder / DESCRIPTION}: expected {FORMAT} version {VERSION}")
     try:
         model, name, taps = description["model"], description["quantity"], list(description["taps"])
-        channels, pixels = list(description["channels"]), bool(description["pixels"])
+        channels, ratio = list(description["channels"]), int(description["ratio"])
         size, width = int(description["image_size"]), int(description["width"])
         digest, training = description["weights"], dict(description["training"])
     except (KeyError, TypeError, ValueError) as error:
@@ -280,7 +281,7 @@ def open_adapter(
     weights = folder / WEIGHTS
     if not weights.is_file() or file_digest(weights) != digest:
         raise CounterlensError(f"{weights}: missing, or not the file that {DESCRIPTION} describes")
-    head = Head(channels if taps else [], explained.conditions, width, pixels)
+    head = Head(channels, explained.conditions, width, ratio)
     try:
         head.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:

@@ -72,9 +72,17 @@ def _gradient_x_input(q: Question, x: Tensor) -> Tensor:
 
 def _integrated_gradients(q: Question, x: Tensor) -> Tensor:
     method = _captum().IntegratedGradients(q.log_odds)
-    return method.attribute(
-        x, baselines=q.hidden, additional_forward_args=q.target, n_steps=IG_STEPS, internal_batch_size=max(64, len(x))
-    ).sum(1).to(x.dtype)
+    return (
+        method.attribute(
+            x,
+            baselines=q.hidden,
+            additional_forward_args=q.target,
+            n_steps=IG_STEPS,
+            internal_batch_size=max(64, len(x)),
+        )
+        .sum(1)
+        .to(x.dtype)
+    )
 
 
 def _smoothgrad(q: Question, x: Tensor) -> Tensor:
@@ -232,9 +240,7 @@ def explain_with(
             else:
                 everyone = check_targets(target, len(images), logits.shape[1], x.device)
                 wanted = everyone[start : start + batch]
-            question = Question(
-                classifier, explained, wanted, hidden[start : start + batch], seed, layer, adapter
-            )
+            question = Question(classifier, explained, wanted, hidden[start : start + batch], seed, layer, adapter)
             scores.append(saliency_methods[name](question, x).detach())
     joined = torch.cat(scores) if scores else images.new_zeros((0, *images.shape[2:]))
     return (torch.sigmoid(joined) if name == "lax" else minmax(joined)), joined

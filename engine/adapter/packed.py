@@ -20,9 +20,7 @@ def mean_colour(pack: Pack) -> Tensor:
     return torch.tensor(pack.manifest["training"]["mean_colour"])
 
 
-def pack_adapter(
-    pack: Pack, name: str, classifier: Classifier, quantity: str | LogOdds | Quantity = "class"
-) -> LAX:
+def pack_adapter(pack: Pack, name: str, classifier: Classifier, quantity: str | LogOdds | Quantity = "class") -> LAX:
     """The pack's adapter for one of its classifiers and a quantity.
 
     Raises:
@@ -37,6 +35,6 @@ def pack_adapter(
             return open_adapter(path.parent, classifier)
         there.append(f"{own} ({description.get('quantity')})")
     raise UsageError(
-        f"adapter: pack {pack.name!r} has none for {name!r} and quantity {wanted!r}, only {', '.join(there) or 'none'}; "
-        "counterlens adapter train makes one"
+        f"adapter: pack {pack.name!r} has none for {name!r} and quantity {wanted!r}, only "
+        f"{', '.join(there) or 'none'}; counterlens adapter train makes one"
     )

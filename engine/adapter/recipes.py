@@ -81,9 +81,7 @@ def train_adapter(
     if out is not None:
         check_charts()
     colour = images.mean((0, 2, 3)) if colour is None else colour.to(images)
-    adapter = new_adapter(
-        classifier, images.shape[2], taps=taps, quantity=quantity, width=width, seed=schedule.seed
-    )
+    adapter = new_adapter(classifier, images.shape[2], taps=taps, quantity=quantity, width=width, seed=schedule.seed)
     hidden: Any = "blur" if "mean" not in schedule.baselines else colour
 
     def validate(candidate: LAX) -> float:

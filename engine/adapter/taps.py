@@ -83,7 +83,8 @@ def tapped(module: nn.Module, taps: Sequence[str]) -> Iterator[list[Tensor]]:
 def choose_taps(classifier: Any, image: Tensor) -> list[str]:
     """Names worth tapping: of every resolution that the model passes through, the last module's, finest first.
 
-    Where all have one resolution (a vision transformer), three of them, spread over the depth.
+    From half the image's resolution on, where there is one: full resolution costs more than it tells. Where all have
+    one resolution (a vision transformer), three of them, spread over the depth.
 
     Args:
         classifier: see `engine.models.protocols.Classifier`.
@@ -112,6 +113,8 @@ def choose_taps(classifier: Any, image: Tensor) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
+    half = {name: size for name, size in finished.items() if 2 * size[0] <= image.shape[2]}
+    finished = half or finished
     last = {size: name for name, size in finished.items()}
     if len(last) == 1 and len(finished) > 3:
         names = list(finished)

@@ -44,7 +44,7 @@ class Schedule:
         area: lambda, the weight of the soft mask's mean at alpha_min.
         variation: weight of the map's total variation.
         ranks: weight of the same expectation with areas for thresholds, as in BaseScore_area; 0 leaves it out.
-        rank_temperature: of its soft masks.
+        rank_temperature: of its soft masks, likewise. rank_thresholds: its K.
         others: share of images whose target is a random label and not the prediction.
         baselines: what hides pixels, drawn for each image: `mean` (colour), `blur`, `colour` (random).
         learning_rate: of AdamW, cosine to a fiftieth.
@@ -62,7 +62,8 @@ class Schedule:
     area: float = 1.0
     variation: float = 0.05
     ranks: float = 1.0
-    rank_temperature: float = 0.05
+    rank_temperature: tuple[float, float] = (0.3, 0.03)
+    rank_thresholds: int = 3
     others: float = 0.0
     baselines: tuple[str, ...] = ("mean",)
     learning_rate: float = 4e-3
@@ -91,7 +92,7 @@ def draw_baselines(
     g: torch.Generator,
 ) -> Tensor:
     """For each image one baseline of a kind drawn by `g`: [B, 3, H, W]."""
-    b, c, h, w = images.shape
+    b, c, h, _ = images.shape
     colour = torch.rand((b, c), generator=g).to(images.device)
     pick = torch.randint(len(kinds), (b,), generator=g).tolist()
     out = torch.empty_like(images)
@@ -152,6 +153,11 @@ def _draw(b: int, k: int, low: float, high: float, g: torch.Generator) -> Tensor
     return (low + (high - low) * spread.double()).sort(1).values
 
 
+def _anneal(ends: tuple[float, float], share: float) -> float:
+    """From the first to the last, geometrically."""
+    return ends[0] * (ends[1] / ends[0]) ** share
+
+
 def _increasing(levels: Tensor) -> Tensor:
     """Levels [B, K] made strictly increasing in [0, 1] by steps of 1e-6 where they tie."""
     k = levels.shape[1]
@@ -168,8 +174,8 @@ def training_loss(
     g: torch.Generator,
 ) -> Tensor:
     """LAX's loss of one batch; its gradient reaches the head alone."""
-    start, end = schedule.temperature
-    temperature = start * (end / start) ** (step / max(1, schedule.steps - 1))
+    share = step / max(1, schedule.steps - 1)
+    temperature = _anneal(schedule.temperature, share)
     low, b, k = schedule.alpha_min, len(images), schedule.thresholds
     logits, features = adapter.features(images)
     target = logits.argmax(1)
@@ -187,12 +193,14 @@ def training_loss(
         flat = scores.flatten(1)
         spread = torch.sigmoid((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True).clamp(min=1e-3))
         spread = spread.reshape(scores.shape)
-        shares = torch.cat([torch.full((b, 1), low, dtype=torch.float64), _draw(b, k - 1, low, 1, g)], 1)
+        shares = torch.cat(
+            [torch.full((b, 1), low, dtype=torch.float64), _draw(b, schedule.rank_thresholds - 1, low, 1, g)], 1
+        )
         ordered = spread.detach().flatten(1).double().sort(1).values
         place = (shares * (ordered.shape[1] - 1)).round().long().to(ordered.device)
         by_area = ordered.gather(1, place)
         loss = loss + schedule.ranks * _expectation(
-            adapter, images, baseline, spread, target, by_area, schedule.rank_temperature, schedule
+            adapter, images, baseline, spread, target, by_area, _anneal(schedule.rank_temperature, share), schedule
         )
     area = torch.sigmoid((saliency - low) / temperature).mean()
     variation = saliency.diff(dim=1).abs().mean() + saliency.diff(dim=2).abs().mean()
@@ -248,9 +256,9 @@ def train(
     head, device = adapter.head, images.device
     mean_colour = images.mean((0, 2, 3)) if mean_colour is None else mean_colour.to(images)
     history, best, best_state, first = History(), -math.inf, {}, 0
-    identity = repr((asdict(schedule), weights_digest([adapter.classifier.module]), adapter.quantity.name, adapter.taps))
+    model = weights_digest([adapter.classifier.module])
+    identity = repr((asdict(schedule), model, adapter.quantity.name, adapter.taps))
     head.train().requires_grad_(True)
-    _, features = adapter.features(images[torch.randperm(len(images), generator=_generator(schedule.seed, -1))[:64]])
     optimizer = torch.optim.AdamW(head.parameters(), lr=schedule.learning_rate, weight_decay=1e-4, betas=(0.9, 0.99))
     path = None if folder is None else folder / CHECKPOINT
     if path is not None and path.exists():
@@ -263,7 +271,7 @@ def train(
         history = History(state["losses"], [tuple(v) for v in state["validations"]])
     else:
         picked = images[torch.randperm(len(images), generator=_generator(schedule.seed, -1))[:64]]
-        head.standardise(picked, features)
+        head.standardise(picked, adapter.features(picked)[1])
     saved, stale = time.monotonic(), 0
     for step in range(first, schedule.steps):
         g = _generator(schedule.seed, step)
@@ -300,6 +308,8 @@ def train(
             return history
         if done:
             break
+    if not best_state:
+        raise CounterlensError("training: no validation gave a number; a lower learning_rate may help")
     head.load_state_dict(best_state)
     head.eval().requires_grad_(False)
     return history
