@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .counterfactuals import CounterfactualQuality, counterfactual_quality
     from .curves import Curves, perturbation_curve
+    from .distribution import fid, kid, sfid
     from .imputation import impute, road
+    from .intervals import Interval, bootstrap
     from .msi_score import MSI, msi
     from .paths import Faithfulness, comprehensiveness, deletion, insertion, lerf, morf, sufficiency
     from .quantities import group_odds
     from .transition import Transition, cout
 
 _HOMES = {
+    ".counterfactuals": ("CounterfactualQuality", "counterfactual_quality"),
     ".curves": ("Curves", "perturbation_curve"),
+    ".distribution": ("fid", "kid", "sfid"),
     ".imputation": ("impute", "road"),
+    ".intervals": ("Interval", "bootstrap"),
     ".msi_score": ("MSI", "msi"),
     ".paths": ("Faithfulness", "comprehensiveness", "deletion", "insertion", "lerf", "morf", "sufficiency"),
     ".quantities": ("group_odds",),
@@ -23,8 +29,9 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "MSI", "Curves", "Faithfulness", "Transition", "comprehensiveness", "cout", "deletion", "group_odds", "impute",
-    "insertion", "lerf", "morf", "msi", "perturbation_curve", "road", "sufficiency",
+    "MSI", "CounterfactualQuality", "Curves", "Faithfulness", "Interval", "Transition", "bootstrap",
+    "comprehensiveness", "counterfactual_quality", "cout", "deletion", "fid", "group_odds", "impute", "insertion",
+    "kid", "lerf", "morf", "msi", "perturbation_curve", "road", "sfid", "sufficiency",
 ]  # fmt: skip
 
 

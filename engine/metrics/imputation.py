@@ -17,10 +17,10 @@ from .inputs import NOISE_STREAM, Ties, check_images, constant_maps, rank_planes
 from .paths import Faithfulness, check_shares, score_of
 from .quantities import Explained, Quantity
 
-NEIGHBOURS = torch.tensor([[1, 2, 1], [2, 0, 2], [1, 2, 1]], dtype=torch.float64) / 12
 SHARES = tuple(i / 10 for i in range(1, 10))
-TOLERANCE = 1e-10  # of the residual, relative to the right-hand side
-MOST_ITERATIONS = 20_000
+TOLERANCE = 1e-10  # of the largest residual, relative to the right-hand side's largest value
+MOST_ITERATIONS = 1_000
+DAMPING = 0.8  # of Jacobi steps
 
 
 def impute(
@@ -30,69 +30,92 @@ def impute(
     """Fill removed pixels so that each is the weighted mean of its eight neighbours: [N, C, H, W].
 
     Weights are 1/6 for direct and 1/12 for diagonal neighbours, renormalised at the border. The sparse system is
-    symmetric and positive definite wherever a pixel is known, and solved for all images at once by conjugate gradients
-    in float64, from a coarse-to-fine guess. Where no pixel is known, the result is the image's mean colour.
+    symmetric and positive definite wherever a pixel is known. It is solved for all images and channels at once, in
+    float64, by conjugate gradients preconditioned with a multigrid cycle: holes of any size take about as many
+    iterations. Where no pixel is known, the result is the image's mean colour.
 
     Raises:
-        CounterlensError: no solution within 20,000 iterations.
+        CounterlensError: no solution within 1,000 iterations.
 
     Source: Rong, Leemann et al., ROAD (arXiv 2202.00449), section 4.
     """
-    h, w = images.shape[2:]
-    hole = removed[:, None].to(torch.float64)  # [N, 1, H, W]
-    known = 1 - hole
     x = images.double()
-    kernel = NEIGHBOURS.to(x.device)[None, None]
-    weight = F.conv2d(torch.ones(1, 1, h, w, dtype=x.dtype, device=x.device), kernel, padding=1)
-
-    def neighbours(v: Tensor) -> Tensor:
-        return F.conv2d(v.reshape(-1, 1, h, w), kernel, padding=1).view_as(v)
-
-    def system(v: Tensor) -> Tensor:  # v is 0 outside the holes
-        return hole * (weight * v - neighbours(v))
-
-    right = hole * neighbours(known * x)
-    v = hole * _coarse_fill(known * x, known)
-    residual = right - system(v)
-    # Diagonal preconditioner: only the border's differs from 1.
-    z = residual / weight
-    direction, squared = z, (residual * z).sum((2, 3), keepdim=True)
-    limit = (TOLERANCE**2) * (right * right / weight).sum((2, 3), keepdim=True)
-    for step in range(MOST_ITERATIONS):
-        # Looking costs a wait for the device: every eighth step.
-        if step % 8 == 0 and bool((squared <= limit).all()):
+    holes = [removed[:, None].double()]  # [N, 1, h, w] of every grid
+    while max(holes[-1].shape[2:]) > 2:
+        # A coarse pixel is removed where all that it stands for is: some pixel stays known.
+        holes.append(-F.max_pool2d(-holes[-1], 2, ceil_mode=True))
+    weights = [neighbours(torch.ones_like(hole[:1])) for hole in holes]
+    right = holes[0] * neighbours(x - holes[0] * x)
+    v, residual = torch.zeros_like(right), right
+    direction, squared = torch.zeros_like(right), torch.zeros_like(right[..., :1, :1])
+    limit = TOLERANCE * right.abs().amax((2, 3), keepdim=True)
+    for _ in range(MOST_ITERATIONS):
+        if bool((residual.abs().amax((2, 3), keepdim=True) <= limit).all()):
             break
-        product = system(direction)
+        z = _cycle(holes, weights, residual)
+        before, squared = squared, (residual * z).sum((2, 3), keepdim=True)
+        direction = z + torch.where(before > 0, squared / before, 0) * direction
+        product = _system(holes[0], weights[0], direction)
         curvature = (direction * product).sum((2, 3), keepdim=True)
         length = torch.where(curvature > 0, squared / curvature, 0)
         v = v + length * direction
         residual = residual - length * product
-        z = residual / weight
-        before, squared = squared, (residual * z).sum((2, 3), keepdim=True)
-        direction = z + torch.where(before > 0, squared / before, 0) * direction
     else:
-        raise CounterlensError(
-            f"impute: no solution within {MOST_ITERATIONS} iterations for images {list(images.shape)}"
-        )
+        raise CounterlensError(f"impute: {list(images.shape)}: no solution within {MOST_ITERATIONS} iterations")
     nothing = removed.flatten(1).all(1)[:, None, None, None]
     filled = torch.where(nothing, x.mean((2, 3), keepdim=True), v)
     return torch.where(removed[:, None], filled, x).to(images.dtype)
 
 
-def _coarse_fill(
-    values: Tensor,  # [N, C, H, W], 0 where unknown
-    known: Tensor,  # [N, 1, H, W], 1 where known
+def neighbours(
+    v: Tensor,  # [N, C, H, W]
 ) -> Tensor:
-    """Means of known pixels in ever larger squares, wherever the smaller one holds none: [N, C, H, W]."""
-    h, w = values.shape[2:]
-    if h == 1 and w == 1:
-        return values
-    pad = (0, w % 2 if w > 1 else 0, 0, h % 2 if h > 1 else 0)
-    kernel = (min(h, 2), min(w, 2))
-    share = F.avg_pool2d(F.pad(known, pad), kernel)
-    mean = F.avg_pool2d(F.pad(values, pad), kernel) / share.clamp(min=1e-12)
-    coarse = _coarse_fill(mean * (share > 0), (share > 0).to(values.dtype))
-    return torch.where(known > 0, values, F.interpolate(coarse, size=(h + pad[3], w + pad[1]))[:, :, :h, :w])
+    """Weighted sum of each pixel's eight neighbours, 0 beyond the border: [N, C, H, W]."""
+    # The weights are the outer product of (1, 2, 1) with itself but for the middle, over 12.
+    padded = F.pad(v, (1, 1, 1, 1))
+    rows = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:] - 4 * v) / 12
+
+
+def _system(hole: Tensor, weight: Tensor, v: Tensor) -> Tensor:
+    """What the removed pixels `v` (0 elsewhere) lack of being the mean of their neighbours."""
+    return hole * (weight * v - neighbours(v))
+
+
+def _cycle(holes: list[Tensor], weights: list[Tensor], residual: Tensor) -> Tensor:
+    """One symmetric multigrid V-cycle: Jacobi steps, a correction from the grid of half the size, Jacobi steps."""
+    hole, weight = holes[0], weights[0]
+    v = DAMPING * residual / weight
+    v = v + DAMPING * (residual - _system(hole, weight, v)) / weight
+    if len(holes) > 1:
+        rest = residual - _system(hole, weight, v)
+        h, w = rest.shape[2:]
+        rest = F.pad(rest, (0, w % 2, 0, h % 2))
+        coarse = holes[1] * _halve(_halve(rest, 2), 3)
+        v = v + hole * _double(_double(_cycle(holes[1:], weights[1:], coarse), 2), 3)[:, :, :h, :w]
+    for _ in range(2):
+        v = v + DAMPING * (residual - _system(hole, weight, v)) / weight
+    return v
+
+
+def _double(v: Tensor, dim: int) -> Tensor:
+    """Linear interpolation to twice the size along a dimension, constant beyond the border."""
+    size = v.shape[dim]
+    before = torch.cat([v.narrow(dim, 0, 1), v.narrow(dim, 0, size - 1)], dim)
+    after = torch.cat([v.narrow(dim, 1, size - 1), v.narrow(dim, size - 1, 1)], dim)
+    return torch.stack([0.75 * v + 0.25 * before, 0.75 * v + 0.25 * after], dim + 1).flatten(dim, dim + 1)
+
+
+def _halve(v: Tensor, dim: int) -> Tensor:
+    """The transpose of `_double`, which keeps the cycle symmetric."""
+    even, odd = v.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    size = even.shape[dim]
+    out = 0.75 * (even + odd)
+    out.narrow(dim, 0, size - 1).add_(even.narrow(dim, 1, size - 1), alpha=0.25)
+    out.narrow(dim, 1, size - 1).add_(odd.narrow(dim, 0, size - 1), alpha=0.25)
+    out.narrow(dim, 0, 1).add_(even.narrow(dim, 0, 1), alpha=0.25)
+    out.narrow(dim, size - 1, 1).add_(odd.narrow(dim, size - 1, 1), alpha=0.25)
+    return out
 
 
 def road(
