@@ -153,7 +153,7 @@ def train(
         (_, shown), (_, held) = _load(images, size), _load(validation, size)
         colour = shown.mean((0, 2, 3))
     else:
-        shown, held = pack_images(opened, classifier, quantity)
+        shown, held = pack_images(opened)
         colour = mean_colour(opened)
     out = make_folder(out)
     named = None if taps is None else [] if taps == "pixels" else taps.split(",")
@@ -201,12 +201,12 @@ def _saliency(
     paths = [item.path for item in collect(images)]
     opened, explained, size, baseline = _open(pack, classifier, images[0], labels, image_size)
     question = make_quantity(explained, quantity)
-    trained = _adapter(opened, classifier, explained, quantity, adapter) if method == "lax" else None
     wanted = None
     if target is not None:
         if target not in explained.labels:
             raise UsageError(f"target: {target!r} is no label; expected one of {', '.join(explained.labels[:12])}")
         wanted = explained.labels.index(target)
+    trained = _adapter(opened, classifier, explained, quantity, adapter) if method == "lax" else None
     out = make_folder(out)
     console = Console(stderr=as_json, highlight=False)
     table = Table("image", "target", "probability", "MSI", "marked", "file", box=box.SIMPLE)

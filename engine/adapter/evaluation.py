@@ -36,7 +36,7 @@ class Scored:
         target: [N] the explained labels.
         msi: of `saliency`.
         inserted, removed: of the ranks of `scores`.
-        values: metric (see `METRICS`, and `sufficient_area`, `mask_area`) to [N].
+        values: metric (see `METRICS`, `base_score`, `sufficient_area` and `mask_area`) to [N].
         seconds: for one image.
     """
 
@@ -77,6 +77,7 @@ def score_maps(
     imputed = {k: v for k, v in given.items() if k != "baseline"}
     values = {
         "msi": by_value.score,
+        "base_score": by_value.base_score,
         "base_score_area": by_area.base_score_area,
         "insertion": inserted.score,
         "deletion": removed.score,

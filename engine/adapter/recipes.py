@@ -22,9 +22,13 @@ from .training import History, Schedule, train
 RENDERINGS = 4  # of each training digit
 VALIDATED = 96  # images that early stopping looks at
 SMOOTHED = 20  # steps of a running mean in loss.png
+MARKERS = ("random", "matching")
 HALVES = "0,1,2,3,4/5,6,7,8,9"  # "5 or more": what the pack's shortcut decides
 # Chosen on the training and validation splits.
-PACK_SCHEDULE = Schedule()
+PACK_SCHEDULE = Schedule(
+    steps=640, thresholds=2, rank_thresholds=3, ranks=2.0, area=3.0, temperature=(0.2, 0.05),
+    baselines=("mean", "mean", "mean", "blur"), every=160,
+)  # fmt: skip
 GENERAL_SCHEDULE = Schedule(steps=2000, baselines=("blur", "mean"))
 
 
@@ -43,10 +47,14 @@ def schedule_for(packed: str | None, quantity: str, **given: Any) -> Schedule:
     return chosen
 
 
-def pack_images(pack: Pack, classifier: str, quantity: str) -> tuple[Tensor, Tensor]:
-    """Images for training [N, 3, 32, 32], fresh renderings of the training split, and of the validation split."""
-    shown = [pack.samples("train", marker="random", seed=1 + s).images for s in range(RENDERINGS)]
-    return torch.cat(shown), pack.samples("validation", marker="random", count=VALIDATED).images
+def pack_images(pack: Pack) -> tuple[Tensor, Tensor]:
+    """Images for training [N, 3, 32, 32], fresh renderings of the training split, and of the validation split.
+
+    Three quarters carry a marker: half of them follow the rule `random`, half `matching`.
+    """
+    shown = [pack.samples("train", marker=MARKERS[s % 2], seed=1 + s).images for s in range(RENDERINGS)]
+    held = [pack.samples("validation", marker=rule, count=VALIDATED // 2).images for rule in MARKERS]
+    return torch.cat(shown), torch.cat(held)
 
 
 def train_adapter(

@@ -1,4 +1,4 @@
-"""LAX: taps that change nothing, a loss that is the formula, training that can be interrupted, files that are checked."""
+"""LAX: taps change nothing, the loss is the formula, training can be interrupted, files are checked."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_evaluation_scores_what_it_explains(strided, images, tmp_path) -> None:
 
 
 def test_what_does_not_fit(strided, images, monkeypatch) -> None:
-    with pytest.raises(UsageError, match="method: expected one of lax, .*got 'magic'"):
+    with pytest.raises(UsageError, match=r"method: expected one of lax, .*got 'magic'"):
         check_methods(["ig", "magic"])
     with pytest.raises(UsageError, match="adapter: method lax needs"):
         explain_with("lax", strided, images)
