@@ -46,7 +46,8 @@ class Schedule:
         ranks: weight of the same expectation with areas for thresholds, as in BaseScore_area; 0 leaves it out.
         rank_temperature: of its soft masks, likewise. rank_thresholds: its K.
         others: share of images whose target is a random label and not the prediction.
-        baselines: what hides pixels, drawn for each image: `mean` (colour), `blur`, `colour` (random).
+        baselines: what hides pixels, drawn for each image: `mean` (colour), `blur`, `colour` (random), `image`
+            (another one of the batch).
         learning_rate: of AdamW, cosine to a fiftieth.
         every: steps between validations; after `patience` of them without a better MSI training stops.
         seed: of weights, batches and thresholds.
@@ -95,16 +96,19 @@ def draw_baselines(
     b, c, h, _ = images.shape
     colour = torch.rand((b, c), generator=g).to(images.device)
     pick = torch.randint(len(kinds), (b,), generator=g).tolist()
+    others = torch.randperm(b, generator=g).tolist() if "image" in kinds else []
     out = torch.empty_like(images)
     for i, kind in enumerate(kinds[p] for p in pick):
         if kind == "mean":
             out[i] = mean_colour[:, None, None]
         elif kind == "colour":
             out[i] = colour[i, :, None, None]
+        elif kind == "image":
+            out[i] = images[others[i]]
         elif kind == "blur":
             out[i] = blur(images[i : i + 1], h / 8)[0]
         else:
-            raise UsageError(f"baselines: expected mean, blur or colour, got {kind!r}")
+            raise UsageError(f"baselines: expected mean, blur, colour or image, got {kind!r}")
     return out
 
 
