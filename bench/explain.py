@@ -23,7 +23,7 @@ from counterlens.engine.adapter.drawing import draw_methods
 from counterlens.engine.adapter.evaluation import METRICS, Scored, evaluate
 from counterlens.engine.adapter.lax import LAX, new_adapter
 from counterlens.engine.adapter.methods import explain_with, minmax, saliency_methods
-from counterlens.engine.adapter.packed import mean_colour, pack_adapter
+from counterlens.engine.adapter.packed import pack_adapter
 from counterlens.engine.adapter.recipes import HALVES, PACK_SCHEDULE, pack_images, train_adapter
 from counterlens.engine.adapter.training import Schedule, faithfulness
 from counterlens.engine.guidance.pullback import frozen
@@ -78,7 +78,7 @@ def truth_figures(pack: Pack, count: int | None) -> dict[str, Any]:
         rows, maps, notes = {}, {}, {}
         for method in METHODS:
             saliency, scores = explain_with(
-                method, classifier, samples.images, quantity=HALVES, adapter=adapter, baseline=mean_colour(pack)
+                method, classifier, samples.images, quantity=HALVES, adapter=adapter, baseline=pack.mean_colour
             )
             hit, share = pointing(scores, inside)
             rows[method] = {"pointing": interval(hit), "top_share": interval(share)}
@@ -99,7 +99,7 @@ def quality_figures(pack: Pack, count: int | None) -> dict[str, Any]:
         classifier = pack.classifier(name)
         scored = evaluate(
             classifier, samples.images, METHODS, adapter=pack_adapter(pack, name, classifier), alpha_min=ALPHA_MIN,
-            baseline=mean_colour(pack), seeds=samples.ids, on_method=lambda m, n=name: print(n, m, flush=True),
+            baseline=pack.mean_colour, seeds=samples.ids, on_method=lambda m, n=name: print(n, m, flush=True),
         )  # fmt: skip
         rows = {m: {k: interval(v) for k, v in s.values.items()} for m, s in scored.items()}
         out[name] = {"methods": rows, "against_best": {m: against_best(scored, m) for m in METRICS}}
@@ -130,7 +130,7 @@ def cost_figures(pack: Pack) -> dict[str, Any]:
         elif name == "lax":
             adapter.explain(images)
         else:
-            explain_with(name, classifier, images, target, baseline=mean_colour(pack))
+            explain_with(name, classifier, images, target, baseline=pack.mean_colour)
 
     for name in times:
         once(name)
@@ -182,7 +182,7 @@ def sanity_figures(pack: Pack, steps: int | None) -> dict[str, Any]:
     random = randomised(classifier)
     kept = replace(adapter, classifier=random).explain(images, target).scores
     schedule = PACK_SCHEDULE if steps is None else replace(PACK_SCHEDULE, steps=steps)
-    retrained, history = train_adapter(random, *pack_images(pack), schedule, colour=mean_colour(pack))
+    retrained, history = train_adapter(random, *pack_images(pack), schedule, colour=pack.mean_colour)
     again = retrained.explain(images, target).scores
     same: LAX = replace(adapter)
     top = {"kept": kept, "retrained": again, "itself": same.explain(images, target).scores}

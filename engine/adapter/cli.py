@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..errors import CounterlensError, UsageError
+from ..options import JsonFlag, LabelsOption, PackOption, errors, print_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from ..models.protocols import Classifier
     from .lax import LAX
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
 SeedOption = Annotated[int, typer.Option(help="Of weights, batches, noise and masks.", min=0)]
-PackOption = Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")]
 ClassifierOption = Annotated[
     str, typer.Option(help="Of the pack; with --images also a folder, hub id or torchvision:NAME.")
 ]
@@ -33,7 +31,6 @@ QuantityOption = Annotated[
     str, typer.Option(help="class, or groups of labels: 0,1,2,3,4/5,6,7,8,9 (the target's group against the rest).")
 ]
 ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images instead of the pack's.")]
-LabelsOption = Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")]
 SizeOption = Annotated[int, typer.Option(help="Side in pixels of --images.", min=8)]
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a trained adapter; the pack's own without it.")]
 AlphaOption = Annotated[float, typer.Option(help="Lowest threshold of MSI.", min=0, max=1)]
@@ -43,7 +40,6 @@ METHODS = "lax, gradxinput, ig, smoothgrad, gradcam, occlusion, ablation, rise"
 SHOWN = 8  # images in the picture of methods
 
 app = typer.Typer(no_args_is_help=True, help="Train LAX on a frozen classifier, and use it.")
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def register(parent: typer.Typer) -> None:
@@ -51,11 +47,6 @@ def register(parent: typer.Typer) -> None:
     parent.add_typer(app, name="adapter")
     parent.command()(saliency)
     parent.command()(evaluate)
-
-
-def _print_json(record: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
 
 
 @contextmanager
@@ -72,11 +63,10 @@ def _open(
     """(the pack or None, the classifier, its image size, what hides pixels)."""
     from ..data import read_names
     from ..packs import Pack
-    from .packed import mean_colour
 
     opened = Pack(pack)
     if classifier in opened.classifier_names():
-        return opened, opened.classifier(classifier), 32, mean_colour(opened)
+        return opened, opened.classifier(classifier), 32, opened.mean_colour
     if images is None:
         known = ", ".join(opened.classifier_names())
         raise UsageError(f"classifier: {classifier!r} is not in pack {pack!r} ({known}); another one needs --images")
@@ -137,7 +127,6 @@ def train(
     Example: counterlens adapter train --pack digits --classifier shortcut --out my-adapter
     """
     from ..images import make_folder
-    from .packed import mean_colour
     from .recipes import pack_images, schedule_for, train_adapter
 
     opened, explained, size, _ = _open(pack, classifier, images, labels, image_size)
@@ -154,7 +143,7 @@ def train(
         colour = shown.mean((0, 2, 3))
     else:
         shown, held = pack_images(opened)
-        colour = mean_colour(opened)
+        colour = opened.mean_colour
     out = make_folder(out)
     named = None if taps is None else [] if taps == "pixels" else taps.split(",")
     command = {"classifier": classifier, "pack": opened.name if opened else None}
@@ -174,7 +163,7 @@ def train(
         "validation_msi": round(best, 6), "parameters": sum(p.numel() for p in adapter.head.parameters()),
     }  # fmt: skip
     if as_json:
-        _print_json(record)
+        print_json(record)
     Console(stderr=as_json, highlight=False, soft_wrap=True).print(
         f"{record['steps']} steps, validation MSI {best:.3f}; {record['parameters']} parameters on "
         f"{', '.join(adapter.taps) or 'pixels'}; adapter and loss.png in {out}"
@@ -222,7 +211,7 @@ def _saliency(
             errors.print(f"error: {path}: {message}", markup=False, style="red")
             table.add_row(str(path), "", "", "", "", "failed")
             if as_json:
-                _print_json({"image": str(path), "error": message})
+                print_json({"image": str(path), "error": message})
             continue
         with torch.no_grad():
             label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted])
@@ -259,7 +248,7 @@ def _saliency(
             "path": str(picture), "arrays": str(arrays),
         }  # fmt: skip
         if as_json:
-            _print_json(record)
+            print_json(record)
         table.add_row(
             str(path), record["target"], f"{record['probability']:.3f}", f"{record['msi']:.3f}",
             f"{100 * record['mask_area']:.1f} %", str(picture),
@@ -379,7 +368,7 @@ def _evaluate(
         cells = [f"{row[m]['mean']:.3f} ({row[m]['low']:.3f} to {row[m]['high']:.3f})" for m in METRICS]
         table.add_row(name, *cells, f"{100 * row['mask_area']['mean']:.1f} %", f"{row['ms_per_image']:.2f}")
         if as_json:
-            _print_json({"method": name, **row})
+            print_json({"method": name, **row})
     Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
     files = ", ".join(f"{out / name}" for name in ("scores.parquet", "curves.png", "methods.png"))
     Console(stderr=as_json, highlight=False, soft_wrap=True).print(f"{len(shown)} images; {files}")

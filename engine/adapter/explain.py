@@ -15,7 +15,7 @@ from ..metrics.msi_score import MSI, msi
 from ..packs import Pack
 from .lax import LAX, open_adapter
 from .methods import check_methods, explain_with
-from .packed import mean_colour, pack_adapter
+from .packed import pack_adapter
 from .quantities import LogOdds, Quantity, make_quantity
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def explain(
     question = make_quantity(engine.classifier, quantity)
     found = find_adapter(engine, adapter, question) if method == "lax" else None
     if baseline is None:
-        baseline = mean_colour(Pack(engine.source["pack"])) if "pack" in engine.source else "mean"
+        baseline = Pack(engine.source["pack"]).mean_colour if "pack" in engine.source else "mean"
     before = engine.probabilities(images)
     wanted = before.argmax(1) if explained is None else engine.resolve_targets(explained, before)
     own = [image_seed(image, config.seed) for image in images] if seeds is None else list(seeds)

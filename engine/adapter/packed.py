@@ -1,9 +1,6 @@
-"""Adapters that a pack brings, and what a pack's images are hidden with."""
+"""Adapters that a pack brings."""
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
 
 from ..errors import UsageError
 from ..models.load import read_json
@@ -13,11 +10,6 @@ from .lax import DESCRIPTION, LAX, open_adapter
 from .quantities import LogOdds, Quantity, make_quantity
 
 FOLDER = "adapters"
-
-
-def mean_colour(pack: Pack) -> Tensor:
-    """The mean colour of the pack's training images, the baseline of its metrics: [3] in [0, 1]."""
-    return torch.tensor(pack.manifest["training"]["mean_colour"])
 
 
 def pack_adapter(pack: Pack, name: str, classifier: Classifier, quantity: str | LogOdds | Quantity = "class") -> LAX:

@@ -21,8 +21,10 @@ from ..models.protocols import SoftmaxClassifier
 if TYPE_CHECKING:
     from ..models.digits import Marker
     from ..models.latent import ClassConditionalLatentDiffusion
+    from ..models.tiny import TinyDecoder
 
 SPLITS = ("train", "validation", "test")
+TINY = "tiny-decoder"
 FORMAT, VERSION = "counterlens-pack", 1
 
 
@@ -80,6 +82,11 @@ class Pack:
         """The 1,797 glyphs: `glyph` [N, 8, 8] uint8, `label` [N], `split` [N]."""
         return load_file(self.folder / "digits.safetensors")
 
+    @property
+    def mean_colour(self) -> Tensor:
+        """Mean colour of the training images: [3] in [0, 1]."""
+        return torch.tensor(self.manifest["training"]["mean_colour"])
+
     def classifier_names(self) -> list[str]:
         """Names that `classifier` takes."""
         return sorted(p.name for p in (self.folder / "classifiers").iterdir() if p.is_dir())
@@ -113,6 +120,12 @@ class Pack:
             module.eval().requires_grad_(False)
         alphas_cumprod = DDIMScheduler.from_pretrained(self.folder / "scheduler").alphas_cumprod.double()
         return ClassConditionalLatentDiffusion(vae, unet, alphas_cumprod, [str(d) for d in range(10)])
+
+    def guidance_decoder(self) -> TinyDecoder | None:
+        """The small decoder for gradients, if the pack has one (see `packs.distill`)."""
+        from ..models.tiny import open_decoder
+
+        return open_decoder(self.folder / TINY) if (self.folder / TINY).is_dir() else None
 
     def samples(
         self,

@@ -15,7 +15,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..adapter.lax import DESCRIPTION, WEIGHTS
-from ..adapter.packed import FOLDER, mean_colour
+from ..adapter.packed import FOLDER
 from ..adapter.recipes import HALVES, pack_images, schedule_for, train_adapter
 from . import Pack
 from .train import list_files
@@ -43,7 +43,7 @@ def main(
             out = work / folder
             out.mkdir(parents=True, exist_ok=True)
             train_adapter(
-                opened.classifier(name), images, validation, schedule, quantity=quantity, colour=mean_colour(opened),
+                opened.classifier(name), images, validation, schedule, quantity=quantity, colour=opened.mean_colour,
                 out=out, on_step=lambda step, *_, t=task: progress.update(t, completed=step),
                 described={"classifier": name, "pack": opened.name},
             )  # fmt: skip
