@@ -111,7 +111,9 @@ def train(
     taps: Annotated[
         str | None, typer.Option(help="Names of modules, a,b,c; pixels: none. Without it, one for each resolution.")
     ] = None,
-    baselines: Annotated[str | None, typer.Option(help="What hides pixels: some of mean, blur, colour, image.")] = None,
+    baselines: Annotated[
+        str | None, typer.Option(help="What hides pixels: some of mean, blur, colour, noise, image.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser, at most.", min=1)] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a step.", min=1)] = None,
     forward_batch: Annotated[int | None, typer.Option(help="Perturbed images in one pass: memory.", min=2)] = None,

@@ -60,6 +60,10 @@ class Head(nn.Module):
         self.mix = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels[1:])
         self.condition = nn.ModuleList(nn.Embedding(conditions, 2 * width) for _ in channels)
         self.out = nn.Conv2d(width, 4 * self.shuffle.upscale_factor**2, 3, padding=1)
+        with torch.no_grad():  # all pixels of a cell begin alike, or the maps begin as a checkerboard
+            cell = self.shuffle.upscale_factor**2
+            for parameter in (self.out.weight, self.out.bias):
+                parameter.copy_(parameter[::cell].repeat_interleave(cell, 0))
         for embedding in self.condition:
             nn.init.zeros_(embedding.weight)
 

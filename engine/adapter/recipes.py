@@ -29,12 +29,12 @@ PACK_SCHEDULE = Schedule(
     steps=640, thresholds=2, rank_thresholds=3, ranks=2.0, area=3.0, temperature=(0.2, 0.05),
     baselines=("mean", "mean", "mean", "blur"), every=160,
 )  # fmt: skip
-# The mean colour is "less than 5" to both classifiers: nothing has to be shown for that answer. So other images and
-# blurs hide pixels as well. Marker and digit both tell the half, and either is enough: removal weighs little, so that
-# the map shows what suffices.
+# The mean colour is "less than 5" to both classifiers: nothing has to be shown for that answer. Random colours and
+# noise, which are neither, hide pixels as well. Marker and digit both tell the half, and either is enough: removal
+# weighs less.
 HALVES_SCHEDULE = replace(
-    PACK_SCHEDULE, steps=320, every=80, rank_thresholds=2, ranks=1.0, removal=0.1, area=4.0, variation=0.3,
-    baselines=("image", "image", "mean", "blur"),
+    PACK_SCHEDULE, steps=480, every=120, rank_thresholds=2, removal=0.3, area=4.0, variation=0.2,
+    baselines=("mean", "colour", "colour", "noise"),
 )  # fmt: skip
 GENERAL_SCHEDULE = Schedule(steps=2000, baselines=("blur", "mean"))
 
@@ -49,8 +49,8 @@ def schedule_for(packed: str | None, quantity: str, **given: Any) -> Schedule:
     chosen = replace(base, **{k: v for k, v in given.items() if v is not None})
     if not 0 <= chosen.alpha_min < 1:
         raise UsageError(f"alpha_min: expected a number in [0, 1) to train with, got {chosen.alpha_min}")
-    if unknown := set(chosen.baselines) - {"mean", "blur", "colour", "image"}:
-        raise UsageError(f"baselines: expected some of mean, blur, colour, image, got {min(unknown)!r}")
+    if unknown := set(chosen.baselines) - {"mean", "blur", "colour", "noise", "image"}:
+        raise UsageError(f"baselines: expected some of mean, blur, colour, noise, image, got {min(unknown)!r}")
     return chosen
 
 

@@ -46,8 +46,8 @@ class Schedule:
         ranks: weight of the same expectation with areas for thresholds, as in BaseScore_area; 0 leaves it out.
         rank_temperature: of its soft masks, likewise. rank_thresholds: its K.
         others: share of images whose target is a random label and not the prediction.
-        baselines: what hides pixels, drawn for each image: `mean` (colour), `blur`, `colour` (random), `image`
-            (another one of the batch).
+        baselines: what hides pixels, drawn for each image: `mean` (colour), `blur`, `colour` (random), `noise`,
+            `image` (another one of the batch).
         learning_rate: of AdamW, cosine to a fiftieth.
         every: steps between validations; after `patience` of them without a better MSI training stops.
         seed: of weights, batches and thresholds.
@@ -96,6 +96,7 @@ def draw_baselines(
     b, c, h, _ = images.shape
     colour = torch.rand((b, c), generator=g).to(images.device)
     pick = torch.randint(len(kinds), (b,), generator=g).tolist()
+    noise = torch.rand(images.shape, generator=g).to(images) if "noise" in kinds else images
     others = torch.randperm(b, generator=g).tolist() if "image" in kinds else []
     out = torch.empty_like(images)
     for i, kind in enumerate(kinds[p] for p in pick):
@@ -103,12 +104,14 @@ def draw_baselines(
             out[i] = mean_colour[:, None, None]
         elif kind == "colour":
             out[i] = colour[i, :, None, None]
+        elif kind == "noise":
+            out[i] = noise[i]
         elif kind == "image":
             out[i] = images[others[i]]
         elif kind == "blur":
             out[i] = blur(images[i : i + 1], h / 8)[0]
         else:
-            raise UsageError(f"baselines: expected mean, blur, colour or image, got {kind!r}")
+            raise UsageError(f"baselines: expected mean, blur, colour, noise or image, got {kind!r}")
     return out
 
 
