@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.packs import Pack
 from tests.engine.test_cli import one_line_error, run
+
+README = Path(__file__).parent.parent.parent / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,29 @@ def test_usage_errors(digits: Path, tmp_path: Path) -> None:
         (["adapter", "train", "--alpha-min", "1", *out], 2, ["alpha_min"]),
     ]:
         one_line_error(run(*arguments), code, *words)
+
+
+def test_the_readmes_examples(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    pytest.importorskip("captum", reason="needs captum")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").symlink_to(digits)
+    exec(compile(example("explain-python"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("torch.Size([1, 32, 32])")
+    lines = [shlex.split(line, comments=True) for line in example("explain-cli").splitlines()]
+    assert [line[:2] for line in lines] == [
+        ["counterlens", "saliency"], ["counterlens", "evaluate"], ["counterlens", "adapter"]
+    ]  # fmt: skip
+    files = [str(p) for p in sorted(Path("digits").glob("*.png"))[:2]]
+    for line in lines[:2]:  # the third trains for minutes; test_train_on_a_folder_and_go_on trains for two steps
+        command = [file for word in line[1:] for file in (files if word == "digits/*.png" else [word])]
+        result = run(*[{"50": "4"}.get(word, word) for word in command])
+        assert result.returncode == 0, result.stderr
+
+
+def example(marker: str) -> str:
+    found = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README.read_text(), re.S)
+    assert found, marker
+    return found.group(1)
 
 
 @pytest.mark.parametrize("command", ["saliency", "evaluate", "adapter train", "adapter explain", "adapter evaluate"])
