@@ -140,9 +140,16 @@ class LAX:
     training: dict[str, Any]
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The model's logits [B, C] and the tapped features, from one forward pass."""
+        """The model's logits [B, C] and the tapped features, from one forward pass.
+
+        Raises:
+            UsageError: the classifier returns something else, or a tap is not there.
+        """
         with frozen(self.classifier.module), torch.no_grad(), tapped(self.classifier.module, self.taps) as features:
             logits = self.classifier.logits(images)
+        if not isinstance(logits, Tensor) or logits.shape != (len(images), len(self.classifier.labels)):
+            got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise UsageError(f"classifier: expected logits [B, {len(self.classifier.labels)}], got {got}")
         return logits, [f.float() for f in features]
 
     @torch.no_grad()

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
 from ..metrics.msi_score import msi
 from ..models.protocols import Classifier
 from ..packs import Pack
@@ -46,12 +45,7 @@ def schedule_for(packed: str | None, quantity: str, **given: Any) -> Schedule:
         UsageError: a number is out of range.
     """
     base = GENERAL_SCHEDULE if packed is None else PACK_SCHEDULE if quantity == "class" else HALVES_SCHEDULE
-    chosen = replace(base, **{k: v for k, v in given.items() if v is not None})
-    if not 0 <= chosen.alpha_min < 1:
-        raise UsageError(f"alpha_min: expected a number in [0, 1) to train with, got {chosen.alpha_min}")
-    if unknown := set(chosen.baselines) - {"mean", "blur", "colour", "noise", "image"}:
-        raise UsageError(f"baselines: expected some of mean, blur, colour, noise, image, got {min(unknown)!r}")
-    return chosen
+    return replace(base, **{k: v for k, v in given.items() if v is not None})
 
 
 def pack_images(pack: Pack) -> tuple[Tensor, Tensor]:

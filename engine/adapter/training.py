@@ -25,6 +25,7 @@ from ..metrics.inputs import blur
 from .lax import LAX
 
 LARGEST = math.log(1e6)  # -log(1 - p) with 1 - p clamped at 1e-6
+BASELINES = ("mean", "blur", "colour", "noise", "image")
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 20.0
 
@@ -37,7 +38,8 @@ class Schedule:
         steps: of the optimiser.
         batch: images in a step.
         thresholds: K of a step: alpha_min and K - 1 from U(alpha_min, 1).
-        forward_batch: perturbed images in one pass of the model; memory does not grow with `thresholds` beyond it.
+        forward_batch: perturbed images in one pass of the model, but at least two for each image of the batch; memory
+            does not grow with `thresholds` beyond it.
         alpha_min: the lowest threshold of MSI.
         temperature: of the soft masks, from the first step to the last, geometrically.
         removal: beta, the weight of -log(1 - p(remove)).
@@ -51,6 +53,9 @@ class Schedule:
         learning_rate: of AdamW, cosine to a fiftieth.
         every: steps between validations; after `patience` of them without a better MSI training stops.
         seed: of weights, batches and thresholds.
+
+    Raises:
+        UsageError: a number is out of range; the message names it.
     """
 
     steps: int = 600
@@ -71,6 +76,17 @@ class Schedule:
     every: int = 50
     patience: int = 6
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "thresholds", "rank_thresholds", "every", "patience"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.alpha_min < 1:
+            raise UsageError(f"alpha_min: expected a number in [0, 1) to train with, got {self.alpha_min}")
+        if min(*self.temperature, *self.rank_temperature) <= 0:
+            raise UsageError(f"temperature: expected numbers above 0, got {self.temperature}, {self.rank_temperature}")
+        if unknown := set(self.baselines) - set(BASELINES) or (not self.baselines and {"none"}):
+            raise UsageError(f"baselines: expected some of {', '.join(BASELINES)}, got {min(unknown)!r}")
 
 
 @dataclass
@@ -108,10 +124,8 @@ def draw_baselines(
             out[i] = noise[i]
         elif kind == "image":
             out[i] = images[others[i]]
-        elif kind == "blur":
-            out[i] = blur(images[i : i + 1], h / 8)[0]
         else:
-            raise UsageError(f"baselines: expected mean, blur, colour, noise or image, got {kind!r}")
+            out[i] = blur(images[i : i + 1], h / 8)[0]
     return out
 
 

@@ -261,6 +261,16 @@ def test_what_does_not_fit(classifier, images) -> None:
         adapter.explain(images, [0, 1])
     assert adapter.explain(images[:0]).saliency.shape == (0, SIZE, SIZE)
 
+    with pytest.raises(UsageError, match="thresholds: expected at least 1, got 0"):
+        dataclasses.replace(QUICK, thresholds=0)
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.mean((2, 3)), x
+
+    with pytest.raises(UsageError, match=r"classifier: expected logits \[B, 4\], got a tuple"):
+        new_adapter(SoftmaxClassifier(Two(), LABELS), SIZE, taps=[])
+
     class Rounded(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return classifier.module(x).detach()
