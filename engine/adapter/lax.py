@@ -62,16 +62,18 @@ class Head(nn.Module):
         self.out = nn.Conv2d(width, 4 * self.shuffle.upscale_factor**2, 3, padding=1)
         with torch.no_grad():  # all pixels of a cell begin alike, or the maps begin as a checkerboard
             cell = self.shuffle.upscale_factor**2
-            for parameter in (self.out.weight, self.out.bias):
+            for parameter in self.out.parameters():
                 parameter.copy_(parameter[::cell].repeat_interleave(cell, 0))
-        for embedding in self.condition:
-            nn.init.zeros_(embedding.weight)
+            for parameter in self.condition.parameters():
+                parameter.zero_()
 
     @torch.no_grad()
     def standardise(self, image: Tensor, features: Sequence[Tensor]) -> None:
         """Fold each channel's mean and deviation over a batch into the projections, so that all start alike."""
         for conv, feature in zip(self.project, self._levels(image, features), strict=True):
             mean, std = feature.mean((0, 2, 3)), feature.std((0, 2, 3)).clamp(min=1e-6)
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
             conv.weight.div_(std[:, None, None])
             conv.bias.sub_((conv.weight[:, :, 0, 0] * mean).sum(1))
 
