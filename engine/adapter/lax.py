@@ -92,7 +92,7 @@ class Head(nn.Module):
         levels = self._levels(image, features)
         x = levels[-1]
         for i in reversed(range(len(levels))):
-            y = self.project[i](levels[i])
+            y = _pointwise(self.project[i], levels[i])
             if i + 1 < len(levels):
                 y = y + F.interpolate(self.mix[i](x), size=y.shape[2:], mode="bilinear", align_corners=False)
             scale, shift = self.condition[i](condition)[:, :, None, None].chunk(2, 1)
@@ -100,7 +100,15 @@ class Head(nn.Module):
         local = self.shuffle(self.out(x))  # [B, 4, h * shuffled, w * shuffled]
         if local.shape[2:] != image.shape[2:]:
             local = F.interpolate(local, size=image.shape[2:], mode="bilinear", align_corners=False)
-        return local[:, 0] + (local[:, 1:] * (2 * image - 1)).sum(1)  # [B, H, W]
+        return local[:, 0] + (local[:, 1:] * image).sum(1)  # [B, H, W]
+
+
+def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution as a batched product: twice as fast on the CPU, where `conv2d` reorders its input first."""
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    weight = conv.weight[:, :, 0, 0].expand(x.shape[0], -1, -1)
+    return torch.baddbmm(conv.bias[None, :, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 @dataclass(frozen=True)
