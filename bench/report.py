@@ -234,7 +234,11 @@ def fill(text: str) -> str:
 
     def one(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- {name} -->\n{TABLES[name]()}\n<!-- /{name} -->"
+        try:
+            content = TABLES[name]()
+        except FileNotFoundError as error:
+            content = f"Not recorded yet: `bench/results/{Path(error.filename).name}` is missing."
+        return f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", one, text, flags=re.S)
 
