@@ -169,7 +169,7 @@ def counterfactual(
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from .config import Config
-    from .data import collect, read_manifest, read_names, read_neighbours
+    from .data import collect, read_manifest
     from .images import make_folder
 
     items = collect(images or []) + (read_manifest(manifest) if manifest else [])
@@ -187,28 +187,13 @@ def counterfactual(
     if overwritten:
         raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
     out = make_folder(out)
-    from .engine import Engine
+    from .opening import open_engine
 
-    own: dict[str, Any] = {"labels": labels, "prompts": prompts, "classes": classes, "head": head, "weights": weights}
-    own |= {"image_size": image_size, "dtype": dtype}
-    own = {name: value for name, value in own.items() if value is not None}
-    saving: dict[str, Any] = {"checkpointing": checkpointing}
-    if memory_budget is not None:
-        saving["memory_budget"] = memory_budget * 1e9
-    if neighbours is not None:
-        saving["neighbours"] = read_neighbours(neighbours)
-    if model is None:
-        if own:
-            raise UsageError(f"{next(iter(own))}: needs --model; the pack's models have their own")
-        engine = Engine.from_pack(pack, classifier or "clean", config, **saving)
-    else:
-        if classifier is None:
-            raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
-        if labels is not None:
-            own["labels"] = read_names(labels)
-        if classes is not None:
-            own["classes"] = _numbers(classes)
-        engine = Engine.from_pretrained(model, classifier, config, **own, **saving)
+    engine = open_engine(
+        config, pack=pack, classifier=classifier, model=model, labels=labels, prompts=prompts, classes=classes,
+        head=head, weights=weights, image_size=image_size, dtype=dtype, checkpointing=checkpointing,
+        memory_budget=memory_budget, neighbours=neighbours,
+    )  # fmt: skip
     choices = [_as_target(item.target or target, engine) for item in items]
     for choice in dict.fromkeys(choices):
         engine.check_target(choice)
@@ -255,13 +240,6 @@ def _open_for_append(path: Path) -> Iterator[Any]:
 def _as_target(target: str, engine: Engine) -> str | int:
     """A label's index where the text is no label's name but a number."""
     return int(target) if target not in engine.labels and target.isdecimal() else target
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"classes: expected numbers separated by commas, got {text!r}") from error
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -496,6 +474,12 @@ def info(
         text = ", ".join(f"{k} {v}" for k, v in settings.items())
         table.add_row(facts["pack"]["name"], ", ".join(facts["pack"]["classifiers"]), mode, text)
     console.print(table)
+
+
+from .audit import cli as _audit  # noqa: E402  it takes this module's options
+
+app.command("audit")(_audit.audit)
+app.command("audit-merge")(_audit.merge)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from .models.protocols import Classifier, Diffusion, probabilities
 from .packs import Pack
 from .runtime.choice import RUNTIMES, Choice, StepRunner
 from .runtime.spec import Spec, flat
+
+if TYPE_CHECKING:
+    from .audit.results import Results
 
 # Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
 SLOTS = (1, 2, 4, 8, 16)
@@ -456,6 +459,35 @@ class Engine:
                     errors[i] = "the image holds NaN or infinite values"
             todo = [i for i, error in enumerate(errors) if error is None]
             return self._run(images, source, target, list(seeds), settings, errors, todo, progress, on_step)
+
+    def audit(
+        self,
+        source: str | Path,
+        out: str | Path,
+        config: Config | None = None,
+        judges: Mapping[str, Classifier] | None = None,
+        **options: Any,
+    ) -> Results:
+        """Explain a whole data set into a folder; the same call again goes on where it was stopped.
+
+        Args:
+            source: image folder, CSV or Parquet manifest (image, label, target, id), Parquet with image bytes, or a
+                folder of Hugging Face datasets.
+            out: the results' folder (`engine.audit.results` says what is in it).
+            config: of the counterfactuals, instead of the engine's.
+            judges: classifiers that guidance never sees, by name; flips that they confirm count as transferred.
+            options: of `engine.audit.run.Options` and `engine.audit.run.audit`.
+
+        Returns:
+            The results: rows, and what the manifest says.
+
+        Raises:
+            UsageError: source or options do not fit, or another audit is in `out`. CounterlensError: a file cannot be
+                written, or another process works there.
+        """
+        from .audit.run import audit
+
+        return audit(self, source, out, config, judges, **options)
 
     def _check_images(self, images: Tensor) -> None:
         size = self.image_size
