@@ -480,6 +480,7 @@ from .audit import cli as _audit  # noqa: E402  it takes this module's options
 
 app.command("audit")(_audit.audit)
 app.command("audit-merge")(_audit.merge)
+app.command("audit-report")(_audit.report)
 
 
 def main() -> None:

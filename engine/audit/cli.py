@@ -117,9 +117,10 @@ def audit(
 
     with _bar() as update:
         results = run_audit(
-            auditor, out, shard=part, workers=workers, ray=ray, on_progress=update, on_rows=show,
+            auditor, out, shard=part, workers=workers, ray=ray, shortcuts=shortcuts, on_progress=update, on_rows=show,
             say=lambda text: errors.print(text, markup=False),
         )  # fmt: skip
+    from .report import write_report
     from .summary import summarise
 
     summary = summarise(results)
@@ -127,6 +128,8 @@ def audit(
     if as_json:
         _print_json(summary.record())
     console.print(f"results: {out}")
+    if report:
+        console.print(f"report: {write_report(results)}")
     if summary.failed:
         raise CounterlensError(f"{summary.failed} of {summary.samples} samples failed; their rows say why")
 
@@ -148,6 +151,25 @@ def merge(
     _out(as_json).print(summary.text())
     if as_json:
         _print_json(summary.record())
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="An audit's folder.")],
+    out: Annotated[Path | None, typer.Option(help="Taken like everywhere; the report stands in the folder.")] = None,
+    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write an audit's report.html again, also of an audit that is not finished.
+
+    Example: counterlens audit-report audit
+    """
+    from .report import write_report
+    from .results import Results
+
+    path = write_report(Results.open(folder))
+    if as_json:
+        _print_json({"report": str(path), "bytes": path.stat().st_size})
+    _out(as_json).print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def _judges(engine: Engine, names: list[str] | None, pack: str | None, classifier: str | None) -> dict[str, Classifier]:

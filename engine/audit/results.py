@@ -38,7 +38,10 @@ FORMAT, VERSION = "counterlens-audit", 1
 MANIFEST, PLAN, LOCK = "manifest.json", "plan.parquet", ".lock"
 FANOUT = 1000  # parts in one folder
 GRID = 8  # cells a side of `change_grid`
-FORMATS = {"png": {"format": "PNG"}, "webp": {"format": "WEBP", "lossless": True, "quality": 50}}
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP", "lossless": True, "quality": 50},
+}
 PACKAGES = ("counterlens", "torch", "diffusers", "numpy", "pillow", "pyarrow")
 TIMINGS = ("seconds", "wall_seconds")  # the columns that differ between two runs of the same audit
 
@@ -242,8 +245,8 @@ class Results:
         Raises:
             CounterlensError: a file cannot be written.
         """
-        for path, data in images.items():
-            write_atomically(data, self.folder / path)
+        for name, data in images.items():
+            write_atomically(data, self.folder / name)
         if images:
             sync_folder((self.folder / next(iter(images))).parent)
         path = self.folder / part_path(part)
@@ -309,7 +312,7 @@ def environment() -> dict[str, Any]:
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """Nested objects as `a.b.c` to JSON text."""
     if isinstance(value, dict):
-        out = {}
+        out: dict[str, str] = {}
         for key, inner in value.items():
             out |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
         return out

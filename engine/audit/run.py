@@ -642,6 +642,7 @@ def run_audit(
     shard: tuple[int, int] | None = None,
     workers: int = 2,
     ray: str | None = None,
+    shortcuts: int = 0,
     on_progress: Callable[[Progress, float], None] = lambda progress, fraction: None,
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
     say: Callable[[str], None] = lambda text: None,
@@ -649,6 +650,7 @@ def run_audit(
     """Run an audit into a folder, or go on with it; see `Engine.audit`.
 
     Args:
+        shortcuts: samples for the disagreement map; 0: none.
         on_progress: told after every step and part; the second argument is the share of the running part.
         on_rows: told the rows of every part once they are written.
         say: told what a person should read.
@@ -702,6 +704,11 @@ def run_audit(
             raise CounterlensError(
                 f"out: {len(missing)} parts are not in {out}; every worker must write to this folder"
             )
+        if shortcuts and shard is None and auditor.options.counterfactuals:
+            from .disagreement import run_disagreement
+
+            say("looking for shortcuts")
+            run_disagreement(auditor, results, chosen, shortcuts)
         mark_finished(results, progress.total)
     return results
 
@@ -748,6 +755,8 @@ def audit(
     shard: tuple[int, int] | None = None,
     workers: int = 2,
     ray: str | None = None,
+    shortcuts: int = 0,
+    report: bool = True,
     on_progress: Callable[[Progress, float], None] = lambda progress, fraction: None,
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
     say: Callable[[str], None] = lambda text: None,
@@ -759,10 +768,18 @@ def audit(
         shard: (number from 1, count): only this share of the parts; `merge.merge` puts shards together.
         workers: threads that read images; with `ray` the number of engines.
         ray: `local`, or the address of a Ray cluster whose machines see source and folder.
+        shortcuts: samples for the disagreement map (`audit.disagreement`); 0: none.
+        report: write report.html at the end (needs jinja2).
         on_progress, on_rows, say: see `run_audit`.
         options: of `Options`.
     """
     auditor = open_auditor(engine, source, config, judges, **options)
-    return run_audit(
-        auditor, Path(out), shard=shard, workers=workers, ray=ray, on_progress=on_progress, on_rows=on_rows, say=say
+    results = run_audit(
+        auditor, Path(out), shard=shard, workers=workers, ray=ray, shortcuts=shortcuts, on_progress=on_progress,
+        on_rows=on_rows, say=say,
     )  # fmt: skip
+    if report:
+        from .report import write_report
+
+        write_report(results)
+    return results

@@ -237,7 +237,7 @@ def _parquet(path: Path, slices: Sequence[str]) -> Source:
             _refuse_unknown(path, columns, image, slices)
         wanted = [c for c in (*KNOWN[1:], *slices) if c in columns] + ([] if inside else [image])
         names = _label_names(file.schema_arrow)
-        samples = []
+        samples: list[Sample] = []
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group, columns=wanted).to_pylist()
             rows = rows or [{}] * file.metadata.row_group(group).num_rows  # no other columns
@@ -315,7 +315,7 @@ def _datasets(path: Path, slices: Sequence[str]) -> Source:
     plain = opened.cast_column(image, datasets.Image(decode=False))
     extra = [c for c in plain.features if c in (*KNOWN[1:], *slices)]
     names = getattr(plain.features.get("label"), "names", None)
-    samples = []
+    samples: list[Sample] = []
     columns = {c: plain[c] for c in extra}
     for number in range(len(plain)):
         row = {c: values[number] for c, values in columns.items()}
