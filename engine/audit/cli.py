@@ -31,7 +31,7 @@ def audit(
         str, typer.Option(help="Label, runner-up, opposite or neighbour, where the source names none.")
     ] = "runner-up",
     counterfactuals: Annotated[bool, typer.Option(help="Make counterfactuals.")] = True,
-    saliency: Annotated[bool, typer.Option(help="Explain predictions by saliency maps, scored by MSI.")] = False,
+    saliency: Annotated[str | None, typer.Option(help="Saliency method as well, such as lax; scored by MSI.")] = None,
     insight: Annotated[bool, typer.Option(help="More counterfactuals for wrong predictions.")] = True,
     shortcuts: Annotated[int, typer.Option(help="Samples for the disagreement map; 0: none.", min=0)] = 64,
     limit: Annotated[int | None, typer.Option(help="At most so many samples.", min=1)] = None,

@@ -37,7 +37,8 @@ from counterlens.kernels.consensus import consensus_filter
 from ..config import Config, Settings
 from ..errors import CounterlensError
 from ..guidance.pullback import PullbackMode, frozen, pullback
-from ..guidance.sampler import sample
+from ..guidance.sampler import invert, seeded_noise
+from ..guidance.schedule import add_noise, make_schedule
 from ..guidance.step import GuidedStep, unit_largest
 from ..images import as_saved
 from ..models.protocols import Classifier, Diffusion
@@ -91,13 +92,13 @@ class Observer:
         image: Tensor,
         target: Tensor,
         **scales: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Look, then take the ordinary step."""
+    ) -> Tensor:
+        """Look, then take the ordinary step: z_prev [B, C, h, w]."""
         score, reference = self.directions(z, timestep, condition, target)
         _, kept = consensus_filter(score, reference, self.settings.angle, mode=self.settings.filter)
         push, evidence = shares(score), shares(reference)
         self.steps.append((_pooled(push), _pooled(push * ~kept), _pooled(evidence)))
-        return self.step(z, timestep, timestep_prev, condition, image, target, **scales)
+        return self.step(z, timestep, timestep_prev, condition, image, target, **scales)[0]
 
     def directions(self, z: Tensor, timestep: Tensor, condition: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The classifier's score, up to a factor for each sample, and the generator's class direction: [B, C, h, w]."""
@@ -155,15 +156,38 @@ def observe(
         for start in range(0, len(images), batch):
             some = images[start : start + batch]
             observer = Observer(engine.diffusion, engine.classifier, settings, engine.pullback)
-            run = sample(
-                engine.diffusion, engine.classifier, some, torch.tensor(targets[start : start + batch]),
-                [image_seed(x, seed) for x in some], settings, step=observer,
-            )  # fmt: skip
+            z = walk(observer, some, torch.tensor(targets[start : start + batch]), [image_seed(x, seed) for x in some])
             maps.append(observer.seen())
-            after.append(((engine.diffusion.decode(run.z) + 1) / 2).clamp(0, 1))
+            after.append(((engine.diffusion.decode(z) + 1) / 2).clamp(0, 1))
             on_batch(start + len(some), len(images))
     push, removed, evidence = (torch.cat(m).cpu().numpy() for m in zip(*maps, strict=True))
     return Evidence(push, removed, evidence), torch.cat(after)
+
+
+def walk(
+    observer: Observer,
+    images: Tensor,  # [B, 3, H, W] in [0, 1]
+    targets: Tensor,  # [B]
+    seeds: list[int],
+) -> Tensor:
+    """Denoise one batch step by step on the plain DDIM schedule of the settings: final latents [B, C, h, w]."""
+    diffusion, settings = observer.diffusion, observer.settings
+    schedule = make_schedule(len(diffusion.alphas_cumprod), settings.steps, settings.strength)
+    z = diffusion.encode(images)
+    if settings.noise == "inversion":
+        z = invert(diffusion, z, schedule)
+    else:
+        abar = diffusion.alphas_cumprod[schedule.start].to(z).expand(len(z))
+        z = add_noise(z, seeded_noise(diffusion.latent_shape, seeds, z), abar)
+    condition = diffusion.condition(targets)
+    for t, t_prev in zip(schedule.timesteps, schedule.timesteps_prev, strict=True):
+        timestep = torch.full((len(z),), t, dtype=torch.long, device=z.device)
+        z = observer(
+            z, timestep, torch.full_like(timestep, t_prev), condition, images, targets,
+            guidance_scale=settings.guidance_scale, class_scale=settings.class_scale,
+            distance_scale=settings.distance_scale, angle_deg=settings.angle,
+        )  # fmt: skip
+    return z
 
 
 @dataclass(frozen=True)

@@ -294,11 +294,9 @@ def _findings(summary: Summary, found: list[Any], place: dict[str, Any] | None) 
         )
     elif place is not None:
         out.append("No shortcut found: nowhere does the model push clearly more than the image generator's evidence.")
-    if found and found[0].rows:
+    if found and len(found[0].rows) > 1:
         p = found[0]
-        out.append(
-            f"Most frequent error: {p.label} taken for {p.prediction}, {len(p.rows)} times, decided in {p.place}."
-        )
+        out.append(f"Most frequent error: {p.label} taken for {p.prediction}, {len(p.rows)} times, decided {p.place}.")
     unconfirmed = summary.overall["transfer"]
     if unconfirmed.mean is not None and unconfirmed.mean < 0.9:
         out.append(
@@ -336,5 +334,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 def _interval_text(v: Interval, share: bool = True) -> str:
     if v.mean is None:
         return "–"
-    show = _share if share else _number
-    return f"{show(v.mean)} ({show(v.low)} to {show(v.high)})"
+    show, scale, digits = (_share, 100, 1) if share else (_number, 1, 3)
+    if v.low is None or v.high is None:
+        return show(v.mean)
+    return f"{show(v.mean)} ({scale * v.low:.{digits}f} to {scale * v.high:.{digits}f})"

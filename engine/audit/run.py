@@ -57,7 +57,7 @@ class Options:
     Attributes:
         target: for samples without their own: label, index or one of `RELATIVE_TARGETS`.
         counterfactuals: make them.
-        saliency: explain each prediction by a saliency map and score it.
+        saliency: method of `Engine.explain` that explains each prediction, such as lax; None: no saliency.
         insight: for wrong predictions also the way to the true label, and the smallest change away from the prediction.
         limit: at most so many samples.
         per_class: at most so many samples of each true label, drawn by `sample_seed`.
@@ -72,7 +72,7 @@ class Options:
 
     target: str | int = "runner-up"
     counterfactuals: bool = True
-    saliency: bool = False
+    saliency: str | None = None
     insight: bool = True
     limit: int | None = None
     per_class: int | None = None
@@ -211,6 +211,8 @@ class Auditor:
             "judges": {name: _models_digest([j.module], j.labels) for name, j in self.judges.items()},
         }
         config = {"mode": self.config.mode_name, **self.settings.model_dump(), "seed": self.config.seed}
+        if self.options.saliency is not None and not hasattr(engine, "explain"):
+            raise UsageError("saliency: this engine has no `explain`")
         config |= {"runtime": engine.runtime_choice(engine.slots[-1], self.config).runtime, "slots": engine.slots[-1]}
         source = {"kind": self.source.kind, "samples": len(self.source.samples), "digest": self.source.digest()}
         identity = {"model": model, "config": config, "options": asdict(self.options), "source": source}
@@ -304,6 +306,8 @@ class Auditor:
             self._counterfactuals(rows, at, images, [chosen[i].target for i in at], on_step)
             if self.options.insight:
                 self._insight(rows, at, images, chosen)
+        if at and self.options.saliency is not None:
+            self._saliency(rows, at, images, self.options.saliency)
         for place, row in enumerate(rows):
             for what in ("image", "counterfactual", "true_counterfactual", "away_counterfactual", "saliency"):
                 if isinstance(row[what], Tensor):
@@ -441,6 +445,20 @@ class Auditor:
                 "seconds": result.seconds[n].item(),
             }
         self._ask_judges([rows[i] for i in at])
+
+    def _saliency(self, rows: list[dict[str, Any]], at: list[int], images: Tensor, method: str) -> None:
+        """Explain each prediction by a saliency map, scored by MSI (`Engine.explain`)."""
+        explained = self.engine.explain(images, method=method, config=self.config)
+        curves = explained.msi.curves
+        for k, i in enumerate(at):
+            rows[i] |= {
+                "saliency": explained.saliency[k].clamp(0, 1),
+                "msi": explained.msi.score[k].item(),
+                "msi_base": explained.msi.base_score[k].item(),
+                "sufficient_area": explained.msi.sufficient_area[k].item(),
+                "insertion_curve": curves.keep[k].tolist(),
+                "deletion_curve": curves.remove[k].tolist(),
+            }
 
     @torch.no_grad()
     def _ask_judges(self, rows: list[dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` samples with its 95 % bootstrap interval; None where there is no sample."""
+    """A mean over `n` samples with its 95 % bootstrap interval; None without a sample, no interval for one."""
 
     mean: float | None
     low: float | None
@@ -43,7 +43,9 @@ def interval(values: Iterable[float | bool | None]) -> Interval:
     v = np.array([float(x) for x in values if x is not None and x == x])
     if len(v) == 0:
         return Interval(None, None, None, 0)
-    if len(v) == 1 or ((v == v[0]).all() and not set(v) <= {0.0, 1.0}):
+    if len(v) == 1:
+        return Interval(float(v[0]), None, None, 1)
+    if (v == v[0]).all() and not set(v) <= {0.0, 1.0}:
         return Interval(float(v.mean()), float(v.min()), float(v.max()), len(v))
     if set(v) <= {0.0, 1.0}:
         # The mean of n draws from zeros and ones is binomial. All equal: the rule of three instead of no width.
@@ -129,7 +131,8 @@ class Summary:
         }  # fmt: skip
         for key, name in names.items():
             if (v := self.overall[key]).mean is not None:
-                lines.append(f"{name}: {v.mean:.1%} ({v.low:.1%} to {v.high:.1%} of {v.n})")
+                between = "" if v.low is None else f"{v.low:.1%} to {v.high:.1%} "
+                lines.append(f"{name}: {v.mean:.1%} ({between}of {v.n})")
         if self.seconds:
             lines.append(f"{self.seconds['p50']:.2f} s for each counterfactual (p50)")
         return "\n".join(lines)
