@@ -15,7 +15,6 @@ Each records `bench/results/audit-NAME.json`.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -37,7 +36,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.record import RESULTS, write_result
 from counterlens.engine import Config, Engine, load_image
-from counterlens.engine.audit.disagreement import Evidence, excess_test, judge, observe, other_labels
+from counterlens.engine.audit.disagreement import Evidence, excess_test, judge, observe, unlikely_labels
 from counterlens.engine.audit.report import write_report
 from counterlens.engine.audit.results import TIMINGS, Results
 from counterlens.engine.images import save_png
@@ -136,7 +135,7 @@ def lock(images: Images = 40) -> None:
 
 @app.command()
 def disk(images: Images = 60, megabytes: float = 0.4) -> None:
-    """An audit on a small tmpfs (needs the right to mount), with unreadable images in the middle; then it is enlarged."""
+    """An audit on a small tmpfs (needs the right to mount), with unreadable images in the middle; it grows."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         source = write_digits(work / "source", images)
@@ -220,8 +219,8 @@ def memory(few: int = 300, many: int = 3000) -> None:
 @app.command()
 def ray(images: Images = 60) -> None:
     """Two actors on a local cluster, one of them killed; against one process."""
+    import psutil
     import ray as cluster
-    from ray.util.state import list_actors
 
     engine = Engine.from_pack("digits", config=Config(), runtime="eager")
     with tempfile.TemporaryDirectory() as name:
@@ -235,9 +234,9 @@ def ray(images: Images = 60) -> None:
         def kill_one() -> None:
             while not list((work / "two").glob("rows/*/*.parquet")):
                 time.sleep(0.1)
-            found = [a.pid for a in list_actors(filters=[("state", "=", "ALIVE")]) if "MapWorker" in a.class_name]
-            os.kill(found[0], signal.SIGKILL)
-            killed.append(found[0])
+            actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
+            actors[0].kill()
+            killed.append(actors[0].pid)
 
         killer = threading.Thread(target=kill_one)
         killer.start()
@@ -380,8 +379,7 @@ def watch(classifier: SoftmaxClassifier, cause: str, split: str, count: int) -> 
     pack = Pack("digits")
     engine = Engine(pack.diffusion(), classifier, Config(), pack_settings=pack.manifest["settings"], runtime="eager")
     images, _, ids = painted_digits(cause, split, count)
-    predicted = engine.probabilities(images).argmax(1).tolist()
-    targets = other_labels(ids, predicted, 10, 0)
+    targets = unlikely_labels(engine.probabilities(images), ids, 0)
     return observe(engine, images, targets, engine.settings(engine.config))[0]
 
 

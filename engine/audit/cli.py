@@ -33,7 +33,7 @@ def audit(
     counterfactuals: Annotated[bool, typer.Option(help="Make counterfactuals.")] = True,
     saliency: Annotated[str | None, typer.Option(help="Saliency method as well, such as lax; scored by MSI.")] = None,
     insight: Annotated[bool, typer.Option(help="More counterfactuals for wrong predictions.")] = True,
-    shortcuts: Annotated[int, typer.Option(help="Samples for the disagreement map; 0: none.", min=0)] = 64,
+    shortcuts: Annotated[int, typer.Option(help="Samples for the disagreement map; 0: none.", min=0)] = 128,
     limit: Annotated[int | None, typer.Option(help="At most so many samples.", min=1)] = None,
     per_class: Annotated[int | None, typer.Option(help="At most so many of each true label.", min=1)] = None,
     only_misclassified: Annotated[bool, typer.Option(help="Only where prediction and true label differ.")] = False,

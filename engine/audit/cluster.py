@@ -124,13 +124,15 @@ def run_on_ray(
             "out": str(results.folder.resolve()),
         }
         engine = auditor.engine
+        # Held here for as long as actors may have to be started again with them.
+        held = (ray.put(engine_parts(engine)), ray.put(job))
         data = ray.data.from_items(list(todo), override_num_blocks=len(todo)).map_batches(
             Worker,
             batch_size=1,
-            concurrency=workers,
+            compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
             num_gpus=1 if torch.cuda.is_available() else None,
-            fn_constructor_args=(ray.put(engine_parts(engine)), engine.slots, torch.get_num_threads(), ray.put(job)),
+            fn_constructor_args=(held[0], engine.slots, torch.get_num_threads(), held[1]),
         )
         for said in data.iter_rows():
             rows = results_rows(results, said["part"])

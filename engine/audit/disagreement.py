@@ -9,12 +9,19 @@ its own class direction r = eps_c - eps_u. Both are maps over the latent locatio
 
 A model that looks at what the class is made of pushes where the generator has evidence. Absolute shares say little:
 both are small in empty corners, and what the filter removes follows the push. So the evidence at a place is the excess
-push - FACTOR x evidence, with a permutation null: under "the classifier pushes at most FACTOR times the generator's
-evidence" the two may change places within a sample, which turns the sign of its whole map. The largest studentised mean
-over all places and 1,000 such draws says what chance does anywhere (family-wise error ALPHA).
+d = push - FACTOR x evidence. A shortcut shows in some samples only (those that have the mark, towards some labels), and
+there strongly: differences within the DEAD band count as none, and no sample counts for more than CAP (both in shares
+of an even spread).
 
-FACTOR = 2 was chosen on the digits pack's validation split, where an honest classifier reaches 1.85 at most and one
-with a planted marker 6.5 (`python -m bench.audit detector` measures the test split).
+The null is a permutation: under "the classifier pushes at most FACTOR times the generator's evidence" the two may
+change places within a sample, which turns the sign of its whole map. The largest studentised mean over all places in
+1,000 such draws says what chance does anywhere (family-wise error ALPHA).
+
+Targets matter: the runner-up of a model with a shortcut lies on the shortcut's own side. Each sample is led to a label
+drawn from the less likely half, which whatever the model leans on speaks against.
+
+FACTOR, DEAD and CAP were chosen on the digits pack's validation split; `python -m bench.audit detector` measures the
+test split and causes that were not looked at.
 """
 
 from __future__ import annotations
@@ -49,6 +56,7 @@ if TYPE_CHECKING:
     from .run import Auditor, Chosen
 
 FACTOR = 2.0
+DEAD, CAP = 1.5, 2.0
 ALPHA = 0.05
 DRAWS = 1000
 CELLS = 16  # places a side at most; finer latents are pooled
@@ -192,11 +200,18 @@ def walk(
 
 @dataclass(frozen=True)
 class Tested:
-    """A permutation test over K places: mean excess [K], studentised [K], family-wise p values [K]."""
+    """A permutation test over K places: mean contrast [K], studentised [K], family-wise p values [K]."""
 
     excess: np.ndarray
     statistic: np.ndarray
     p: np.ndarray
+
+
+def contrast(push: np.ndarray, evidence: np.ndarray, factor: float = FACTOR) -> np.ndarray:
+    """push - factor x evidence, nothing within the dead band and at most the cap: [N, K]; odd in the difference."""
+    even = 1 / push.shape[1]
+    d = push - factor * evidence
+    return np.sign(d) * np.clip(np.abs(d) - DEAD * even, 0, CAP * even)
 
 
 def excess_test(
@@ -208,13 +223,13 @@ def excess_test(
     seed: int = 0,
 ) -> Tested:
     """Test at every place whether push exceeds `factor` times the evidence, against swapping the two within samples."""
-    d = push - factor * evidence
+    d = contrast(push, evidence, factor)
     n = len(d)
     second = (d * d).mean(axis=0)  # does not change with the signs
 
     def studentised(mean: np.ndarray) -> np.ndarray:
         variance = np.maximum(second - mean * mean, 1e-24) * n / max(n - 1, 1)
-        return mean / np.sqrt(variance / n)
+        return np.where(second > 0, mean / np.sqrt(variance / n), 0.0)
 
     rng = np.random.default_rng(seed)
     mean = d.mean(axis=0)
@@ -268,11 +283,11 @@ def judge(
     tested = excess_test(seen.push.reshape(n, -1), seen.evidence.reshape(n, -1))
     p = np.minimum(tested.p * tests, 1).reshape(h, w)
     push, removed, evidence = (m.mean(axis=0) for m in (seen.push, seen.removed, seen.evidence))
-    found = []
+    found: list[dict[str, Any]] = []
     for cells in regions(p < ALPHA):
         rows, columns = [r for r, _ in cells], [c for _, c in cells]
         at = (np.array(rows), np.array(columns))
-        place = {
+        place: dict[str, Any] = {
             "box": [
                 min(rows) * size // h, min(columns) * size // w,
                 (max(rows) + 1) * size // h, (max(columns) + 1) * size // w,
@@ -305,12 +320,17 @@ def draw_samples(chosen: Sequence[Chosen], count: int, seed: int) -> list[Chosen
     return sorted(sorted(chosen, key=key)[:count], key=lambda c: c.number)
 
 
-def other_labels(ids: Sequence[str], predicted: Sequence[int], labels: int, seed: int) -> list[int]:
-    """For each sample a label drawn from all but its prediction: a shortcut may keep runner-ups on its own side."""
+def unlikely_labels(
+    probabilities: Tensor,  # [N, labels]
+    ids: Sequence[str],
+    seed: int,
+) -> list[int]:
+    """For each sample a label drawn, by its id, from the half of the labels that the classifier finds less likely."""
+    order = probabilities.argsort(dim=1, stable=True)[:, : max(1, probabilities.shape[1] // 2)].tolist()
     out = []
-    for name, now in zip(ids, predicted, strict=True):
-        drawn = int.from_bytes(hashlib.sha256(f"target:{seed}:{name}".encode()).digest()[:6], "little") % (labels - 1)
-        out.append(drawn + (drawn >= now))
+    for name, half in zip(ids, order, strict=True):
+        drawn = int.from_bytes(hashlib.sha256(f"target:{seed}:{name}".encode()).digest()[:6], "little")
+        out.append(half[drawn % len(half)])
     return out
 
 
@@ -321,15 +341,14 @@ def find(
     config: Config,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Watch counterfactuals towards other labels and test where the classifier pushes on its own.
+    """Watch counterfactuals towards unlikely labels and test where the classifier pushes on its own.
 
     Returns:
         Facts as JSON values (of all samples, and of each target class with enough of them), and mean maps by name:
         push, removed, evidence [h, w], change, change_open [H, W], and push:LABEL, evidence:LABEL.
     """
     settings = engine.settings(config)
-    predicted = engine.probabilities(images).argmax(dim=1).tolist()
-    targets = other_labels(ids, predicted, len(engine.labels), config.seed)
+    targets = unlikely_labels(engine.probabilities(images), ids, config.seed)
     seen, after = observe(engine, images, targets, settings, config.seed, on_batch)
     open_filter = config.model_copy(update={"angle": 90.0, "filter": "zero"})
     opened = engine.counterfactual(images, targets, config=open_filter)

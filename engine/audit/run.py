@@ -759,7 +759,8 @@ def open_auditor(
     unknown = sorted(options.keys() - set(OPTION_NAMES))
     if unknown:
         raise UsageError(f"{unknown[0]}: no option of an audit; expected {', '.join(OPTION_NAMES)}")
-    asked = Options(**{k: tuple(v) if k == "slices" else v for k, v in options.items() if v is not None})
+    given: dict[str, Any] = {k: tuple(v) if k == "slices" else v for k, v in options.items() if v is not None}
+    asked = Options(**given)
     return Auditor(engine, open_source(Path(source), asked.slices), asked, config, judges)
 
 

@@ -14,10 +14,10 @@ from counterlens.engine.audit.disagreement import (
     excess_test,
     find,
     judge,
-    other_labels,
     read_maps,
     regions,
     shares,
+    unlikely_labels,
 )  # fmt: skip
 from counterlens.engine.config import Config
 from counterlens.engine.guidance.pullback import frozen
@@ -106,12 +106,14 @@ def test_places_are_connected_cells() -> None:
     assert twice["places"] == []
 
 
-def test_targets_are_other_labels() -> None:
-    ids = [str(i) for i in range(500)]
-    targets = other_labels(ids, [3] * 500, 10, seed=0)
-    assert set(targets) == set(range(10)) - {3}
-    assert other_labels(ids[7:9], [3, 3], 10, seed=0) == targets[7:9]
-    assert other_labels(ids, [3] * 500, 10, seed=1) != targets
+def test_targets_are_unlikely_labels() -> None:
+    ids = [str(i) for i in range(300)]
+    p = torch.linspace(0, 1, 10).expand(300, 10)
+    targets = unlikely_labels(p, ids, seed=0)
+    assert set(targets) == set(range(5))
+    assert unlikely_labels(p[7:9], ids[7:9], seed=0) == targets[7:9]
+    assert unlikely_labels(p, ids, seed=1) != targets
+    assert unlikely_labels(torch.tensor([[0.9, 0.1]]), ["a"], seed=0) == [1]
 
 
 def test_find_on_the_tiny_models(tiny, tmp_path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -67,18 +66,17 @@ def test_ray_with_a_killed_worker(source: Path, unbroken: Results, tmp_path: Pat
     """Two actors; one is killed as soon as a part is written. The same rows, nothing lost or doubled."""
     ray = pytest.importorskip("ray", reason="needs ray[data]")
     pytest.importorskip("ray.data", reason="needs ray[data]")
+    psutil = pytest.importorskip("psutil", reason="needs psutil")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     killed: list[int] = []
 
     def kill_one() -> None:
-        from ray.util.state import list_actors
-
         while not list((tmp_path / "out").glob("rows/*/*.parquet")):
             time.sleep(0.05)
-        alive = [a.pid for a in list_actors(filters=[("state", "=", "ALIVE")]) if "MapWorker" in a.class_name]
-        os.kill(alive[0], signal.SIGKILL)
-        killed.append(alive[0])
+        actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
+        actors[0].kill()
+        killed.append(actors[0].pid)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
