@@ -15,6 +15,7 @@ Each records `bench/results/audit-NAME.json`.
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -216,10 +217,25 @@ def memory(few: int = 300, many: int = 3000) -> None:
     record("memory", {"peak_mb": {str(k): v for k, v in peaks.items()}, "growth": peaks[many] / peaks[few] - 1})
 
 
+def ray_workers() -> list[int]:
+    """Process ids of the Ray actors that descend from this process (Linux)."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            names[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended meanwhile
+            continue
+
+    def ours(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and pid > 1 and ours(parents[pid]))
+
+    return [pid for pid, name in names.items() if "MapWorker" in name and ours(pid)]
+
+
 @app.command()
 def ray(images: Images = 60) -> None:
     """Two actors on a local cluster, one of them killed; against one process."""
-    import psutil
     import ray as cluster
 
     engine = Engine.from_pack("digits", config=Config(), runtime="eager")
@@ -234,9 +250,8 @@ def ray(images: Images = 60) -> None:
         def kill_one() -> None:
             while not list((work / "two").glob("rows/*/*.parquet")):
                 time.sleep(0.1)
-            actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
-            actors[0].kill()
-            killed.append(actors[0].pid)
+            killed.append(ray_workers()[0])
+            os.kill(killed[0], signal.SIGKILL)
 
         killer = threading.Thread(target=kill_one)
         killer.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.audit import ray_workers
 from counterlens.engine.audit.results import Results
 from tests.audit_child import audit
 from tests.engine.test_audit import comparable
@@ -66,7 +68,6 @@ def test_ray_with_a_killed_worker(source: Path, unbroken: Results, tmp_path: Pat
     """Two actors; one is killed as soon as a part is written. The same rows, nothing lost or doubled."""
     ray = pytest.importorskip("ray", reason="needs ray[data]")
     pytest.importorskip("ray.data", reason="needs ray[data]")
-    psutil = pytest.importorskip("psutil", reason="needs psutil")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     killed: list[int] = []
@@ -74,9 +75,8 @@ def test_ray_with_a_killed_worker(source: Path, unbroken: Results, tmp_path: Pat
     def kill_one() -> None:
         while not list((tmp_path / "out").glob("rows/*/*.parquet")):
             time.sleep(0.05)
-        actors = [p for p in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(p.cmdline())]
-        actors[0].kill()
-        killed.append(actors[0].pid)
+        killed.append(ray_workers()[0])
+        os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
