@@ -1,4 +1,4 @@
-"""The command line: `counterlens demo`, `counterfactual`, `samples`, `convert`, `export`, `info`."""
+"""The command line; larger commands live in the `cli.py` of their packages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,35 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from counterlens.export.errors import ExportError
 
+from .audit import cli as _audit
 from .errors import CounterlensError, UsageError
+from .options import (
+    ClassesOption,
+    ClassifierOption,
+    DistanceOption,
+    GuidanceDecoderOption,
+    HeadOption,
+    ImageSizeOption,
+    JsonFlag,
+    LabelsOption,
+    ModelOption,
+    PackOption,
+    PromptsOption,
+    SeedOption,
+    SpeedOption,
+    WeightsOption,
+    errors,
+    open_engine,
+    print_json,
+    progress_bar,
+    text_console,
+)
+from .profiling import cli as _profiling
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -32,31 +55,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Show what would have to change in an image for a model to change its mind.",
 )
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the run; combined with each image's own pixels or id.", min=0)]
-PackOption = Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")]
 BATCH = 16
-
-
-def _out(as_json: bool) -> Console:
-    """Where text for people goes: stderr when stdout belongs to a machine."""
-    return Console(stderr=as_json, highlight=False)
-
-
-def _print_json(record: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Progress]:
-    """A progress bar on stderr, shown on terminals only and gone when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        progress.add_task(title, total=None)
-        yield progress
 
 
 @app.command()
@@ -80,12 +79,12 @@ def demo(
     out = make_folder(out)
     from .demo import run_demo
 
-    with _progress("demo") as progress:
+    with progress_bar("demo") as progress:
         task = progress.task_ids[0]
         parts = run_demo(pack, count, seed, lambda i, n: progress.update(task, completed=i, total=n))
     path = out / "counterfactuals.png"
     write_png(draw_strips([p.strip for p in parts]), path)
-    console = _out(as_json)
+    console = text_console(as_json)
     table = Table("explained", "images", "flipped", "judge agrees", "L1", "marker touched", box=box.SIMPLE)
     table.columns[0].no_wrap = True
     for p in parts:
@@ -105,11 +104,11 @@ def demo(
     if as_json:
         for p in parts:
             for record in p.records:
-                _print_json({"classifier": p.classifier, "mode": p.mode, **record})
+                print_json({"classifier": p.classifier, "mode": p.mode, **record})
         artifacts = [str(path)]
         first = parts[0].summary
         by_part = {f"{p.classifier}/{p.mode}": p.summary for p in parts}
-        _print_json({**first, "artifacts": artifacts, "parts": by_part})
+        print_json({**first, "artifacts": artifacts, "parts": by_part})
     failed = sum(p.summary["failed"] for p in parts)
     if failed:
         raise CounterlensError(f"{failed} counterfactuals failed; --json names them")
@@ -126,26 +125,20 @@ def counterfactual(
     out: Annotated[Path, typer.Option(help="Folder for the counterfactuals.")] = Path("counterfactuals"),
     mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
     pack: PackOption = "digits",
-    classifier: Annotated[
-        str | None,
-        typer.Option(help="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Diffusion model instead of the pack's: a diffusers folder or hub id.")
-    ] = None,
-    labels: Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="imagenet, pets, flowers, smile, age, or a template with {label}.")
-    ] = None,
-    classes: Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")] = None,
-    head: Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")] = None,
+    classifier: ClassifierOption = None,
+    model: ModelOption = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    head: HeadOption = None,
+    weights: WeightsOption = None,
     manifest: Annotated[Path | None, typer.Option(help="CSV file with the columns image and target.")] = None,
     neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")] = None,
+    image_size: ImageSizeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
     memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
+    attention: Annotated[str, typer.Option(help="Of UNet and VAE: sdpa, or xformers (CUDA).")] = "sdpa",
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the process that is noised, in (0, 1].")] = None,
@@ -156,6 +149,18 @@ def counterfactual(
     filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
     noise: Annotated[str | None, typer.Option(help="random or inversion.")] = None,
+    speed: SpeedOption = None,
+    solver: Annotated[str | None, typer.Option(help="ddim, dpm++ (DPM-Solver++(2M)) or unipc.")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(help="official, or over the noised part: leading, trailing, linspace, logsnr.")
+    ] = None,
+    guidance_decoder: GuidanceDecoderOption = None,
+    tiny_decoder: Annotated[str | None, typer.Option(help="AutoencoderTiny for --guidance-decoder tiny.")] = None,
+    distance: DistanceOption = None,
+    guidance_start: Annotated[float | None, typer.Option(help="Share of the run from which steps are guided.")] = None,
+    guidance_end: Annotated[float | None, typer.Option(help="Share of the run up to which steps are guided.")] = None,
+    guidance_every: Annotated[int | None, typer.Option(help="Every n-th step asks, the others reuse it.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds for each image; then what there is.")] = None,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -169,7 +174,7 @@ def counterfactual(
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from .config import Config
-    from .data import collect, read_manifest
+    from .data import collect, read_manifest, read_neighbours
     from .images import make_folder
 
     items = collect(images or []) + (read_manifest(manifest) if manifest else [])
@@ -180,32 +185,40 @@ def counterfactual(
     config = Config.make(
         mode=mode, **named, preset=preset, steps=steps, strength=strength,
         guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
-        filter=filter, gradient=gradient, noise=noise, seed=seed,
+        filter=filter, gradient=gradient, noise=noise, speed=speed, solver=solver, spacing=spacing,
+        guidance_decoder=guidance_decoder, distance=distance, guidance_start=guidance_start, guidance_end=guidance_end,
+        guidance_every=guidance_every, seed=seed,
     )  # fmt: skip
+    if budget is not None and not budget > 0:
+        raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
     names = _names(images)
     overwritten = {(out / f"{n}.png").resolve() for n in names} & {p.resolve() for p in images}
     if overwritten:
         raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
     out = make_folder(out)
-    from .opening import open_engine
-
+    saving: dict[str, Any] = {"checkpointing": checkpointing, "attention": attention}
+    if memory_budget is not None:
+        saving["memory_budget"] = memory_budget * 1e9
+    if tiny_decoder is not None:
+        saving["guidance_decoder"] = tiny_decoder
+    if neighbours is not None:
+        saving["neighbours"] = read_neighbours(neighbours)
     engine = open_engine(
-        config, pack=pack, classifier=classifier, model=model, labels=labels, prompts=prompts, classes=classes,
-        head=head, weights=weights, image_size=image_size, dtype=dtype, checkpointing=checkpointing,
-        memory_budget=memory_budget, neighbours=neighbours,
+        config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
+        weights=weights, image_size=image_size, dtype=dtype,
     )  # fmt: skip
     choices = [_as_target(item.target or target, engine) for item in items]
     for choice in dict.fromkeys(choices):
         engine.check_target(choice)
     engine.settings(config)
-    console = _out(as_json)
+    console = text_console(as_json)
     table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
     failed = 0
     log_path = out / "results.jsonl"
-    with _progress("counterfactuals") as progress, _open_for_append(log_path) as log:
+    with progress_bar("counterfactuals") as progress, _open_for_append(log_path) as log:
         task = progress.task_ids[0]
         for item, record in zip(
-            items, _counterfactual_records(engine, images, names, choices, out, progress, task), strict=True
+            items, _counterfactual_records(engine, images, names, choices, out, budget, progress, task), strict=True
         ):
             if item.label is not None:
                 record["label"] = item.label
@@ -213,7 +226,7 @@ def counterfactual(
             log.write(json.dumps(record) + "\n")
             log.flush()
             if as_json:
-                _print_json(record)
+                print_json(record)
             if "error" in record:
                 errors.print(f"error: {record['image']}: {record['error']}", markup=False, style="red")
                 table.add_row(record["image"], "", "", "", "", "", "", "failed")
@@ -258,6 +271,7 @@ def _counterfactual_records(
     names: list[str],
     targets: list[str | int],
     out: Path,
+    budget_s: float | None,
     progress: Progress,
     task: Any,
 ) -> Iterator[dict[str, Any]]:
@@ -286,6 +300,7 @@ def _counterfactual_records(
                 torch.stack(list(loaded.values())),
                 [targets[i] for i in loaded],
                 on_step=show,
+                budget_s=budget_s,
             )
         order = list(loaded)
         for i in rows:
@@ -332,7 +347,7 @@ def samples(
         save_png(image, out / name)
         rows.append({"file": name, "label": str(label), "marker": str(planted) if planted else "none"})
         if as_json:
-            _print_json(rows[-1])
+            print_json(rows[-1])
     try:
         with (out / "labels.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ["file", "label", "marker"])
@@ -340,21 +355,35 @@ def samples(
             writer.writerows(rows)
     except OSError as error:
         raise CounterlensError(f"{out / 'labels.csv'}: cannot be written ({error.strerror or error})") from error
-    _out(as_json).print(f"{len(rows)} images and labels.csv in {out}")
+    text_console(as_json).print(f"{len(rows)} images and labels.csv in {out}")
 
 
 @app.command()
 def export(
     what: Annotated[
-        str, typer.Option(help="guided-step (gradient included), unet, vae-encoder, vae-decoder or classifier.")
+        str,
+        typer.Option(
+            help="guided-step (gradient included), unet, vae-encoder, vae-decoder, classifier, or all (engine)."
+        ),
     ] = "guided-step",
     format: Annotated[str, typer.Option(help="onnx, aoti (AOTInductor package) or tensorrt.")] = "onnx",
     dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
     pack: PackOption = "digits",
-    classifier: Annotated[str, typer.Option(help="The pack's classifier.")] = "clean",
+    classifier: ClassifierOption = None,
+    model: ModelOption = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    head: HeadOption = None,
+    weights: WeightsOption = None,
+    image_size: ImageSizeOption = None,
     mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit: filter, gradient.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
+    speed: SpeedOption = None,
+    guidance_decoder: GuidanceDecoderOption = None,
+    distance: DistanceOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of the artefact's files.")] = None,
     store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
@@ -365,26 +394,41 @@ def export(
     """Compile the guided step, its gradients included, or a part of the models, and check it against eager.
 
     The artefact goes to a store, where the engine finds it: `runtime="auto"` takes it where it was measured to be
-    faster. One that does not agree with eager is not kept.
+    faster. One that does not agree with eager is not kept. `all` is what a run uses: the step, and encoder, decoder and
+    UNet beside it.
 
     Example: counterlens export --what guided-step --format onnx
+
+    Example: counterlens export --model ./sd15 --classifier ./resnet-50 --preset imagenet-text --format aoti
     """
     from .config import Config
 
-    config = Config.make(mode=mode, pack=pack, classifier=classifier, filter=filter, gradient=gradient)
-    from .engine import Engine
-    from .exporting import export_artefact
+    named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
+    config = Config.make(
+        mode=mode, **named, preset=preset, filter=filter, gradient=gradient, speed=speed,
+        guidance_decoder=guidance_decoder, distance=distance,
+    )  # fmt: skip
+    from .exporting import ALL, export_artefact
 
-    engine = Engine.from_pack(pack, classifier, config, store=store)
-    with _progress("export") as progress:
-        task = progress.task_ids[0]
-        report = export_artefact(
-            engine, what=what, target=format, dtype=dtype, force=force, measure=measure, out=out,
-            say=lambda text: progress.update(task, description=text),
-        )  # fmt: skip
-    if as_json:
-        _print_json(report)
-        return
+    engine = open_engine(
+        config, pack, classifier, model, {"store": store}, labels=labels, prompts=prompts, classes=classes, head=head,
+        weights=weights, image_size=image_size,
+    )  # fmt: skip
+    for part in ALL if what == "all" else (what,):
+        with progress_bar("export") as progress:
+            task = progress.task_ids[0]
+            report = export_artefact(
+                engine, what=part, target=format, dtype=dtype, force=force, measure=measure,
+                out=out / part if out is not None and what == "all" else out,
+                say=lambda text, p=progress, t=task: p.update(t, description=text),  # type: ignore[misc]
+            )  # fmt: skip
+        if as_json:
+            print_json(report)
+        else:
+            _print_export(report)
+
+
+def _print_export(report: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     parity = report["parity"]
     built = ", ".join(f"{name} {seconds:g} s" for name, seconds in report["seconds"].items())
@@ -426,10 +470,10 @@ def convert(
         labels=read_names(labels) if labels else None,
     )  # fmt: skip
     if as_json:
-        _print_json(report)
+        print_json(report)
     text = ", ".join(f"{part} {count}" for part, count in report["tensors"].items())
     left = ", ".join(f"{name} {count}" for name, count in report["left_out"].items()) or "nothing"
-    _out(as_json).print(f"{report['kind']} in {out}; tensors: {text}; left out: {left}")
+    text_console(as_json).print(f"{report['kind']} in {out}; tensors: {text}; left out: {left}")
 
 
 @app.command()
@@ -454,7 +498,7 @@ def info(
         except OSError as error:
             raise CounterlensError(f"{out / 'info.json'}: cannot be written ({error.strerror or error})") from error
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     console = Console(highlight=False)
     console.print("  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
@@ -476,8 +520,7 @@ def info(
     console.print(table)
 
 
-from .audit import cli as _audit  # noqa: E402  it takes this module's options
-
+app.command("profile")(_profiling.profile)
 app.command("audit")(_audit.audit)
 app.command("audit-merge")(_audit.merge)
 app.command("audit-report")(_audit.report)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import UsageError
 
 ModeName = Literal["official", "realistic", "audit"]
+SpeedName = Literal["exact", "balanced", "fast"]
 PresetName = Literal[
     "imagenet-class", "imagenet-text", "pairs-class", "pairs-text", "celeba-text", "flowers-text", "pets-text"
 ]
@@ -29,6 +30,24 @@ class Settings(BaseModel):
     filter: Literal["zero", "project", "global", "off"] = "zero"
     gradient: Literal["exact", "detached"] = "exact"
     noise: Literal["random", "inversion"] = "random"
+    solver: Literal["ddim", "dpm++", "unipc"] = "ddim"
+    spacing: Literal["official", "leading", "trailing", "linspace", "logsnr"] = "official"
+    guidance_decoder: Literal["full", "tiny"] = "full"
+    distance: Literal["image", "latent"] = "image"
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    guidance_every: int = 1
+
+    @property
+    def graph(self) -> dict[str, Any]:
+        """What decides the guided step's graph; samples can share a batch where this is the same."""
+        return {
+            "filter": self.filter,
+            "gradient": self.gradient,
+            "guidance_decoder": self.guidance_decoder,
+            "distance": self.distance,
+            "guidance_every": self.guidance_every > 1,
+        }
 
 
 def _published(strength: float, class_scale: float, distance_scale: float, angle: float) -> Settings:
@@ -58,6 +77,26 @@ OFFICIAL_PRESET = "pairs-class"
 # attributes, so its prompts must be chosen. Its released configuration file contradicts the paper: guidance is "free"
 # there, so that the classifier is never asked; the preset here is the paper's, with the classifier.
 PRESET_PROMPTS = {"pets-text": "pets", "flowers-text": "flowers"}
+
+
+# How a setting is computed, laid over a mode's or a preset's numbers; never what is asked for: strength, scales, angle
+# and filter stay. Of the digits pack, whose own stand in its manifest, these were chosen by `bench.pareto`; of other
+# models nobody has chosen any, and these are the same without the tiny decoder, which not every model has.
+_EXACT: dict[str, Any] = {
+    "gradient": "exact",
+    "guidance_decoder": "full",
+    "distance": "image",
+    "guidance_start": 0.0,
+    "guidance_end": 1.0,
+    "guidance_every": 1,
+}
+SPEEDS: dict[str, dict[str, Any]] = {
+    "exact": _EXACT,
+    "balanced": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "leading",
+                          "steps": 10},
+    "fast": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "leading",
+                      "steps": 5, "distance": "latent"},
+}  # fmt: skip
 
 
 def default_settings(conditioning: str) -> dict[str, dict[str, Any]]:
@@ -92,7 +131,8 @@ class Config(BaseModel):
     pack: str = Field("digits", description="An embedded pack or a pack's folder.")
     classifier: str = Field("clean", description="The pack's classifier to explain.")
     preset: PresetName | None = Field(None, description="A published setting; implies mode official.")
-    steps: int | None = Field(None, ge=1, description="DDIM steps over the whole process.")
+    speed: SpeedName | None = Field(None, description="How it is computed: exact, balanced or fast; see SPEEDS.")
+    steps: int | None = Field(None, ge=1, description="Over the whole process; those in the noised part run.")
     strength: float | None = Field(None, gt=0, le=1, description="Share of the process that is noised, in (0, 1].")
     guidance_scale: float | None = Field(None, ge=0, description="Scale of the whole guidance.")
     class_scale: float | None = Field(None, ge=0, description="Scale of the classifier's score.")
@@ -101,6 +141,15 @@ class Config(BaseModel):
     filter: Literal["zero", "project", "global", "off"] | None = Field(None, description="Consensus filter.")
     gradient: Literal["exact", "detached"] | None = Field(None, description="detached leaves the UNet's Jacobian out.")
     noise: Literal["random", "inversion"] | None = Field(None, description="Start: seeded noise or DDIM inversion.")
+    solver: Literal["ddim", "dpm++", "unipc"] | None = Field(None, description="dpm++ is DPM-Solver++(2M).")
+    spacing: Literal["official", "leading", "trailing", "linspace", "logsnr"] | None = Field(
+        None, description="Of timesteps; all but official lay `steps` steps over the noised part alone."
+    )
+    guidance_decoder: Literal["full", "tiny"] | None = Field(None, description="tiny: a small one, for gradients only.")
+    distance: Literal["image", "latent"] | None = Field(None, description="To the input, over pixels or over latents.")
+    guidance_start: float | None = Field(None, ge=0, lt=1, description="Share of the run from which steps are guided.")
+    guidance_end: float | None = Field(None, gt=0, le=1, description="Share of the run up to which steps are guided.")
+    guidance_every: int | None = Field(None, ge=1, description="Every n-th step asks; those between reuse its score.")
     seed: int = Field(0, ge=0, lt=2**31, description="Combined with each sample's own id.")
 
     @classmethod
@@ -122,11 +171,16 @@ class Config(BaseModel):
         """The mode, which a preset implies to be official."""
         return self.mode or ("official" if self.preset else "realistic")
 
-    def settings(self, pack_settings: dict[str, dict[str, Any]]) -> Settings:
-        """Decide every number: single fields over the preset or the pack's setting of the mode.
+    def settings(
+        self,
+        pack_settings: dict[str, dict[str, Any]],
+        speeds: dict[str, dict[str, Any]] = SPEEDS,
+    ) -> Settings:
+        """Decide every number: single fields over the speed, that over the preset or the pack's setting of the mode.
 
         Args:
             pack_settings: the pack's tuned settings by mode name.
+            speeds: what each speed changes.
 
         Raises:
             UsageError: fields contradict each other.
@@ -138,10 +192,16 @@ class Config(BaseModel):
             base = published if self.preset else dict(pack_settings.get("official", published))
         else:
             base = dict(pack_settings[self.mode_name])
+        if self.speed is not None:
+            base |= speeds[self.speed]
         base |= {name: value for name in Settings.model_fields if (value := getattr(self, name)) is not None}
         settings = Settings(**base)
         if settings.filter in ("project", "global") and settings.angle >= 90:
             raise UsageError(f"angle: filter {settings.filter} needs a limit below 90 degrees, got {settings.angle:g}")
-        if math.floor(settings.strength * settings.steps + 1e-9) < 1:
+        if settings.guidance_start >= settings.guidance_end:
+            raise UsageError(
+                f"guidance_start: {settings.guidance_start:g} is not before guidance_end {settings.guidance_end:g}"
+            )
+        if settings.spacing == "official" and math.floor(settings.strength * settings.steps + 1e-9) < 1:
             raise UsageError(f"strength: {settings.strength:g} of {settings.steps} steps leaves no step to run")
         return settings

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from counterlens.export.store import Store
+from counterlens.export.store import Store, weights_digest
 
-from .config import PRESET_PROMPTS, Config, Settings, default_settings, preset_misfit
+from .attention import ATTENTIONS, memory_efficient_attention, not_supported_reasons
+from .config import PRESET_PROMPTS, SPEEDS, Config, Settings, default_settings, preset_misfit
 from .errors import CounterlensError, UsageError
 from .guidance.pullback import PullbackMode, frozen
-from .guidance.sampler import sample
+from .guidance.sampler import Job, Outcome, Sampler, count_ticks
 from .guidance.schedule import make_schedule
+from .guidance.spans import span
 from .images import as_saved, make_folder, save_png, to_uint8
 from .memory import checkpointed, largest_batch
 from .models.latent import ClassConditionalLatentDiffusion
 from .models.protocols import Classifier, Diffusion, probabilities
+from .models.tiny import TinyDecoder, check_decoder, open_decoder
 from .packs import Pack
 from .runtime.choice import RUNTIMES, Choice, StepRunner
 from .runtime.spec import Spec, flat
@@ -38,6 +40,9 @@ SLOTS = (1, 2, 4, 8, 16)
 
 # Targets that depend on the prediction: its runner-up, the other one of two labels, the nearest label of a file.
 RELATIVE_TARGETS = ("runner-up", "opposite", "neighbour")
+
+# What the sampler calls beside the step, and the part of the models that it is.
+PARTS = {"predict_noise": "unet", "encode": "vae-encoder", "decode": "vae-decoder"}
 
 Targets = str | int | Sequence[str | int] | Tensor
 
@@ -58,8 +63,9 @@ class Counterfactuals:
         target_confidence: [B] probability of the target.
         flipped: [B] bool, prediction equals target.
         l1, l2: [B] mean absolute and root mean square difference per pixel and channel, in [0, 1].
-        kept_fraction: [B, steps] share of latent locations that the consensus filter kept; NaN where no step ran.
-        seconds: [B] wall time of the sample's batch, divided by the batch's samples.
+        kept_fraction: [B, steps] share of latent locations that the consensus filter kept; NaN without a guided step.
+        seconds: [B] wall time of every batched operation that the sample took part in, divided by the samples in it.
+        complete: [B] bool, every step was taken; False where `budget_s` ended the run before, and with an error.
         seeds: one per sample.
         errors: one message or None per sample.
         labels: names of the classifier's labels.
@@ -77,6 +83,7 @@ class Counterfactuals:
     l2: Tensor
     kept_fraction: Tensor
     seconds: Tensor
+    complete: Tensor
     seeds: list[int]
     errors: list[str | None]
     labels: list[str]
@@ -97,6 +104,7 @@ class Counterfactuals:
             "flipped": bool(self.flipped[i]),
             "l1": round(self.l1[i].item(), 6),
             "l2": round(self.l2[i].item(), 6),
+            "complete": bool(self.complete[i]),
             "seed": self.seeds[i],
             "seconds": round(self.seconds[i].item(), 4),
         }
@@ -143,15 +151,20 @@ class Engine:
             setting for this kind of model, `audit` with the filter at 90 degrees.
         backend: of the kernels: `auto`, `triton`, `cpp` or `reference`.
         runtime: how guided steps are executed: `eager`, `inductor`, `onnxruntime`, `aoti` or `tensorrt`, which runs or
-            raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`.
+            raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`. Encoder, decoder
+            and UNet beside the steps are compiled where the store has them too (`counterlens export --what all`).
         store: folder of compiled steps; the user's cache without one.
+        speeds: what the speeds `exact`, `balanced` and `fast` change in a setting; `config.SPEEDS` without it.
         source: the pack and classifier that this is, where a config must not ask for another.
         checkpointing: recompute activations of decoder and UNet in the backward pass: less memory, more time.
         memory_budget: bytes; the largest batch that fits is measured and used.
+        attention: of UNet and VAE: `sdpa` (PyTorch's own) or `xformers` (CUDA, eager).
         neighbours: nearest labels of each label, nearest first, for targets `neighbour`.
+        guidance_decoder: what `guidance_decoder="tiny"` differentiates through: a folder or hub id of an
+            `AutoencoderTiny`, or an open decoder.
 
     Raises:
-        UsageError: labels, preset, budget or neighbours do not fit.
+        UsageError: labels, preset, budget, neighbours or guidance decoder do not fit.
     """
 
     def __init__(
@@ -161,13 +174,16 @@ class Engine:
         config: Config | None = None,
         *,
         pack_settings: dict[str, dict[str, Any]] | None = None,
+        speeds: dict[str, dict[str, Any]] | None = None,
         backend: str = "auto",
         runtime: str = "auto",
         store: str | Path | None = None,
         source: dict[str, str] | None = None,
         checkpointing: bool = False,
         memory_budget: float | None = None,
+        attention: str = "sdpa",
         neighbours: Mapping[str, Sequence[str]] | None = None,
+        guidance_decoder: TinyDecoder | str | Path | None = None,
     ) -> None:
         if list(diffusion.labels) != list(classifier.labels):
             raise UsageError(
@@ -178,23 +194,40 @@ class Engine:
         self.classifier = classifier
         self.config = config or Config()
         self.pack_settings = default_settings(diffusion.conditioning) if pack_settings is None else pack_settings
+        self.speeds = speeds or SPEEDS
         self.backend = backend
         self.source = source or {}
+        if isinstance(guidance_decoder, str | Path):
+            guidance_decoder = open_decoder(guidance_decoder)
+        if guidance_decoder is not None:
+            check_decoder(guidance_decoder, diffusion)
+        self.guidance_decoder = guidance_decoder
         if runtime not in RUNTIMES:
             raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
         if checkpointing and runtime not in ("auto", "eager"):
             raise UsageError(f"checkpointing: recomputes in eager; runtime {runtime!r} cannot")
-        self.runtime = "eager" if checkpointing else runtime
+        if attention not in ATTENTIONS:
+            raise UsageError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        if attention == "xformers":
+            if runtime not in ("auto", "eager"):
+                raise UsageError(f"attention: xformers runs in eager; runtime {runtime!r} cannot")
+            if reasons := not_supported_reasons(diffusion.modules()):
+                raise UsageError(f"attention: xformers cannot be used: {'; '.join(reasons)}")
+        self.checkpointing, self.attention = checkpointing, attention
+        differentiated_by_autograd = checkpointing or attention == "xformers"
+        self.runtime = "eager" if differentiated_by_autograd else runtime
         self.store = Store(store)
-        self._runners: dict[tuple[str, str], StepRunner] = {}
-        self.pullback: PullbackMode = "autograd" if checkpointing else "functional"
+        self._runners: dict[tuple[object, ...], StepRunner] = {}
+        self._part_runner: dict[str, StepRunner] = {}
+        self._weights_hashes: dict[int, str] = {}
+        self.pullback: PullbackMode = "autograd" if differentiated_by_autograd else "functional"
         self.neighbours = {
             self.check_target(k): [self.check_target(n) for n in v if n != k] for k, v in (neighbours or {}).items()
         }
         self.slots: tuple[int, ...] = SLOTS
         self._check_source(self.config)
         if memory_budget is not None:
-            with self._saving_memory():
+            with self._prepared():
                 most = largest_batch(
                     diffusion, classifier, self.settings(self.config), memory_budget, SLOTS, self.pullback
                 )
@@ -213,21 +246,87 @@ class Engine:
         settings = {mode: pack.manifest["settings"][mode] for mode in ("realistic", "audit")}
         source = {"pack": name, "classifier": classifier}
         models = (pack.diffusion(), pack.classifier(classifier))
+        options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
         return cls(*models, config, pack_settings=settings, source=source, **options)
 
+    def spec(self, settings: Settings, **fields: Any) -> Spec:
+        """What is compiled for these settings; fields are those of `Spec` that the settings leave open."""
+        decoder = self.guidance_decoder if settings.guidance_decoder == "tiny" else None
+        return Spec(
+            self.diffusion,
+            self.classifier,
+            filter_mode=settings.filter,
+            gradient=settings.gradient,
+            decoder=decoder,
+            distance=settings.distance,
+            with_guidance=settings.guidance_every > 1,
+            weights=self._weights(*([] if decoder is None else [decoder.module])),
+            **fields,
+        )
+
+    def _weights(self, *more: nn.Module) -> str | None:
+        """Hash of all weights, made once; None while there is no store, which is all that asks for it."""
+        if len(more) not in self._weights_hashes and self.store.folder.exists():
+            modules = [*self.diffusion.modules(), self.classifier.module, *more]
+            self._weights_hashes[len(more)] = weights_digest(modules)
+        return self._weights_hashes.get(len(more))
+
     def _runner(self, settings: Settings) -> StepRunner:
-        key = (settings.filter, settings.gradient)
+        key = tuple(settings.graph.values())
         if key not in self._runners:
-            spec = Spec(self.diffusion, self.classifier, filter_mode=settings.filter, gradient=settings.gradient)
-            self._runners[key] = StepRunner(spec, self.runtime, self.store, self.backend, self.pullback)
+            self._runners[key] = StepRunner(self.spec(settings), self.runtime, self.store, self.backend, self.pullback)
         return self._runners[key]
 
-    def _slots(self, batch: int) -> int:
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Hold all models in eval mode without parameter gradients: for a `sampler` and whatever runs beside it."""
+        own = [] if self.guidance_decoder is None else [self.guidance_decoder.module]
+        with frozen(*self.diffusion.modules(), self.classifier.module, *own), self._prepared():
+            yield
+
+    def sampler(self, config: Config | None = None, slots: int = 16) -> Sampler:
+        """Slots for samples that come and go, at the step of this config; use it inside `frozen`.
+
+        Results are bit-identical to those of `counterfactual` where that uses as many slots.
+        """
+        return self._sampler(self.settings(config or self.config), slots)
+
+    def _sampler(self, settings: Settings, slots: int) -> Sampler:
+        return Sampler(self.diffusion, slots, self._runner(settings).step(slots), settings.graph, **self._parts(slots))
+
+    def _part_runners(self) -> dict[str, StepRunner]:
+        """One runner for each part of the models that runs beside the steps; none where everything is eager."""
+        if self.runtime in ("eager", "inductor"):
+            return {}
+        if not self._part_runner:
+            for what in PARTS.values():
+                spec = Spec(self.diffusion, self.classifier, what=what, weights=self._weights())
+                self._part_runner[what] = StepRunner(spec, self.runtime, self.store)
+        return self._part_runner
+
+    def _parts(self, slots: int) -> dict[str, Callable[..., Tensor]]:
+        """Encoder, decoder and UNet for encoding, inversion and decoding: compiled ones where the store has them."""
+        runners = self._part_runners()
+        own = {"predict_noise": self.diffusion.predict_noise, "encode": self.diffusion.encode,
+               "decode": self.diffusion.decode}  # fmt: skip
+        return {name: runners[what].part(slots) if what in runners else own[name] for name, what in PARTS.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the diffusion model is."""
+        return next(p for m in self.diffusion.modules() for p in m.parameters()).device
+
+    def predict_noise(self, slots: int) -> Callable[..., Tensor]:
+        """The noise prediction beside the guided steps, compiled where the store has it."""
+        return self._parts(slots)["predict_noise"]
+
+    def slots_for(self, batch: int) -> int:
+        """The slot count that a batch of this size is padded to."""
         return next((s for s in self.slots if s >= batch), self.slots[-1])
 
     def runtime_choice(self, batch: int = 1, config: Config | None = None) -> Choice:
         """Which runtime runs the guided steps of a batch of this size, and why."""
-        return self._runner(self.settings(config or self.config)).choose(self._slots(batch))
+        return self._runner(self.settings(config or self.config)).choose(self.slots_for(batch))
 
     def warmup(
         self, batches: Sequence[int] = SLOTS, config: Config | None = None, *, measure: bool | None = None
@@ -243,13 +342,16 @@ class Engine:
         Returns:
             Slot count to the runtime that is taken and why.
         """
-        runner = self._runner(self.settings(config or self.config))
+        settings = self.settings(config or self.config)
+        runner = self._runner(settings)
         out = {}
-        with frozen(*self.diffusion.modules(), self.classifier.module):
-            for slots in sorted({self._slots(b) for b in batches}):
-                missing = self.runtime == "auto" and str(slots) not in runner.measurements()
-                if missing if measure is None else measure:
-                    runner.measure(slots)
+        with self.frozen():
+            for slots in sorted({self.slots_for(b) for b in batches}):
+                for r in (runner, *self._part_runners().values()):
+                    missing = self.runtime == "auto" and str(slots) not in r.measurements() and r.found()
+                    if missing if measure is None else measure:
+                        r.measure(slots)
+                self._parts(slots)
                 with torch.no_grad():
                     flat(runner.step(slots))(*runner.spec.example(slots))
                 out[slots] = runner.choose(slots)
@@ -287,7 +389,7 @@ class Engine:
             image_size: for Stable Diffusion; its own without it.
             dtype: of the diffusion model's weights: float32, bfloat16 or float16. Guidance is summed in float32, and
                 the classifier stays in float32: gradients of log p fall below what float16 holds.
-            options: of `Engine`: backend, checkpointing, memory_budget, neighbours.
+            options: of `Engine`: backend, checkpointing, memory_budget, neighbours, guidance_decoder.
 
         Raises:
             UsageError: parts or options do not fit. CounterlensError: files are missing or corrupt.
@@ -318,7 +420,9 @@ class Engine:
             diffusion.describe(explained.labels, classes)
         tuned = None
         if isinstance(diffusion, ClassConditionalLatentDiffusion):
-            tuned = Pack(str(model)).manifest["settings"]
+            pack = Pack(str(model))
+            tuned = pack.manifest["settings"]
+            options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
         return cls(diffusion, explained, config, pack_settings=tuned, **options)
 
     def settings(self, config: Config) -> Settings:
@@ -329,11 +433,21 @@ class Engine:
         """
         if config.preset and (reason := preset_misfit(config.preset, self.diffusion.conditioning, len(self.labels))):
             raise UsageError(f"preset: {reason}")
-        return config.settings(self.pack_settings)
+        settings = config.settings(self.pack_settings, self.speeds)
+        if settings.guidance_decoder == "tiny" and self.guidance_decoder is None:
+            raise UsageError(
+                "guidance_decoder: this engine has no tiny decoder; give Engine(guidance_decoder=...) the folder or "
+                "hub id of an AutoencoderTiny for this model's VAE"
+            )
+        return settings
 
     @contextmanager
-    def _saving_memory(self) -> Iterator[None]:
-        with checkpointed(self.diffusion.modules()) if self.pullback == "autograd" else nullcontext():
+    def _prepared(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.checkpointing:
+                stack.enter_context(checkpointed(self.diffusion.modules()))
+            if self.attention == "xformers":
+                stack.enter_context(memory_efficient_attention(self.diffusion.modules()))
             yield
 
     def _check_source(self, config: Config) -> None:
@@ -358,7 +472,8 @@ class Engine:
     ) -> Tensor:
         """The classifier's probabilities: [B, labels]; computed in padded batches like everything else."""
         batches = _batches(len(images), self.slots)
-        parts = [probabilities(self.classifier, images[rows])[:n] for rows, n in batches]
+        with span("predictions"):
+            parts = [probabilities(self.classifier, images[rows])[:n] for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
     def check_target(self, target: str | int) -> int:
@@ -415,11 +530,15 @@ class Engine:
         images: Tensor,  # [B, 3, H, W] in [0, 1]
         targets: Targets = "runner-up",
         seeds: Sequence[int] | None = None,
-        config: Config | None = None,
+        config: Config | Sequence[Config] | None = None,
         progress: Callable[[int, int, Tensor], None] | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        budget_s: float | None = None,
     ) -> Counterfactuals:
         """Change each image as little as needed for the classifier to say its target.
+
+        Any number of images runs over at most 16 slots: a sample that is finished leaves, and the next one joins at the
+        following step, so that memory does not grow with the number of images.
 
         Args:
             images: [B, 3, H, W] in [0, 1] at the model's image size (`load_image` reads files).
@@ -427,27 +546,36 @@ class Engine:
                 or `neighbour` (the nearest one that the engine was given).
             seeds: one per image; without them each image's own pixels and `config.seed` decide, so that an image has
                 the same noise wherever it stands.
-            config: instead of the engine's.
-            progress: called with (step, total, x0) after every step; x0 is the current batch's clean estimate
-                [b, 3, H, W] in [0, 1]. Decoding it costs a decoder pass each step.
+            config: instead of the engine's; one for all, or one per image. Those of one call must agree on what decides
+                the step's graph: filter, gradient, guidance_decoder, distance and whether guidance_every is 1.
+            progress: called with (step, total, x0) after every step; x0 is the clean estimate [b, 3, H, W] in [0, 1] of
+                the samples in the slots. Decoding it costs a decoder pass each step.
             on_step: called with (step, total) after every step, at no cost.
+            budget_s: seconds for each sample from the moment that it is first worked on. What the run has come to by
+                then is the result, marked in `.complete`; it is an error where no guided step fits.
 
         Returns:
             Counterfactuals; samples that fail are reported in `.errors` and do not stop the others.
 
         Raises:
-            UsageError: images, targets, seeds or config do not fit.
+            UsageError: images, targets, seeds, config or budget do not fit.
         """
-        config = config or self.config
-        self._check_source(config)
-        settings = self.settings(config)
         self._check_images(images)
-        with frozen(*self.diffusion.modules(), self.classifier.module), self._saving_memory():
+        configs = [config or self.config] * len(images) if config is None or isinstance(config, Config) else [*config]
+        if len(configs) != len(images):
+            raise UsageError(f"config: expected {len(images)}, one per image, got {len(configs)}")
+        decided: dict[Config, Settings] = {}
+        for c in dict.fromkeys(configs or [self.config if not isinstance(config, Config) else config]):
+            self._check_source(c)
+            decided[c] = self.settings(c)
+        if budget_s is not None and not budget_s > 0:
+            raise UsageError(f"budget_s: expected seconds above 0, got {budget_s}")
+        with self.frozen():
             before = self.probabilities(images)
             source = before.argmax(dim=1)
             target = self.resolve_targets(targets, before)
             if seeds is None:
-                seeds = [image_seed(image, config.seed) for image in images]
+                seeds = [image_seed(image, c.seed) for image, c in zip(images, configs, strict=True)]
             if len(seeds) != len(images):
                 raise UsageError(f"seeds: expected {len(images)}, one per image, got {len(seeds)}")
             errors: list[str | None] = [
@@ -457,8 +585,14 @@ class Engine:
             for i in range(len(images)):
                 if not images[i].isfinite().all():
                     errors[i] = "the image holds NaN or infinite values"
-            todo = [i for i, error in enumerate(errors) if error is None]
-            return self._run(images, source, target, list(seeds), settings, errors, todo, progress, on_step)
+            jobs = [
+                Job(image, int(t), seed, decided[c], budget_s)
+                for image, t, seed, c in zip(images, target, seeds, configs, strict=True)
+            ]
+            outcomes = self._run(jobs, [i for i, error in enumerate(errors) if error is None], progress, on_step)
+            for i, outcome in outcomes.items():
+                errors[i] = outcome.error
+            return self._measure(images, source, target, list(seeds), errors, outcomes, list(decided.values()))
 
     def audit(
         self,
@@ -499,65 +633,62 @@ class Engine:
         if images.numel() and (images.min() < 0 or images.max() > 1):
             raise UsageError(f"images: expected [0, 1], got {images.min().item():g} to {images.max().item():g}")
 
+    def _schedule_steps(self, settings: Settings) -> int:
+        alphas_cumprod = self.diffusion.alphas_cumprod
+        return len(
+            make_schedule(len(alphas_cumprod), settings.steps, settings.strength, settings.spacing, alphas_cumprod)
+        )
+
     def _run(
         self,
-        images: Tensor,
-        source: Tensor,
-        target: Tensor,
-        seeds: list[int],
-        settings: Settings,
-        errors: list[str | None],
+        jobs: list[Job],
         todo: list[int],
         progress: Callable[[int, int, Tensor], None] | None,
         on_step: Callable[[int, int], None] | None,
-    ) -> Counterfactuals:
-        batch = len(images)
-        batches = _batches(len(todo), self.slots)
-        steps = len(make_schedule(len(self.diffusion.alphas_cumprod), settings.steps, settings.strength))
-        total = steps * len(batches)
-        out = images.clone()
-        kept = torch.full((batch, steps), torch.nan)
-        seconds = torch.full((batch,), torch.nan)
-        for number, (rows, n) in enumerate(batches):
-            index = [todo[r] for r in rows]  # padded: the first sample again and again behind the first n
-
-            def after_step(i: int, _: int, z0: Tensor, number: int = number, n: int = n) -> None:
-                if on_step is not None:
-                    on_step(number * steps + i, total)
-                if progress is not None:
-                    x0 = (self.diffusion.decode(z0)[:n] + 1) / 2
-                    progress(number * steps + i, total, x0.clamp(0, 1))
-
-            started = time.perf_counter()
-            run = sample(
-                self.diffusion, self.classifier, images[index], target[index], [seeds[i] for i in index], settings,
-                step=self._runner(settings).step(len(index)), on_step=after_step,
-            )  # fmt: skip
-            with torch.no_grad():
-                decoded = (self.diffusion.decode(run.z) + 1) / 2
-            finite = run.finite & decoded.isfinite().flatten(1).all(dim=1)
-            elapsed = (time.perf_counter() - started) / n
-            for row, i in enumerate(index[:n]):
-                kept[i] = run.kept_fraction[row]
-                seconds[i] = elapsed
-                if finite[row]:
-                    out[i] = decoded[row].clamp(0, 1)
-                else:
-                    step = int(run.kept_fraction[row].isfinite().sum()) + 1
-                    errors[i] = f"the model returned NaN or infinite values at step {min(step, steps)} of {steps}"
-        return self._measure(images, out, source, target, seeds, errors, kept, seconds)
+    ) -> dict[int, Outcome]:
+        """What became of the jobs in `todo`, by their index."""
+        if not todo:
+            return {}
+        slots = self.slots_for(len(todo))
+        settings = jobs[todo[0]].settings
+        sampler = self._sampler(settings, slots)
+        index = {sampler.submit(jobs[i]): i for i in todo}
+        steps = {s: self._schedule_steps(s) for s in {jobs[i].settings for i in todo}}
+        total = count_ticks([steps[jobs[i].settings] for i in todo], slots)
+        outcomes: dict[int, Outcome] = {}
+        while sampler.busy:
+            for outcome in sampler.tick():
+                outcomes[index[outcome.id]] = outcome
+            if not sampler.stepped:
+                continue
+            if on_step is not None:
+                on_step(sampler.ticks, total)
+            if progress is not None:
+                rows = [slot for slot, _ in sampler.stepped]
+                with torch.no_grad():
+                    x0 = (self.diffusion.decode(sampler.z0)[rows] + 1) / 2
+                progress(sampler.ticks, total, x0.clamp(0, 1))
+        return outcomes
 
     def _measure(
         self,
         images: Tensor,
-        out: Tensor,
         source: Tensor,
         target: Tensor,
         seeds: list[int],
         errors: list[str | None],
-        kept: Tensor,
-        seconds: Tensor,
+        outcomes: dict[int, Outcome],
+        settings: list[Settings],
     ) -> Counterfactuals:
+        out = images.clone()
+        kept = torch.full((len(images), max((self._schedule_steps(s) for s in settings), default=0)), torch.nan)
+        seconds = torch.full((len(images),), torch.nan)
+        complete = torch.zeros(len(images), dtype=torch.bool)
+        for i, outcome in outcomes.items():
+            kept[i, : len(outcome.kept)] = torch.tensor(outcome.kept)
+            seconds[i], complete[i] = outcome.seconds, outcome.complete
+            if outcome.image is not None:
+                out[i] = outcome.image.clamp(0, 1)
         failed = torch.tensor([e is not None for e in errors], dtype=torch.bool)
         saved = as_saved(out)
         probabilities = self.probabilities(saved)
@@ -578,6 +709,7 @@ class Engine:
             l2=difference.square().mean(dim=(1, 2, 3)).sqrt().masked_fill(failed, nan),
             kept_fraction=kept,
             seconds=seconds,
+            complete=complete,
             seeds=seeds,
             errors=errors,
             labels=self.labels,

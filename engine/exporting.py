@@ -9,13 +9,15 @@ from typing import Any
 
 from counterlens.export.store import MANIFEST
 
-from .engine import SLOTS, Engine
+from .engine import PARTS, SLOTS, Engine
 from .errors import CounterlensError
 from .guidance.pullback import frozen
 from .images import make_folder
 from .runtime import artefacts
 from .runtime.choice import TARGETS, StepRunner
-from .runtime.spec import STEP, Spec
+from .runtime.spec import STEP
+
+ALL = (STEP, *PARTS.values())  # what an engine runs
 
 
 def export_artefact(
@@ -35,7 +37,7 @@ def export_artefact(
         engine: its models, config (filter and gradient) and store.
         what, target, dtype: see `runtime.spec.Spec` and `runtime.artefacts.TARGETS`.
         force: build again.
-        measure: time a float32 guided step against eager at every slot count, for `runtime="auto"`.
+        measure: time what the engine runs, in float32, against eager at every slot count, for `runtime="auto"`.
         out: folder for a copy of the files.
         say: told what is being done.
 
@@ -43,16 +45,12 @@ def export_artefact(
         UsageError: what or dtype is none that there is. ExportError: it cannot be built, or is wrong.
         CounterlensError: the copy cannot be written.
     """
-    settings = engine.config.settings(engine.pack_settings)
-    spec = Spec(
-        engine.diffusion, engine.classifier, what=what, filter_mode=settings.filter, gradient=settings.gradient,
-        dtype=dtype,
-    )  # fmt: skip
+    spec = engine.spec(engine.settings(engine.config), what=what, dtype=dtype)
     with frozen(*spec.modules):
         before = engine.store.path(artefacts.key_of(spec, target)).exists()
         artefact = artefacts.build(spec, target, engine.store, force=force, say=say)
         measured: dict[str, dict[str, float]] = {}
-        if measure and what == STEP and dtype == "fp32":
+        if measure and what != "classifier" and dtype == "fp32":
             runner = StepRunner(spec, "auto", engine.store)
             for slots in SLOTS:
                 say(f"measuring batch {slots}")

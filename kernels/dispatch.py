@@ -84,7 +84,8 @@ def any_requires_grad(*tensors: Tensor | None) -> bool:
 
 def exporting() -> bool:
     """Whether a graph for another runtime is being traced (`torch.export` or `counterlens.export.trace`)."""
-    return torch.compiler.is_exporting() or get_proxy_mode() is not None
+    # Dynamo cannot read the mode, and keeps custom operators.
+    return torch.compiler.is_exporting() or (not torch.compiler.is_dynamo_compiling() and get_proxy_mode() is not None)
 
 
 def choose_backend(

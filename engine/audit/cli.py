@@ -11,8 +11,25 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from ..cli import JsonFlag, PackOption, SeedOption, _out, _print_json, errors
 from ..errors import CounterlensError, UsageError
+from ..options import (
+    ClassesOption,
+    ClassifierOption,
+    HeadOption,
+    ImageSizeOption,
+    JsonFlag,
+    LabelsOption,
+    ModelOption,
+    PackOption,
+    PromptsOption,
+    SeedOption,
+    SpeedOption,
+    WeightsOption,
+    errors,
+    open_engine,
+    print_json,
+    text_console,
+)
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -43,6 +60,7 @@ def audit(
         list[str] | None, typer.Option(help="Independent classifier that confirms flips; the pack's `judge`.")
     ] = None,
     mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
+    speed: SpeedOption = None,
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the process that is noised, in (0, 1].")] = None,
@@ -50,17 +68,15 @@ def audit(
     filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     budget_s: Annotated[float | None, typer.Option(help="Deadline in seconds for each sample.")] = None,
     pack: PackOption = "digits",
-    classifier: Annotated[
-        str | None, typer.Option(help="What to explain: of the pack (clean); with --model any.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Diffusion model: a diffusers folder or hub id.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="imagenet, pets, flowers, smile, age, or a template.")] = None,
-    classes: Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")] = None,
-    head: Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")] = None,
+    classifier: ClassifierOption = None,
+    model: ModelOption = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    head: HeadOption = None,
+    weights: WeightsOption = None,
     neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")] = None,
+    image_size: ImageSizeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
     memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
@@ -82,18 +98,30 @@ def audit(
     Example: counterlens audit digits/labels.csv --slice marker --classifier shortcut --out audit
     """
     from ..config import Config
-    from ..opening import open_engine
+    from ..data import read_neighbours
     from .run import open_auditor, run_audit
 
     named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
     config = Config.make(
-        mode=mode, **named, preset=preset, steps=steps, strength=strength, angle=angle, filter=filter, seed=seed
+        mode=mode,
+        **named,
+        speed=speed,
+        preset=preset,
+        steps=steps,
+        strength=strength,
+        angle=angle,
+        filter=filter,
+        seed=seed,
     )
     part = _shard(shard)
+    saving: dict[str, Any] = {"checkpointing": checkpointing}
+    if memory_budget is not None:
+        saving["memory_budget"] = memory_budget * 1e9
+    if neighbours is not None:
+        saving["neighbours"] = read_neighbours(neighbours)
     engine = open_engine(
-        config, pack=pack, classifier=classifier, model=model, labels=labels, prompts=prompts, classes=classes,
-        head=head, weights=weights, image_size=image_size, dtype=dtype, checkpointing=checkpointing,
-        memory_budget=memory_budget, neighbours=neighbours,
+        config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
+        weights=weights, image_size=image_size, dtype=dtype,
     )  # fmt: skip
     auditor = open_auditor(
         engine, source, config, _judges(engine, judge, pack if model is None else None, classifier),
@@ -101,7 +129,7 @@ def audit(
         per_class=per_class, only_misclassified=only_misclassified, only_below=only_below, sample_seed=seed,
         budget_s=budget_s, part_size=part_size, image_format=image_format, slices=slice or (),
     )  # fmt: skip
-    console = _out(as_json)
+    console = text_console(as_json)
     for note in auditor.notes:
         errors.print(f"note: {note}", markup=False)
     if dry_run:
@@ -111,7 +139,7 @@ def audit(
     def show(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             if as_json:
-                _print_json({k: v for k, v in row.items() if v is not None and not k.endswith(("_grid", "_curve"))})
+                print_json({k: v for k, v in row.items() if v is not None and not k.endswith(("_grid", "_curve"))})
             if row["status"] == "failed":
                 errors.print(f"error: {row['id']}: {row['error']}", markup=False, style="red")
 
@@ -126,7 +154,7 @@ def audit(
     summary = summarise(results)
     console.print(summary.text())
     if as_json:
-        _print_json(summary.record())
+        print_json(summary.record())
     console.print(f"results: {out}")
     if report:
         console.print(f"report: {write_report(results)}")
@@ -148,9 +176,9 @@ def merge(
     from .summary import summarise
 
     summary = summarise(merge_shards(folders, out))
-    _out(as_json).print(summary.text())
+    text_console(as_json).print(summary.text())
     if as_json:
-        _print_json(summary.record())
+        print_json(summary.record())
 
 
 def report(
@@ -168,8 +196,8 @@ def report(
 
     path = write_report(Results.open(folder))
     if as_json:
-        _print_json({"report": str(path), "bytes": path.stat().st_size})
-    _out(as_json).print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+        print_json({"report": str(path), "bytes": path.stat().st_size})
+    text_console(as_json).print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def _judges(engine: Engine, names: list[str] | None, pack: str | None, classifier: str | None) -> dict[str, Classifier]:
@@ -201,8 +229,8 @@ def _dry_run(auditor: Any, out: Path, as_json: bool) -> None:
     e = estimate(auditor)
     free = free_bytes(out)
     if as_json:
-        _print_json({"samples": e.samples, "seconds": e.seconds, "bytes": e.bytes, "free_bytes": free})
-    _out(as_json).print(
+        print_json({"samples": e.samples, "seconds": e.seconds, "bytes": e.bytes, "free_bytes": free})
+    text_console(as_json).print(
         f"{e.samples} samples, about {duration(e.seconds)} and {e.bytes / 1e6:.1f} MB ({free / 1e9:.1f} GB are free), "
         f"measured on {e.measured_on}; nothing was written"
     )

@@ -27,7 +27,10 @@ def engine_parts(engine: Engine) -> dict[str, Any]:
         "runtime": engine.runtime,
         "store": engine.store.folder,
         "source": engine.source,
-        "checkpointing": engine.pullback == "autograd",
+        "checkpointing": engine.checkpointing,
+        "attention": engine.attention,
+        "guidance_decoder": engine.guidance_decoder,
+        "speeds": engine.speeds,
         "neighbours": {engine.labels[k]: [engine.labels[n] for n in v] for k, v in engine.neighbours.items()},
     }
 

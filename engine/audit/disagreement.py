@@ -43,7 +43,7 @@ from counterlens.kernels.consensus import consensus_filter
 
 from ..config import Config, Settings
 from ..errors import CounterlensError
-from ..guidance.pullback import PullbackMode, frozen, pullback
+from ..guidance.pullback import PullbackMode, pullback
 from ..guidance.sampler import invert, seeded_noise
 from ..guidance.schedule import add_noise, make_schedule
 from ..guidance.step import GuidedStep, unit_largest
@@ -159,7 +159,7 @@ def observe(
 
     maps: list[tuple[Tensor, Tensor, Tensor]] = []
     after = []
-    with frozen(*engine.diffusion.modules(), engine.classifier.module), engine._saving_memory():
+    with engine.frozen():
         batch = min(BATCH, engine.slots[-1])
         for start in range(0, len(images), batch):
             some = images[start : start + batch]

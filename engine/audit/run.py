@@ -238,7 +238,7 @@ class Auditor:
             numbers = self._by_prediction(numbers)
             if not numbers:
                 raise CounterlensError(f"no sample of {self.source.path} passes the filters; nothing to explain")
-        chosen = []
+        chosen: list[Chosen] = []
         for n in numbers[: options.limit]:
             sample = self.source.samples[n]
             target = self._as_target(sample.target if sample.target is not None else options.target)
@@ -577,7 +577,7 @@ def read_plan(folder: Path, auditor: Auditor) -> list[Chosen]:
         places = pq.read_table(folder / PLAN).column("place").to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise CounterlensError(f"{folder / PLAN}: cannot be read ({error}); remove it, and it is made again") from error
-    chosen = []
+    chosen: list[Chosen] = []
     for number, place in enumerate(places):
         sample = auditor.source.samples[place]
         target = auditor._as_target(sample.target if sample.target is not None else auditor.options.target)

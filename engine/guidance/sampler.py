@@ -1,33 +1,110 @@
-"""Runs a batch of samples through a whole guided schedule."""
+"""Runs samples through guided schedules over a fixed number of slots: step-level continuous batching."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..config import Settings
-from ..models.protocols import Classifier, Diffusion
+from ..errors import UsageError
+from ..models.protocols import Classifier, Decoder, Diffusion
 from .pullback import PullbackMode
 from .schedule import Schedule, add_noise, ddim, make_schedule
+from .solvers import COLUMNS, advance, coefficients, no_history
+from .spans import span
 from .step import GuidedStep
+
+StepFunction = Callable[..., tuple[Tensor, ...]]
+IDLE_SCALES = (0.0, 0.0, 0.0, 45.0)  # of an empty slot: what every filter takes
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sample to be made.
+
+    Attributes:
+        image: [3, H, W] in [0, 1].
+        target: label index of the classifier.
+        seed: of the sample's noise.
+        settings: its numbers; those that decide the step's graph must be the sampler's.
+        budget_s: seconds from the moment that the sample is first worked on, after which what there is comes back.
+    """
+
+    image: Tensor
+    target: int
+    seed: int
+    settings: Settings
+    budget_s: float | None = None
 
 
 @dataclass
-class Run:
-    """What comes out of `sample`: latents [B, C, h, w], kept [B, steps], and which samples stayed finite [B]."""
+class Outcome:
+    """What became of a job.
 
-    z: Tensor
-    kept_fraction: Tensor
-    finite: Tensor
+    Attributes:
+        id: as `submit` gave it.
+        z: final latents [C, h, w]; the last guided clean estimate where the budget ended the run; None with an error.
+        image: z decoded, [3, H, W] nominally in [0, 1] and not clamped; None with an error or without a decoder.
+        kept: for each step taken, the share of locations that the filter kept; NaN where the step was not guided.
+        total: how many steps the schedule has.
+        complete: the whole schedule was run.
+        seconds: time of every batched operation that the sample took part in, divided by the samples in it.
+        error: why there is no image.
+    """
+
+    id: int
+    z: Tensor | None
+    image: Tensor | None
+    kept: list[float]
+    total: int
+    complete: bool
+    seconds: float
+    error: str | None = None
+
+
+@dataclass
+class _Sample:
+    id: int
+    job: Job
+    schedule: Schedule
+    table: Tensor  # [steps, 8], see `solvers.coefficients`
+    guided: list[bool]  # for each step
+    latents: Tensor = field(default_factory=lambda: torch.empty(0))  # of the image [C, h, w]
+    z: Tensor = field(default_factory=lambda: torch.empty(0))  # between the stages, [C, h, w]
+    kept: list[float] = field(default_factory=list)
+    inverted: int = 0  # inversion steps taken
+    started: float = 0.0
+    seconds: float = 0.0
+    complete: bool = True
+
+    def outcome(self, error: str | None = None) -> Outcome:
+        total = len(self.schedule)
+        done = self.complete and error is None
+        return Outcome(self.id, None, None, self.kept, total, done, self.seconds, error)
 
 
 def seeded_noise(shape: tuple[int, int, int], seeds: list[int], like: Tensor) -> Tensor:
     """Noise [B, *shape] from each sample's own seed, drawn on the CPU in float32 on every device."""
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
     return noise.to(like)
+
+
+def guided_steps(settings: Settings, steps: int) -> list[bool]:
+    """Which of the steps ask the classifier: those in the interval, and of these every n-th.
+
+    Raises:
+        UsageError: none would.
+    """
+    first, last = settings.guidance_start, settings.guidance_end
+    inside = [i for i in range(steps) if first <= i / steps < last]
+    if not inside:
+        raise UsageError(f"guidance_start: no step of {steps} lies in [{first:g}, {last:g}) of the run; widen it")
+    return [i in inside and (i - inside[0]) % settings.guidance_every == 0 for i in range(steps)]
 
 
 def invert(
@@ -50,7 +127,363 @@ def invert(
     return z
 
 
-@torch.no_grad()
+class Sampler:
+    """Guided sampling over a fixed number of slots.
+
+    Every slot has its own sample, timestep, target, scales, solver and history. A sample that is finished leaves after
+    its step and the next one takes its place before the following step, so the step always sees the same shape; an
+    empty slot holds zeros. No sample's numbers depend on its slot or on its neighbours. Three stages, each in batches
+    of the same fixed shape: encoding, DDIM inversion (in slots of its own) and guided steps; then decoding. A stage
+    runs only when the next one has room, so memory does not grow with the number of jobs.
+
+    To be used from one thread, models frozen (`pullback.frozen`).
+
+    Args:
+        diffusion: see `engine.models.protocols`.
+        slots: how many samples are guided at once.
+        step: a GuidedStep, or one that was compiled for this batch size.
+        graph: the settings' `graph` that `step` was made for.
+        predict_noise, encode, decode: in place of the diffusion model's own (compiled, for example); `decode=None`
+            leaves outcomes without images.
+        clock: seconds, for budgets.
+    """
+
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        slots: int,
+        step: StepFunction,
+        graph: dict[str, object],
+        *,
+        predict_noise: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.diffusion = diffusion
+        self.slots = slots
+        self.step = step
+        self.graph = graph
+        self.predict_noise = predict_noise or diffusion.predict_noise
+        self.encode = encode or diffusion.encode
+        self.decode = decode
+        self.clock = clock
+        self.ticks = 0  # guided or unguided steps of the slots so far
+        self.stepped: list[tuple[int, int]] = []  # (slot, id) of the last tick
+        self.z0 = torch.empty(0)  # [slots, C, h, w], clean estimates of the last tick
+        self._next_id = 0
+        self._last_tick_s = 0.0
+        self._waiting: deque[_Sample] = deque()
+        self._encoded: deque[_Sample] = deque()
+        self._inverting: list[_Sample | None] = [None] * slots
+        self._ready: list[_Sample] = []
+        self._running: list[_Sample | None] = [None] * slots
+        self._done: list[_Sample] = []
+        self._failed: list[Outcome] = []
+        self._null = diffusion.null_condition(slots)
+        self._target = torch.zeros(slots, dtype=torch.long, device=self._null.device)
+        self._scales = torch.tensor([IDLE_SCALES] * slots, dtype=torch.float64, device=self._null.device)
+        self._condition = diffusion.condition(self._target)
+        self._z = torch.empty(0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any job is not finished."""
+        queues = (self._waiting, self._encoded, self._ready, self._done, self._failed)
+        return any(queues) or any(self._inverting) or any(self._running)
+
+    def submit(self, job: Job) -> int:
+        """Add a job to the queue and return its id.
+
+        Raises:
+            UsageError: its settings need another step than the sampler's, or its schedule does not fit.
+        """
+        settings = job.settings
+        if settings.graph != self.graph:
+            names = [name for name, value in settings.graph.items() if value != self.graph.get(name)]
+            raise UsageError(f"{names[0]}: samples in the same slots need the same one; run them apart")
+        if job.budget_s is not None and not job.budget_s > 0:
+            raise UsageError(f"budget_s: expected seconds above 0, got {job.budget_s}")
+        alphas_cumprod = self.diffusion.alphas_cumprod
+        schedule = make_schedule(
+            len(alphas_cumprod), settings.steps, settings.strength, settings.spacing, alphas_cumprod
+        )
+        table = coefficients(schedule, alphas_cumprod, settings.solver)
+        sample = _Sample(self._next_id, job, schedule, table, guided_steps(settings, len(schedule)))
+        self._next_id += 1
+        self._waiting.append(sample)
+        return sample.id
+
+    def cancel(self, id: int) -> bool:
+        """Drop a job wherever it is, free its slot and leave the others as they are; False if it is not here any more.
+
+        There is no outcome for it.
+        """
+        queues: tuple[list[_Sample] | deque[_Sample], ...] = (self._waiting, self._encoded, self._ready, self._done)
+        for queue in queues:
+            for sample in queue:
+                if sample.id == id:
+                    queue.remove(sample)
+                    return True
+        for slots in (self._inverting, self._running):
+            for i, held in enumerate(slots):
+                if held is not None and held.id == id:
+                    slots[i] = None
+                    return True
+        return False
+
+    @torch.no_grad()
+    def tick(self) -> list[Outcome]:
+        """Fill the slots, take one step of all of them, and return what was finished."""
+        self.stepped = []
+        while None in self._running and (self._ready or self._more_to_prepare):
+            if (sample := self._next_ready()) is not None:
+                self._place(sample)
+            else:
+                self._prepare()
+        if any(self._running):
+            with span("step"):
+                self._step()
+        return self._finish()
+
+    @property
+    def _more_to_prepare(self) -> bool:
+        return bool(self._waiting or self._encoded or any(self._inverting))
+
+    def _next_ready(self) -> _Sample | None:
+        """The oldest job, if it is ready: nobody is overtaken, and the others are prepared in the same batches."""
+        preparing = [sample.id for sample in (*self._encoded, *self._inverting) if sample is not None]
+        oldest = min(self._ready, key=lambda sample: sample.id, default=None)
+        if oldest is None or min(preparing, default=oldest.id) < oldest.id:
+            return None
+        self._ready.remove(oldest)
+        return oldest
+
+    # Preparing: encode, then noise or inversion
+
+    def _prepare(self) -> None:
+        if self._waiting and not self._encoded and None in self._inverting:
+            with span("encode"):
+                self._encode()
+        for i, held in enumerate(self._inverting):
+            if held is None and self._encoded:
+                self._inverting[i] = self._encoded.popleft()
+        if any(self._inverting):
+            with span("inversion"):
+                self._invert()
+
+    def _encode(self) -> None:
+        samples = [self._waiting.popleft() for _ in range(min(self.slots, len(self._waiting)))]
+        started = self.clock()
+        for sample in samples:
+            sample.started = started
+        images = torch.zeros(self.slots, *samples[0].job.image.shape, dtype=samples[0].job.image.dtype)
+        for row, sample in enumerate(samples):
+            images[row] = sample.job.image
+        z = self.encode(images.to(self._null.device))
+        if not self._z.numel():
+            self._z = torch.zeros_like(z)
+            self._inverted = torch.zeros_like(z)
+            self._reused = torch.zeros_like(z)
+            self._history = no_history(z)
+            latent = samples[0].job.settings.distance == "latent"
+            self._reference = torch.zeros_like(z) if latent else torch.zeros_like(images, device=z.device)
+        alphas_cumprod = self.diffusion.alphas_cumprod.to(z)
+        finite = z.isfinite().flatten(1).all(dim=1).tolist()
+        for row, sample in enumerate(samples):
+            sample.latents = sample.z = z[row].clone()
+            if not finite[row]:
+                self._fail(sample, "the encoder returned NaN or infinite values")
+            elif sample.job.settings.noise == "inversion":
+                self._encoded.append(sample)
+            else:
+                one = sample.z[None]
+                noise = seeded_noise(self.diffusion.latent_shape, [sample.job.seed], one)
+                sample.z = add_noise(one, noise, alphas_cumprod[sample.schedule.start].expand(1))[0]
+                self._ready.append(sample)
+        self._share(samples, started)
+
+    def _invert(self) -> None:
+        """One step of DDIM inversion of every sample that is being inverted; see `invert`."""
+        started = self.clock()
+        timestep, level, level_next = [1] * self.slots, [0] * self.slots, [0] * self.slots
+        held = [(i, sample) for i, sample in enumerate(self._inverting) if sample is not None]
+        for i, sample in held:
+            if sample.inverted == 0:
+                self._inverted[i] = sample.z
+            step = len(sample.schedule) - 1 - sample.inverted
+            timestep[i] = level_next[i] = sample.schedule.timesteps[step]
+            level[i] = sample.schedule.timesteps_prev[step]
+        z, device = self._inverted, self._z.device
+        alphas_cumprod = self.diffusion.alphas_cumprod.to(z)
+        eps = self.predict_noise(z, torch.tensor(timestep, device=device), self._null)
+        z, _ = ddim(z, eps, alphas_cumprod[level], alphas_cumprod[level_next])
+        finite = z.isfinite().flatten(1).all(dim=1).tolist()
+        self._share([sample for _, sample in held], started)
+        keep = [False] * self.slots
+        for i, sample in held:
+            sample.inverted += 1
+            if finite[i] and sample.inverted < len(sample.schedule) and not self._expired(sample):
+                keep[i] = True
+                continue
+            self._inverting[i] = None
+            if not finite[i]:
+                self._fail(sample, f"the model returned NaN or infinite values at inversion step {sample.inverted}")
+            elif self._expired(sample):
+                self._fail(sample, f"budget_s: {sample.job.budget_s:g} s ended before the first guided step")
+            else:
+                sample.z = z[i].clone()
+                self._ready.append(sample)
+        self._inverted = torch.where(torch.tensor(keep, device=device)[:, None, None, None], z, 0.0)
+
+    # Guided steps
+
+    def _place(self, sample: _Sample) -> None:
+        slot = self._running.index(None)
+        self._running[slot] = sample
+        settings = sample.job.settings
+        self._z[slot] = sample.z
+        self._reference[slot] = sample.latents if settings.distance == "latent" else sample.job.image.to(self._z)
+        self._target[slot] = sample.job.target
+        scales = (settings.guidance_scale, settings.class_scale, settings.distance_scale, settings.angle)
+        self._scales[slot] = torch.tensor(scales, dtype=torch.float64)
+        for tensor in (*self._history, self._reused):
+            tensor[slot] = 0
+        self._condition = self.diffusion.condition(self._target)
+        sample.z = torch.empty(0)
+
+    def _step(self) -> None:
+        started = self.clock()
+        z, device = self._z, self._z.device
+        timestep, timestep_prev = [1] * self.slots, [0] * self.slots
+        guided, inside, multistep = [False] * self.slots, [False] * self.slots, [False] * self.slots
+        table = torch.zeros(self.slots, COLUMNS, dtype=torch.float64)
+        held = [(i, sample) for i, sample in enumerate(self._running) if sample is not None]
+        for i, sample in held:
+            taken = len(sample.kept)
+            timestep[i], timestep_prev[i] = sample.schedule.timesteps[taken], sample.schedule.timesteps_prev[taken]
+            guided[i] = sample.guided[taken]
+            inside[i] = taken / len(sample.schedule) < sample.job.settings.guidance_end
+            multistep[i] = sample.job.settings.solver != "ddim"
+            table[i] = sample.table[taken]
+        t, t_prev = torch.tensor(timestep, device=device), torch.tensor(timestep_prev, device=device)
+        kept = torch.full((self.slots,), torch.nan, device=device)
+        z_next, z0 = z, z
+        if any(guided):
+            with span("guided step"):
+                z_next, z0, kept = self._guided_step(z, t, t_prev, _per_slot(guided, device))
+        if unguided := [i for i, _ in held if not guided[i]]:
+            levels = self.diffusion.alphas_cumprod.to(z)
+            with span("unguided step"):
+                eps = self.predict_noise(z, t, self._null)
+            eps = eps + torch.where(_per_slot(inside, device), self._reused, 0.0)
+            plain_next, plain_z0 = ddim(z, eps, levels[t], levels[t_prev])
+            choose = _per_slot([i in unguided for i in range(self.slots)], device)
+            z_next, z0 = torch.where(choose, plain_next, z_next), torch.where(choose, plain_z0, z0)
+            kept = torch.where(choose[:, 0, 0, 0], torch.nan, kept)
+        if any(multistep):
+            solved, self._history = advance(table.to(device), z, z0, self._history)
+            z_next = torch.where(_per_slot(multistep, device), solved, z_next)
+        finite = z_next.isfinite().flatten(1).all(dim=1).tolist()
+        shares = kept.tolist()
+        self._share([sample for _, sample in held], started)
+        self._last_tick_s = self.clock() - started
+        self.ticks += 1
+        self.stepped, self.z0 = [(i, sample.id) for i, sample in held], z0
+        for i, sample in held:
+            if not finite[i]:
+                where = f"step {len(sample.kept) + 1} of {len(sample.schedule)}"
+                self._fail(sample, f"the model returned NaN or infinite values at {where}")
+                self._running[i] = None
+                continue
+            sample.kept.append(shares[i])
+            whole = len(sample.kept) == len(sample.schedule)
+            if whole or self._expired(sample):
+                sample.complete = whole
+                sample.z = (z_next if whole else z0)[i].clone()
+                self._done.append(sample)
+                self._running[i] = None
+        self._z = torch.where(_per_slot([s is not None for s in self._running], device), z_next, 0.0)
+
+    def _guided_step(self, z: Tensor, t: Tensor, t_prev: Tensor, guided: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        guidance_scale, class_scale, distance_scale, angle = self._scales.unbind(1)
+        z_next, z0, kept, *guidance = self.step(
+            z, t, t_prev, self._condition, self._reference, self._target, guidance_scale=guidance_scale,
+            class_scale=class_scale, distance_scale=distance_scale, angle_deg=angle,
+        )  # fmt: skip
+        if guidance:  # for the steps that reuse it
+            self._reused = torch.where(guided, guidance[0], self._reused)
+        return z_next, z0, kept
+
+    # Leaving
+
+    def _expired(self, sample: _Sample) -> bool:
+        """Whether another step would end after the sample's budget."""
+        budget = sample.job.budget_s
+        return budget is not None and self.clock() + self._last_tick_s - sample.started > budget
+
+    def _fail(self, sample: _Sample, error: str) -> None:
+        self._failed.append(sample.outcome(error))
+
+    def _share(self, samples: Sequence[_Sample], started: float) -> None:
+        elapsed = (self.clock() - started) / len(samples)
+        for sample in samples:
+            sample.seconds += elapsed
+
+    def _finish(self) -> list[Outcome]:
+        """Outcomes of failed samples, and of finished ones once a batch of them is there or nobody else is coming."""
+        out, self._failed = self._failed, []
+        due = not all(sample.complete for sample in self._done) or not (self._ready or self._more_to_prepare)
+        while len(self._done) >= self.slots or (due and self._done):
+            samples, self._done = self._done[: self.slots], self._done[self.slots :]
+            with span("decode"):
+                out += self._decoded(samples)
+        return out
+
+    def _decoded(self, samples: list[_Sample]) -> list[Outcome]:
+        started = self.clock()
+        z = torch.zeros_like(self._z)
+        for row, sample in enumerate(samples):
+            z[row] = sample.z
+        if self.decode is None:
+            images, finite = None, [True] * len(samples)
+        else:
+            images = (self.decode(z) + 1) / 2
+            finite = images.isfinite().flatten(1).all(dim=1).tolist()
+        self._share(samples, started)
+        out = []
+        for row, sample in enumerate(samples):
+            steps = len(sample.schedule)
+            error = None if finite[row] else f"the model returned NaN or infinite values at step {steps} of {steps}"
+            outcome = sample.outcome(error)
+            if error is None:
+                outcome.z, outcome.image = sample.z, None if images is None else images[row].clone()
+            out.append(outcome)
+        return out
+
+
+def _per_slot(values: list[bool], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)[:, None, None, None]
+
+
+def count_ticks(steps: Sequence[int], slots: int) -> int:
+    """How many ticks a sampler needs for jobs of so many steps, if none ends early."""
+    free = [0] * slots  # the tick at which each slot is free
+    for n in steps:
+        slot = min(range(slots), key=lambda i: free[i])
+        free[slot] += n
+    return max(free)
+
+
+@dataclass
+class Run:
+    """What comes out of `sample`: latents [B, C, h, w], kept [B, steps], and which samples stayed finite [B]."""
+
+    z: Tensor
+    kept_fraction: Tensor
+    finite: Tensor
+
+
 def sample(
     diffusion: Diffusion,
     classifier: Classifier,
@@ -61,39 +494,29 @@ def sample(
     *,
     pullback: PullbackMode = "functional",
     backend: str = "auto",
-    step: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+    decoder: Decoder | None = None,
     on_step: Callable[[int, int, Tensor], None] | None = None,
 ) -> Run:
-    """Encode, noise and denoise a batch under guidance; `on_step` gets step (from 1), total and z0 [B, C, h, w].
-
-    `step` is a GuidedStep or one that was compiled (`engine.runtime`); without it the eager one of these settings.
-    A sample whose latents stop being finite is stopped: it is reported in `finite`, and the others go on untouched.
-    """
-    schedule = make_schedule(len(diffusion.alphas_cumprod), settings.steps, settings.strength)
-    step = step or GuidedStep(
-        diffusion, classifier, filter_mode=settings.filter, gradient=settings.gradient, mode=pullback, backend=backend
-    )
-    batch = image.shape[0]
-    z = diffusion.encode(image)
-    if settings.noise == "inversion":
-        z = invert(diffusion, z, schedule)
-    else:
-        abar = diffusion.alphas_cumprod[schedule.start].to(z).expand(batch)
-        z = add_noise(z, seeded_noise(diffusion.latent_shape, seeds, z), abar)
-    condition = diffusion.condition(target)
-    kept = torch.full((batch, len(schedule)), torch.nan)
-    finite = z.isfinite().flatten(1).all(dim=1)
-    for i, (t, t_prev) in enumerate(zip(schedule.timesteps, schedule.timesteps_prev, strict=True)):
-        timestep = torch.full((batch,), t, dtype=torch.long, device=z.device)
-        z_prev, z0, kept_fraction = step(
-            z, timestep, torch.full_like(timestep, t_prev), condition, image, target,
-            guidance_scale=settings.guidance_scale, class_scale=settings.class_scale,
-            distance_scale=settings.distance_scale, angle_deg=settings.angle,
-        )  # fmt: skip
-        finite = finite & z_prev.isfinite().flatten(1).all(dim=1)
-        # A stopped sample keeps its place, so that the batch keeps its shape.
-        z = torch.where(finite[:, None, None, None], z_prev, 0.0)
-        kept[:, i] = torch.where(finite, kept_fraction, torch.nan).float().cpu()
-        if on_step is not None:
-            on_step(i + 1, len(schedule), z0)
+    """Encode, noise and denoise one batch in eager; `on_step` gets step (from 1), total and z0 [B, C, h, w]."""
+    step = GuidedStep(
+        diffusion, classifier, filter_mode=settings.filter, gradient=settings.gradient, decoder=decoder,
+        distance=settings.distance, with_guidance=settings.guidance_every > 1, mode=pullback, backend=backend,
+    )  # fmt: skip
+    sampler = Sampler(diffusion, len(image), step, settings.graph)
+    for i in range(len(image)):
+        sampler.submit(Job(image[i], int(target[i]), seeds[i], settings))
+    steps = len(make_schedule(len(diffusion.alphas_cumprod), settings.steps, settings.strength, settings.spacing,
+                              diffusion.alphas_cumprod))  # fmt: skip
+    outcomes: list[Outcome] = []
+    while sampler.busy:
+        outcomes += sampler.tick()
+        if on_step is not None and sampler.stepped:
+            on_step(sampler.ticks, steps, sampler.z0)
+    z = torch.zeros(len(image), *diffusion.latent_shape, dtype=image.dtype, device=image.device)
+    kept = torch.full((len(image), steps), torch.nan)
+    finite = torch.zeros(len(image), dtype=torch.bool)
+    for outcome in outcomes:
+        kept[outcome.id, : len(outcome.kept)] = torch.tensor(outcome.kept)
+        if outcome.z is not None:
+            z[outcome.id], finite[outcome.id] = outcome.z, True
     return Run(z, kept, finite)

@@ -1,13 +1,18 @@
-"""The official DDIM schedule over the noised part of the diffusion process."""
+"""Timesteps over the noised part of the diffusion process: the official DDIM schedule, and others with fewer steps."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from ..errors import UsageError
+
+Spacing = Literal["official", "leading", "trailing", "linspace", "logsnr"]
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 
 @dataclass(frozen=True)
@@ -32,26 +37,59 @@ def make_schedule(
     train_timesteps: int,
     steps: int,
     strength: float,
+    spacing: Spacing = "official",
+    alphas_cumprod: Tensor | None = None,
 ) -> Schedule:
-    """Lay `steps` DDIM timesteps over the whole process and keep the first `strength` part of them.
+    """Lay timesteps over the noised part of the process, which is its first `strength` part.
 
+    `official` lays `steps` timesteps over the whole process and keeps the first `strength` part of them:
     tau_i = i * (T // S) + 1, and k = floor(strength * S + 1e-9) steps run, i = k-1 ... 0, from noise at tau_k; k = S,
-    out of range there, is noised at tau_(S-1).
+    out of range there, is noised at tau_(S-1). All others lay `steps` timesteps over the noised part alone, the first
+    N = floor(strength * T + 1e-9) timesteps, and every one of them runs, from noise at the first of them:
+    `leading` i * (N // S) + 1, `trailing` N - i * N / S - 1, `linspace` evenly from N - 1 down to 0, `logsnr` evenly in
+    log(alpha / sigma) between the same two, where there are timesteps enough. 0 is where the last step arrives, under
+    every spacing.
 
     Args:
         train_timesteps: T, the length of alphas_cumprod.
         steps: S, 1 to T - 1.
         strength: in (0, 1].
+        spacing: one of `SPACINGS`.
+        alphas_cumprod: [T], for `logsnr` only.
 
     Raises:
-        UsageError: steps or strength are out of range, or no step would run.
+        UsageError: steps, strength or spacing are out of range, no step would run, or more than there are timesteps.
 
-    Source: the schedule of the official LDCE code (arXiv 2310.06668, supplement, implementation details).
+    Source: the schedule of the official LDCE code (arXiv 2310.06668, supplement, implementation details); the other
+    names are those of Lin et al. (arXiv 2305.08891, table 2), uniform log-SNR is that of DPM-Solver (arXiv 2206.00927).
     """
     if not 1 <= steps < train_timesteps:
         raise UsageError(f"steps: expected 1 to {train_timesteps - 1}, got {steps}")
     if not 0 < strength <= 1:
         raise UsageError(f"strength: expected a number in (0, 1], got {strength}")
+    if spacing not in SPACINGS:
+        raise UsageError(f"spacing: expected one of {', '.join(SPACINGS)}, got {spacing!r}")
+    if spacing == "official":
+        return _official(train_timesteps, steps, strength)
+    noised = math.floor(strength * train_timesteps + 1e-9)
+    if steps >= noised:
+        raise UsageError(f"steps: {steps} are more than the {max(noised - 1, 0)} timesteps of strength {strength:g}")
+    if spacing == "leading":
+        taus = [i * (noised // steps) + 1 for i in reversed(range(steps))]
+    elif spacing == "trailing":
+        taus = [round(noised - i * noised / steps) - 1 for i in range(steps)]
+    elif spacing == "linspace":
+        taus = [round((noised - 1) * (steps - i) / steps) for i in range(steps)]
+    else:
+        if alphas_cumprod is None:
+            raise UsageError("spacing: logsnr needs alphas_cumprod")
+        taus = _even_in_log_snr(alphas_cumprod[:noised].double(), steps)
+    if taus[-1] < 1 or any(a <= b for a, b in pairwise(taus)):
+        raise UsageError(f"steps: {steps} with spacing {spacing} do not fit into {noised} timesteps; use fewer")
+    return Schedule(timesteps=tuple(taus), timesteps_prev=(*taus[1:], 0), start=taus[0])
+
+
+def _official(train_timesteps: int, steps: int, strength: float) -> Schedule:
     k = math.floor(strength * steps + 1e-9)
     if k < 1:
         raise UsageError(f"strength: {strength} of {steps} steps leaves no step to run; raise strength or steps")
@@ -63,6 +101,19 @@ def make_schedule(
         timesteps_prev=tuple(reversed([0, *tau[: k - 1]])),
         start=tau[min(k, steps - 1)],
     )
+
+
+def _even_in_log_snr(
+    alphas_cumprod: Tensor,  # [N]
+    steps: int,
+) -> list[int]:
+    log_snr = 0.5 * (alphas_cumprod.log() - (1 - alphas_cumprod).log())  # falling
+    wanted = [log_snr[-1] + (log_snr[0] - log_snr[-1]) * i / steps for i in range(steps)]
+    taus = [int((log_snr - w).abs().argmin()) for w in wanted]
+    # Near the end timesteps are further apart in log-SNR than the steps: each needs one of its own.
+    for i in reversed(range(steps)):
+        taus[i] = max(taus[i], taus[i + 1] + 1 if i + 1 < steps else 1)
+    return taus
 
 
 def add_noise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,10 +10,14 @@ from torch import Tensor
 from counterlens.kernels.consensus import Mode
 from counterlens.kernels.guided_update import guided_update
 
-from ..models.protocols import Classifier, Diffusion
+from ..models.protocols import Classifier, Decoder, Diffusion
 from .pullback import PullbackMode, pullback
+from .spans import span
 
 Gradient = Literal["exact", "detached"]
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+Distance = Literal["image", "latent"]
+DISTANCES: tuple[Distance, ...] = get_args(Distance)
 Scale = float | Tensor  # a number or [B]
 
 
@@ -36,7 +40,11 @@ class GuidedStep:
     Args:
         diffusion, classifier: see `engine.models.protocols`; frozen by the caller (`pullback.frozen`).
         filter_mode, chunk: of the consensus filter.
-        gradient: `exact`, or `detached`: the UNet's Jacobian is left out.
+        gradient: `exact`, or `detached`: the UNet's Jacobian is left out, and both noise predictions are one batch.
+        decoder: decodes for the gradients in place of the diffusion model's own (see `models.tiny`).
+        distance: `image`, sum of |clamp(x0) - image| over pixels; or `latent`, sum of |z0 - z_image| over latents,
+            which needs no second pull through the decoder.
+        with_guidance: also return what was added to the unconditional noise, for steps that reuse it.
         mode: of the pullback, `functional` or `autograd`.
         backend: of the kernels.
 
@@ -51,16 +59,24 @@ class GuidedStep:
         filter_mode: Mode = "zero",
         chunk: int = 1,
         gradient: Gradient = "exact",
+        decoder: Decoder | None = None,
+        distance: Distance = "image",
+        with_guidance: bool = False,
         mode: PullbackMode = "functional",
         backend: str = "auto",
     ) -> None:
-        if gradient not in ("exact", "detached"):
+        if gradient not in GRADIENTS:
             raise ValueError(f"gradient: expected exact or detached, got {gradient!r}")
+        if distance not in DISTANCES:
+            raise ValueError(f"distance: expected image or latent, got {distance!r}")
         self.diffusion = diffusion
         self.classifier = classifier
         self.filter_mode = filter_mode
         self.chunk = chunk
         self.gradient = gradient
+        self.decoder = decoder
+        self.distance = distance
+        self.with_guidance = with_guidance
         self.mode = mode
         self.backend = backend
 
@@ -70,55 +86,77 @@ class GuidedStep:
         timestep: Tensor,  # [B]
         timestep_prev: Tensor,  # [B]
         condition: Tensor,  # of the targets, as the diffusion model makes it
-        image: Tensor,  # [B, 3, H, W] in [0, 1]
+        image: Tensor,  # [B, 3, H, W] in [0, 1]; with distance `latent` its latents [B, C, h, w]
         target: Tensor,  # [B] label indices of the classifier
         *,
         guidance_scale: Scale,
         class_scale: Scale,
         distance_scale: Scale,
         angle_deg: Scale,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Take one step; every scale and the angle is a number or [B].
 
         Returns:
             z_prev [B, C, h, w]; z0 [B, C, h, w], the clean latents that the guided noise implies; kept_fraction [B],
-            the share of locations that the filter kept.
+            the share of locations that the filter kept; with `with_guidance` also the guidance [B, C, h, w].
         """
         diffusion = self.diffusion
         alphas_cumprod = diffusion.alphas_cumprod.to(z)
         abar, abar_prev = alphas_cumprod[timestep], alphas_cumprod[timestep_prev]
         alpha, sigma = abar.sqrt().reshape(-1, 1, 1, 1), (1 - abar).sqrt().reshape(-1, 1, 1, 1)
         null = diffusion.null_condition(z.shape[0])
+        decode = self.decoder.decode if self.decoder is not None else diffusion.decode
 
         def unconditional(z: Tensor) -> Tensor:
             return diffusion.predict_noise(z, timestep, null)
 
-        def decode(z0: Tensor) -> Tensor:
-            return (diffusion.decode(z0) + 1) / 2
+        def to_image(z0: Tensor) -> Tensor:
+            return (decode(z0) + 1) / 2
 
         def objectives(x0: Tensor) -> Tensor:
-            distance = (x0.clamp(0, 1) - image).abs().sum(dim=(1, 2, 3))
-            return torch.stack([self.classifier.log_prob(x0, target), distance])  # [2, B]
+            log_p = self.classifier.log_prob(x0, target)
+            if self.distance == "latent":
+                return log_p[None]  # [1, B]
+            return torch.stack([log_p, (x0.clamp(0, 1) - image).abs().sum(dim=(1, 2, 3))])  # [2, B]
 
-        eps_c = diffusion.predict_noise(z, timestep, condition)
         if self.gradient == "exact":
-            eps_u, pull_unet = pullback(unconditional, z, self.mode)
+            with span("UNet, conditional"):
+                eps_c = diffusion.predict_noise(z, timestep, condition)
+            with span("UNet, unconditional"):
+                eps_u, pull_unet = pullback(unconditional, z, self.mode)
         else:
-            eps_u = unconditional(z)
-        x0, pull_decoder = pullback(decode, (z - sigma * eps_u) / alpha, self.mode)
-        values, pull_objectives = pullback(objectives, x0, self.mode)
+            with span("UNet, both"):
+                both, times = torch.cat([null, condition]), torch.cat([timestep, timestep])
+                eps_u, eps_c = diffusion.predict_noise(torch.cat([z, z]), times, both).chunk(2)
+        z0_hat = (z - sigma * eps_u) / alpha
+        with span("decoder"):
+            x0, pull_decoder = pullback(to_image, z0_hat, self.mode)
+        with span("classifier and distance"):
+            values, pull_objectives = pullback(objectives, x0, self.mode)
 
-        def gradient(row: int) -> Tensor:
+        def through_decoder(row: int) -> Tensor:
             cotangent = torch.zeros_like(values)
             cotangent[row] = 1
             # R and the filter are free of scale, so every cotangent may be brought back to a safe range.
-            g = unit_largest(pull_decoder(unit_largest(pull_objectives(cotangent))))
+            with span("classifier and distance, VJP"):
+                g = unit_largest(pull_objectives(cotangent))
+            with span("decoder, VJP"):
+                return unit_largest(pull_decoder(g))
+
+        def to_z(g: Tensor) -> Tensor:
             if self.gradient == "exact":
-                g = g - sigma * pull_unet(g)
+                with span("UNet, VJP"):
+                    g = g - sigma * pull_unet(g)
             return g / alpha  # [B, C, h, w]
 
-        return guided_update(
-            z, eps_u, eps_c, gradient(0), gradient(1), abar, abar_prev,
-            guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale,
-            angle_deg=angle_deg, mode=self.filter_mode, chunk=self.chunk, backend=self.backend,
-        )  # fmt: skip
+        towards_class = to_z(through_decoder(0))
+        from_image = to_z((z0_hat - image).sign() if self.distance == "latent" else through_decoder(1))
+        with span("filter and update"):
+            z_prev, z0, kept_fraction = guided_update(
+                z, eps_u, eps_c, towards_class, from_image, abar, abar_prev,
+                guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale,
+                angle_deg=angle_deg, mode=self.filter_mode, chunk=self.chunk, backend=self.backend,
+            )  # fmt: skip
+        if not self.with_guidance:
+            return z_prev, z0, kept_fraction
+        return z_prev, z0, kept_fraction, (z - alpha * z0) / sigma - eps_u

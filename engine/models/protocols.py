@@ -43,6 +43,16 @@ class Diffusion(Protocol):
         ...
 
 
+class Decoder(Protocol):
+    """A cheaper decoder that guidance differentiates through in place of the diffusion model's own."""
+
+    module: nn.Module
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents to an image [B, 3, H, W], nominally in [-1, 1] and not clamped."""
+        ...
+
+
 class Classifier(Protocol):
     """A differentiable classifier of images in [0, 1], its preprocessing included."""
 

@@ -21,8 +21,10 @@ from ..models.protocols import SoftmaxClassifier
 if TYPE_CHECKING:
     from ..models.digits import Marker
     from ..models.latent import ClassConditionalLatentDiffusion
+    from ..models.tiny import TinyDecoder
 
 SPLITS = ("train", "validation", "test")
+TINY = "tiny-decoder"
 FORMAT, VERSION = "counterlens-pack", 1
 
 
@@ -113,6 +115,12 @@ class Pack:
             module.eval().requires_grad_(False)
         alphas_cumprod = DDIMScheduler.from_pretrained(self.folder / "scheduler").alphas_cumprod.double()
         return ClassConditionalLatentDiffusion(vae, unet, alphas_cumprod, [str(d) for d in range(10)])
+
+    def guidance_decoder(self) -> TinyDecoder | None:
+        """The small decoder for gradients, if the pack has one (see `packs.distill`)."""
+        from ..models.tiny import open_decoder
+
+        return open_decoder(self.folder / TINY) if (self.folder / TINY).is_dir() else None
 
     def samples(
         self,

@@ -1,4 +1,4 @@
-"""Which runtime runs a guided step: the one that was named, or the fastest that was measured here."""
+"""Which runtime runs a guided step or a part of the models: the one that was named, or the fastest measured here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..guidance.step import GuidedStep
 from . import artefacts
 from .compiled import CompiledStep, expected_inputs
 from .inductor import InductorStep
-from .spec import Spec, flat, machine
+from .spec import STEP, Spec, flat, machine
 
 RUNTIMES = ("auto", "eager", "inductor", "onnxruntime", "aoti", "tensorrt")
 TARGETS = {"onnxruntime": "onnx", "aoti": "aoti", "tensorrt": "tensorrt"}
@@ -37,7 +37,7 @@ class Choice:
 
 
 class StepRunner:
-    """The guided step of one spec under one `runtime`, for every batch size.
+    """The guided step of one spec, or one part of the models, under one `runtime`, for every batch size.
 
     Args:
         spec: what is run.
@@ -66,6 +66,7 @@ class StepRunner:
         self.pullback: PullbackMode = pullback
         self.say = say
         self._steps: dict[str, AnyStep] = {}
+        self._functions: dict[str, Callable[..., Any]] = {}
         self._found: dict[str, Artefact] | None = None
 
     def choose(self, batch: int) -> Choice:
@@ -90,6 +91,14 @@ class StepRunner:
             self._steps[name] = self._open(name)
         return self._steps[name]
 
+    def part(self, batch: int) -> Callable[..., torch.Tensor]:
+        """A part of the models for a batch size. Under a named runtime it is compiled only if the store has it."""
+        name = self.choose(batch).runtime
+        if name in TARGETS and name not in self.found():
+            name = "eager"
+        run = self._function(name if name in TARGETS else "eager")
+        return run if name == "eager" else lambda *inputs: run(*inputs)[0]
+
     def found(self) -> dict[str, Artefact]:
         """The artefacts of this step that are in the store and can run here, by runtime."""
         if self._found is None:
@@ -108,9 +117,7 @@ class StepRunner:
         inputs = self.spec.example(batch)
         times = {}
         for name in ("eager", *self.found()):
-            if name not in self._steps:
-                self._steps[name] = self._open(name)
-            times[name] = _median_time(flat(self._steps[name]), inputs, seconds)
+            times[name] = _median_time(self._function(name), inputs, seconds)
         path = self._calibration()
         known = self.measurements() | {str(batch): times}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +135,19 @@ class StepRunner:
         threads = torch.get_num_threads()
         key = json.dumps(self.spec.key("any") | {"machine": machine(), "threads": threads}, sort_keys=True)
         return self.store.folder / "measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+    def _function(self, runtime: str) -> Callable[..., Any]:
+        """What runs under this runtime, as a function of the spec's inputs in order."""
+        if runtime not in self._functions:
+            if self.spec.what == STEP:
+                if runtime not in self._steps:
+                    self._steps[runtime] = self._open(runtime)
+                self._functions[runtime] = flat(self._steps[runtime])
+            elif runtime == "eager":
+                self._functions[runtime] = self.spec.function()
+            else:
+                self._functions[runtime] = artefacts.open_function(self.found()[runtime])
+        return self._functions[runtime]
 
     def _open(self, runtime: str) -> AnyStep:
         if runtime == "eager":

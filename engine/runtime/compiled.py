@@ -19,7 +19,7 @@ class CompiledStep:
     """One guided denoising step, executed by `run`.
 
     Args:
-        run: from the tensors of `INPUTS` to (z_prev, z0, kept_fraction).
+        run: from the tensors of `INPUTS` to (z_prev, z0, kept_fraction), and the guidance where it was asked for.
         runtime: its name, for messages.
         dtype: `fp32`, `fp16` or `bf16`.
         expected: input name to (dtype, shape without the batch).
@@ -55,16 +55,16 @@ class CompiledStep:
         class_scale: Scale,
         distance_scale: Scale,
         angle_deg: Scale,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """See `GuidedStep`."""
         scales = (guidance_scale, class_scale, distance_scale, angle_deg)
         given = (z, timestep, timestep_prev, condition, image, target, *(_per_sample(s, z) for s in scales))
         self._check(given)
-        z_prev, z0, kept_fraction = self.run(*given)
+        out = tuple(self.run(*given))
         if self._calls < WATCHED:
             self._calls += 1
-            self._watch(z, z_prev)
-        return z_prev, z0, kept_fraction
+            self._watch(z, out[0])
+        return out
 
     def _check(self, given: Sequence[Tensor]) -> None:
         batch = given[0].shape[0]

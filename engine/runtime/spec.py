@@ -21,8 +21,8 @@ from counterlens.kernels.consensus import Mode
 
 from .. import guidance, models
 from ..errors import UsageError
-from ..guidance.step import Gradient, GuidedStep
-from ..models.protocols import Classifier, Diffusion
+from ..guidance.step import Distance, Gradient, GuidedStep
+from ..models.protocols import Classifier, Decoder, Diffusion
 
 STEP = "guided-step"
 SCALES = ("guidance_scale", "class_scale", "distance_scale", "angle_deg")
@@ -64,7 +64,7 @@ class Spec:
     Args:
         diffusion, classifier: see `engine.models.protocols`.
         what: `guided-step`, `unet`, `vae-encoder`, `vae-decoder` or `classifier`.
-        filter_mode, chunk, gradient: see `GuidedStep`.
+        filter_mode, chunk, gradient, decoder, distance, with_guidance: see `GuidedStep`.
         dtype: of weights and activations, `fp32`, `fp16` or `bf16`; inputs, outputs and guidance stay float32.
         weights: hash of the models' weights where it is known already, such as a pack's manifest.
     """
@@ -77,6 +77,9 @@ class Spec:
     chunk: int = 1
     dtype: str = "fp32"
     weights: str | None = None
+    decoder: Decoder | None = None
+    distance: Distance = "image"
+    with_guidance: bool = False
 
     def __post_init__(self) -> None:
         if self.what not in SIGNATURES:
@@ -92,12 +95,14 @@ class Spec:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs, in order."""
-        return SIGNATURES[self.what][1]
+        more = ("guidance",) if self.what == STEP and self.with_guidance else ()
+        return SIGNATURES[self.what][1] + more
 
     @property
     def modules(self) -> list[nn.Module]:
         """Every module of the models."""
-        return [*self.diffusion.modules(), self.classifier.module]
+        own = [] if self.decoder is None else [self.decoder.module]
+        return [*self.diffusion.modules(), self.classifier.module, *own]
 
     @property
     def device(self) -> torch.device:
@@ -123,12 +128,20 @@ class Spec:
         }
         if self.what == STEP:
             key |= {"filter": self.filter_mode, "gradient": self.gradient, "chunk": self.chunk}
+            key |= {"decoder": self.decoder is not None, "distance": self.distance, "guidance": self.with_guidance}
         return key
 
     def step(self) -> GuidedStep:
         """The guided step in eager PyTorch, kernels and all."""
         diffusion, classifier = in_precision(self.diffusion, self.classifier, DTYPES[self.dtype])
-        return GuidedStep(diffusion, classifier, filter_mode=self.filter_mode, gradient=self.gradient, chunk=self.chunk)
+        decoder = self.decoder
+        if decoder is not None and self.dtype != "fp32":
+            decoder = copy.deepcopy(decoder)
+            decoder.module.to(DTYPES[self.dtype]).requires_grad_(False)
+        return GuidedStep(
+            diffusion, classifier, filter_mode=self.filter_mode, gradient=self.gradient, chunk=self.chunk,
+            decoder=decoder, distance=self.distance, with_guidance=self.with_guidance,
+        )  # fmt: skip
 
     def function(self) -> Callable[..., Any]:
         """What is compiled, as a function of `inputs`, all tensors."""
@@ -152,22 +165,24 @@ class Spec:
         timestep = torch.randint(steps // 10, steps * 7 // 10, (batch,), generator=g)
         condition = self.diffusion.condition(target.to(self.device))
         scales = dict(zip(SCALES, (3.0, 2.0, 0.25, 45.0), strict=True))
+        latent = (batch, *self.diffusion.latent_shape)
+        seen = latent if self.what == STEP and self.distance == "latent" else (batch, 3, size, size)
         given = {
-            "z": torch.randn((batch, *self.diffusion.latent_shape), generator=g),
+            "z": torch.randn(latent, generator=g),
             "timestep": timestep,
             "timestep_prev": timestep - steps // 20,
             "condition": condition.float() if condition.is_floating_point() else condition,
-            "image": torch.rand((batch, 3, size, size), generator=g),
+            "image": torch.rand(seen, generator=g),
             "target": target,
             **{name: torch.full((batch,), value) for name, value in scales.items()},
         }
         return tuple(given[name].to(self.device) for name in self.inputs)
 
 
-def flat(step: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def flat(step: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     """A GuidedStep as a function of positional tensors, `INPUTS` in order."""
 
-    def guided_step(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def guided_step(*inputs: Tensor) -> tuple[Tensor, ...]:
         first = len(INPUTS) - len(SCALES)
         return step(*inputs[:first], **dict(zip(SCALES, inputs[first:], strict=True)))
 

@@ -13,7 +13,7 @@ from counterlens.engine import Config, Engine
 from counterlens.engine.models.load import open_diffusion
 from counterlens.engine.runtime import artefacts
 from counterlens.engine.runtime.spec import Spec
-from counterlens.export import Store
+from counterlens.export import Store, export_onnx
 from tests import tiny
 from tests.engine.test_matrix import make_classifier
 from tests.tensorrt_operators import unsupported
@@ -59,6 +59,15 @@ def test_digits_operators_are_documented_for_tensorrt(digits: Any) -> None:
     built = artefacts.build(spec, "onnx", digits.store)  # in the store already
     assert built.report["parity"]["worst"] <= 1e-4
     assert unsupported(onnx.load(built.file("model.onnx"))) == []
+
+
+def test_exact_digits_step_stays_inside_tensorrts_documentation(digits: Any, tmp_path: Path) -> None:
+    """Traced and written only: its parity is a figure of `python -m bench.runtimes`."""
+    spec = Spec(digits.diffusion, digits.classifier)
+    path = export_onnx(spec.function(), spec.example(2), tmp_path / "exact.onnx", input_names=spec.inputs)
+    model = onnx.load(path)
+    assert unsupported(model) == []
+    assert len(model.graph.node) > 3000
 
 
 def test_aoti_package(tmp_path: Path) -> None:

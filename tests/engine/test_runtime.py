@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from counterlens.engine import Engine
 from counterlens.engine.config import Config
+from counterlens.engine.engine import PARTS
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.runtime import artefacts, onnxruntime, tensorrt
 from counterlens.engine.runtime.choice import StepRunner
@@ -83,6 +85,22 @@ def test_auto_takes_what_was_measured_to_be_fastest(tiny: Any, store: Store, art
     assert isinstance(other._runner(other.config.settings(SETTINGS)).step(4), CompiledStep)
     path.write_text(json.dumps({"4": {"eager": 0.1, "onnxruntime": 0.5}}))
     assert engine(tiny, store).runtime_choice(4).runtime == "eager"
+
+
+def test_parts_beside_the_steps_are_compiled_where_the_store_has_them(tiny: Any, store: Store, artefact: Any) -> None:
+    for what in PARTS.values():
+        artefacts.build(Spec(*tiny, what=what), "onnx", store)
+    torch.manual_seed(1)
+    images = torch.rand(3, 3, 16, 16)
+    inverted = {m: s | {"noise": "inversion"} for m, s in SETTINGS.items()}
+    runs = []
+    for runtime in ("eager", "onnxruntime"):
+        one = Engine(*tiny, Config(), pack_settings=inverted, store=store.folder, runtime=runtime)
+        own = (tiny[0].predict_noise, tiny[0].encode, tiny[0].decode)
+        assert [f in own for f in one._parts(4).values()] == [runtime == "eager"] * 3
+        runs.append(one.counterfactual(images).images)
+    close = (runs[0] - runs[1]).abs().flatten(1).amax(1) < 1e-4
+    assert close.double().mean() >= 0.6
 
 
 def test_without_artefacts_auto_is_eager_and_says_so(tiny: Any, tmp_path: Path) -> None:
@@ -157,6 +175,21 @@ def test_parts(what: str, tiny: Any, store: Store) -> None:
     assert part.report["parity"]["worst"] <= 1e-4
     with pytest.raises(ExportError, match=f"holds the {what}, not the guided step"):
         artefacts.open_step(part)
+
+
+def test_a_full_disk_leaves_the_store_valid(tiny: Any, tmp_path: Path) -> None:
+    """A limit on file sizes stands for the full disk: the same call fails in the same place."""
+    spec, full = Spec(*tiny, what="unet"), Store(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ExportError, match=r"the artefact cannot be written \(.*File too large"):
+            artefacts.build(spec, "onnx", full)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert full.entries() == []
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+    assert artefacts.build(spec, "onnx", full).report["parity"]["worst"] <= 1e-4
 
 
 @pytest.mark.slow

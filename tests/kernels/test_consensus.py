@@ -238,9 +238,10 @@ def test_bad_input() -> None:
 
 def test_compiles_as_one_graph(backend: str, device: torch.device) -> None:
     score, reference = (x.to(device) for x in pair((2, 4, 8, 8)))
+    angles = torch.tensor([45.0, 60.0], device=device)
 
     def run(s: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        filtered, kept = consensus_filter(s * 2, r, 45.0, backend=backend)
+        filtered, kept = consensus_filter(s * 2, r, angles, backend=backend)
         return filtered + 1, kept
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

@@ -1,0 +1,220 @@
+"""What every way to save time costs in quality, on the validation split: `python -m bench.pareto`.
+
+One row for the literal schedule, one for each option alone, and a grid of them combined, all with the same strength,
+scales and angle wherever the schedule is not the option itself. The speeds `balanced` and `fast` are chosen here
+(`--apply` writes them into the pack's manifest); nothing looks at the test split. Cost is CPU time on one thread in
+eager, which a busy machine does not change. Rows that are in bench/results/pareto.json are kept and not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from bench.measure import quality
+from bench.record import RESULTS, interval, write_result
+from counterlens.engine import Config, Engine
+from counterlens.engine.config import PRESETS, SPEEDS, Settings
+from counterlens.engine.images import as_saved
+from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.packs import Pack
+
+PATH = RESULTS / "pareto.json"
+MARGIN = 0.03  # flip and transfer of a speed may lie this far below the literal schedule's
+ALONE: dict[str, dict[str, Any]] = {
+    "literal schedule, exact": {},
+    "detached": {"gradient": "detached"},
+    "tiny decoder": {"guidance_decoder": "tiny"},
+    "latent distance": {"distance": "latent"},
+    "every 2nd step": {"guidance_every": 2},
+    "first 70 % of the steps": {"guidance_end": 0.7},
+    "10 DDIM steps": {"steps": 10, "spacing": "trailing"},
+    "10 DPM-Solver++ steps": {"steps": 10, "spacing": "trailing", "solver": "dpm++"},
+    "10 UniPC steps": {"steps": 10, "spacing": "trailing", "solver": "unipc"},
+    "10 DDIM steps from inversion": {"steps": 10, "spacing": "trailing", "noise": "inversion"},
+}
+CHEAP = {"gradient": "detached", "guidance_decoder": "tiny", "distance": "latent"}
+
+
+def literal_settings(pack: Pack) -> Settings:
+    """The frozen baseline's setting: `pairs-class` schedule, 171 steps, the pack's own scales and angle."""
+    own = pack.manifest["settings"]["realistic"]
+    published = PRESETS["pairs-class"].model_dump()
+    return Settings(**published | {k: own[k] for k in ("guidance_scale", "class_scale", "distance_scale", "angle")})
+
+
+def combined() -> dict[str, dict[str, Any]]:
+    """The grid, laid over the pack's own mode `realistic`."""
+    out: dict[str, dict[str, Any]] = {"realistic as tuned": {}}
+    for gradient, decoder, distance in (
+        ("exact", "full", "image"), ("detached", "full", "image"), ("detached", "tiny", "image"),
+        ("detached", "full", "latent"), ("detached", "tiny", "latent"),
+    ):  # fmt: skip
+        fields = {"gradient": gradient, "guidance_decoder": decoder, "distance": distance, "noise": "inversion"}
+        out[f"8 leading dpm++, {gradient}, {decoder}, {distance}"] = fields | {
+            "steps": 8, "spacing": "leading", "solver": "dpm++"
+        }  # fmt: skip
+    for steps in (3, 4, 5, 6, 8):
+        for spacing in ("leading", "trailing", "logsnr"):
+            for solver in ("ddim", "dpm++", "unipc"):
+                fields = CHEAP | {"steps": steps, "spacing": spacing, "solver": solver}
+                out[f"{steps} {spacing} {solver}, cheap"] = fields | {"noise": "inversion"}
+    for steps in (4, 6):
+        fields = CHEAP | {"steps": steps, "spacing": "leading", "solver": "dpm++", "noise": "random"}
+        out[f"{steps} leading dpm++, cheap, random noise"] = fields
+        skipping = fields | {"noise": "inversion"}
+        out[f"{steps} leading dpm++, cheap, every 2nd"] = skipping | {"guidance_every": 2}
+        out[f"{steps} leading dpm++, cheap, to 75 %"] = skipping | {"guidance_end": 0.75}
+    return out
+
+
+@torch.no_grad()
+def judge_features(judge: SoftmaxClassifier, images: Tensor) -> Tensor:
+    """The judge's 64 convolutional features, averaged over space: [N, 64]."""
+    module: Any = judge.module
+    return torch.cat([module.features(b * 2 - 1).mean(dim=(2, 3)) for b in images.split(128)])
+
+
+def kid(a: Tensor, b: Tensor) -> float:
+    """Squared maximum mean discrepancy under the cubic kernel of KID (arXiv 1801.01401), unbiased; features [N, D]."""
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+def evaluate(engine: Engine, judge: SoftmaxClassifier, images: Tensor, targets: Tensor, settings: Settings) -> Any:
+    """Quality and CPU seconds per image of one setting."""
+    config = Config(mode="realistic", **settings.model_dump())
+    engine.counterfactual(images[:16], targets[:16], config=config)  # warm
+    started = time.process_time()
+    result = engine.counterfactual(images, targets, config=config)
+    seconds = (time.process_time() - started) / len(images)
+    if failed := [e for e in result.errors if e is not None]:
+        raise RuntimeError(f"{len(failed)} samples failed: {failed[0]}")
+    after = as_saved(result.images)
+    measured = quality(images, after, targets, engine.classifier, judge)  # type: ignore[arg-type]
+    row = {name: interval(v) for name, v in measured.items()}
+    row["kid"] = kid(judge_features(judge, images), judge_features(judge, after))  # type: ignore[assignment]
+    return row | {"cpu_seconds": seconds, "images": len(images), "settings": settings.model_dump()}
+
+
+def choose(rows: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
+    """Names of the rows for `fast`, the cheapest that is not worse than the reference, and `balanced`, the best.
+
+    Not worse: flip and transfer at most `MARGIN` below the literal schedule's and L1 no higher. `balanced` is, of those
+    that cost at most twice what `realistic` costs, the one with the highest transfer - 2 L1 (as in `bench.sweep`).
+    """
+    reference = rows["literal schedule, exact"]
+
+    def good(row: dict[str, Any]) -> bool:
+        rates = all(row[k]["mean"] >= reference[k]["mean"] - MARGIN for k in ("flip", "transfer"))
+        return rates and row["l1"]["mean"] <= reference["l1"]["mean"]
+
+    candidates = {
+        name: row for name, row in rows.items()
+        if good(row) and all(row["settings"][k] == base[k] for k in ("strength", "class_scale", "distance_scale"))
+    }  # fmt: skip
+    if not candidates:
+        raise SystemExit("no row is as good as the literal schedule; extend the grid")
+    most = 2 * rows["realistic as tuned"]["cpu_seconds"]
+    affordable = {n: r for n, r in candidates.items() if r["cpu_seconds"] <= most}
+    return {
+        "fast": min(candidates, key=lambda n: candidates[n]["cpu_seconds"]),
+        "balanced": max(affordable, key=lambda n: affordable[n]["transfer"]["mean"] - 2 * affordable[n]["l1"]["mean"]),
+    }
+
+
+def apply(pack: Pack, rows: dict[str, Any], chosen: dict[str, str]) -> None:
+    """Write the chosen speeds into pack.json: how, never what; strength, scales and angle stay the mode's."""
+    fields = ("steps", "spacing", "solver", "noise", *SPEEDS["exact"])
+    manifest = json.loads((pack.folder / "pack.json").read_text())
+    picked = {speed: {k: rows[name]["settings"][k] for k in fields} for speed, name in chosen.items()}
+    manifest["speeds"] = {"exact": SPEEDS["exact"], **picked}
+    (pack.folder / "pack.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def draw(rows: dict[str, Any], chosen: dict[str, str], path: Path) -> None:
+    """Judge's agreement and L1 over CPU seconds per image, every row a point."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for axis, key, label in zip(axes, ("transfer", "l1"), ("the judge agrees", "mean L1"), strict=True):
+        for kind, colour in (("inversion", "tab:blue"), ("random", "tab:grey")):
+            points = [r for r in rows.values() if r["settings"]["noise"] == kind]
+            axis.scatter(
+                [r["cpu_seconds"] for r in points], [r[key]["mean"] for r in points], s=18, color=colour,
+                label=f"start: {kind}",
+            )  # fmt: skip
+        named = {"literal schedule, exact": "literal schedule", "realistic as tuned": "realistic"}
+        named |= {name: speed for speed, name in chosen.items()}
+        for name, text in named.items():
+            if name in rows:
+                row = rows[name]
+                axis.annotate(
+                    text, (row["cpu_seconds"], row[key]["mean"]), xytext=(4, 6), textcoords="offset points", fontsize=9
+                )
+                axis.scatter([row["cpu_seconds"]], [row[key]["mean"]], s=40, color="tab:red")
+        axis.set(xscale="log", xlabel="CPU seconds per image (eager, one thread)", ylabel=label)
+        axis.legend(fontsize=8)
+    figure.suptitle("Digits, validation split: what every way to save time costs")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main(
+    rows: Annotated[str, typer.Option(help="Regular expression: names of the rows to run.")] = ".",
+    count: Annotated[int, typer.Option(help="How many validation digits.")] = 120,
+    long_count: Annotated[int, typer.Option(help="The same for rows of more than 30 steps.")] = 40,
+    minutes: Annotated[float, typer.Option(help="Start no row after so many minutes.")] = 1e9,
+    apply_choice: Annotated[bool, typer.Option("--apply", help="Write the speeds into the pack's manifest.")] = False,
+) -> None:
+    """Run the rows that are not recorded yet, draw bench/results/pareto.png, print what would be chosen.
+
+    Example: python -m bench.pareto --rows cheap --minutes 3
+    """
+    torch.set_num_threads(1)
+    pack = Pack("digits")
+    engine, judge = Engine.from_pack("digits", runtime="eager"), pack.classifier("judge")
+    samples = pack.samples("validation", count=count, marker="random")
+    targets = engine.resolve_targets("runner-up", engine.probabilities(samples.images))
+    base, literal = pack.manifest["settings"]["realistic"], literal_settings(pack)
+    asked = {name: Settings(**literal.model_dump() | fields) for name, fields in ALONE.items()}
+    asked |= {name: Settings(**base | fields) for name, fields in combined().items()}
+    known: dict[str, Any] = json.loads(PATH.read_text())["rows"] if PATH.exists() else {}
+    started = time.monotonic()
+    for name, settings in asked.items():
+        stale = name in known and known[name]["settings"] != settings.model_dump()
+        if not re.search(rows, name) or (name in known and not stale) or time.monotonic() - started > 60 * minutes:
+            continue
+        n = long_count if settings.spacing == "official" and settings.steps * settings.strength > 30 else count
+        known[name] = evaluate(engine, judge, samples.images[:n], targets[:n], settings)
+        row = known[name]
+        write_result("pareto", {"split": "validation", "rows": known})
+        shown = {k: round(row[k]["mean"], 4) for k in ("flip", "transfer", "l1")}
+        print(f"{name}: {shown} kid {row['kid']:.5f} {row['cpu_seconds']:.3f} s", flush=True)
+    if "literal schedule, exact" in known and "realistic as tuned" in known:
+        chosen = choose(known, base)
+        print(chosen)
+        draw(known, chosen, RESULTS / "pareto.png")
+        if apply_choice:
+            apply(pack, known, chosen)
+
+
+if __name__ == "__main__":
+    typer.run(main)

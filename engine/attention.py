@@ -1,0 +1,52 @@
+"""Which attention the UNet and the VAE use: PyTorch's own, or xformers' memory-efficient one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .errors import UsageError
+
+ATTENTIONS = ("sdpa", "xformers")
+
+
+def not_supported_reasons(modules: Sequence[nn.Module]) -> list[str]:
+    """Why xformers' attention cannot run these modules; empty when it can."""
+    reasons = []
+    if importlib.util.find_spec("xformers") is None:
+        reasons.append("xformers is not installed; pip install 'counterlens[gpu]'")
+    parameters = [p for m in modules for p in m.parameters()]
+    if any(p.device.type != "cuda" for p in parameters):
+        reasons.append(f"the models are on {parameters[0].device}, xformers needs CUDA")
+    if any(p.dtype == torch.float64 for p in parameters):
+        reasons.append("the weights are float64, xformers takes float16, bfloat16 and float32")
+    return reasons
+
+
+@contextmanager
+def memory_efficient_attention(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Have diffusers' attention layers call xformers, and leave them as they were.
+
+    Needs the `autograd` pullback: xformers' Function is a legacy one, which `torch.func` refuses.
+
+    Raises:
+        UsageError: a layer's attention has no xformers form.
+    """
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+
+    layers = [m for module in modules for m in module.modules() if isinstance(m, Attention)]
+    before = [layer.processor for layer in layers]
+    for processor in before:
+        if not isinstance(processor, AttnProcessor | AttnProcessor2_0):
+            raise UsageError(f"attention: {type(processor).__name__} has no xformers form; use sdpa")
+    try:
+        for layer in layers:
+            layer.processor = XFormersAttnProcessor()
+        yield
+    finally:
+        for layer, processor in zip(layers, before, strict=True):
+            layer.processor = processor

@@ -1,0 +1,91 @@
+"""What the commands share: options, the engine that they describe, and where text goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .engine import Engine
+
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the run; combined with each image's own pixels or id.", min=0)]
+PackOption = Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")]
+ClassifierOption = Annotated[
+    str | None,
+    typer.Option(help="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME."),
+]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Diffusion model instead of the pack's: a diffusers folder or hub id.")
+]
+LabelsOption = Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")]
+PromptsOption = Annotated[
+    str | None, typer.Option(help="imagenet, pets, flowers, smile, age, or a template with {label}.")
+]
+ClassesOption = Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")]
+HeadOption = Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")]
+WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")]
+ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
+SpeedOption = Annotated[str | None, typer.Option(help="exact, balanced or fast: how the setting is computed.")]
+GuidanceDecoderOption = Annotated[str | None, typer.Option(help="full, or tiny: a small one, for gradients only.")]
+DistanceOption = Annotated[str | None, typer.Option(help="To the input, over image (pixels) or latent.")]
+
+
+def text_console(as_json: bool) -> Console:
+    """Where text for people goes: stderr when stdout belongs to a machine."""
+    return Console(stderr=as_json, highlight=False)
+
+
+def print_json(record: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A progress bar on stderr, shown on terminals only and gone when done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        progress.add_task(title, total=None)
+        yield progress
+
+
+def open_engine(
+    config: Config, pack: str, classifier: str | None, model: str | None, options: dict[str, Any], **own: Any
+) -> Engine:
+    """The engine of a pack, or of --model and --classifier with what describes them (`own`; None: not given)."""
+    from .data import read_names
+    from .engine import Engine
+
+    own = {name: value for name, value in own.items() if value is not None}
+    if model is None:
+        if own:
+            raise UsageError(f"{next(iter(own))}: needs --model; the pack's models have their own")
+        return Engine.from_pack(pack, classifier or "clean", config, **options)
+    if classifier is None:
+        raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
+    if "labels" in own:
+        own["labels"] = read_names(own["labels"])
+    if "classes" in own:
+        own["classes"] = _numbers(own["classes"])
+    return Engine.from_pretrained(model, classifier, config, **own, **options)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"classes: expected numbers separated by commas, got {text!r}") from error

@@ -1,0 +1,1 @@
+"""Where time and memory of guided sampling go: `counterlens profile`, and `profile.profile` from Python."""

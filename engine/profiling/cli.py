@@ -1,0 +1,118 @@
+"""`counterlens profile`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CounterlensError, UsageError
+from ..options import (
+    ClassesOption,
+    ClassifierOption,
+    GuidanceDecoderOption,
+    HeadOption,
+    ImageSizeOption,
+    JsonFlag,
+    LabelsOption,
+    ModelOption,
+    PackOption,
+    PromptsOption,
+    SeedOption,
+    SpeedOption,
+    WeightsOption,
+    open_engine,
+    print_json,
+    progress_bar,
+    text_console,
+)
+
+
+def profile(
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Image files or folders; the pack's test digits without them.", metavar="[IMAGE...]"),
+    ] = None,
+    target: Annotated[str, typer.Option(help="Label, runner-up, ... as for counterfactual.")] = "runner-up",
+    batch: Annotated[int, typer.Option(help="Images per call: 1 for latency, 16 for throughput.", min=1)] = 1,
+    count: Annotated[int, typer.Option(help="At most so many images.", min=1)] = 16,
+    runtime: Annotated[
+        str, typer.Option(help="auto, eager, inductor, onnxruntime, aoti or tensorrt; parts are timed in eager.")
+    ] = "auto",
+    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
+    speed: SpeedOption = None,
+    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps over the whole process.")] = None,
+    gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
+    guidance_decoder: GuidanceDecoderOption = None,
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = None,
+    model: ModelOption = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    head: HeadOption = None,
+    weights: WeightsOption = None,
+    image_size: ImageSizeOption = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for profile.html, profile.json and trace.json.")] = Path("profile"),
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show where time and memory of guided sampling go, and what guidance costs over unguided sampling.
+
+    Writes a page (profile.html), all numbers (profile.json) and a trace for ui.perfetto.dev (trace.json). A compiled
+    step is one call: its parts are timed in eager, its whole in the runtime that was asked for.
+
+    Example: counterlens profile --batch 16 --out profile
+    """
+    from ..config import Config
+    from ..data import collect
+    from ..images import load_image, make_folder
+
+    named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
+    config = Config.make(
+        mode=mode, **named, speed=speed, preset=preset, steps=steps, gradient=gradient,
+        guidance_decoder=guidance_decoder, seed=seed,
+    )  # fmt: skip
+    items = collect(images or [])[:count]
+    if model and not items:
+        raise UsageError("images: none given; name files or folders (only a pack has its own)")
+    out = make_folder(out)
+    engine = open_engine(
+        config, pack, classifier, model, {"runtime": runtime, "store": store}, labels=labels, prompts=prompts,
+        classes=classes, head=head, weights=weights, image_size=image_size, dtype=dtype,
+    )  # fmt: skip
+    import torch
+
+    from ..packs import Pack
+    from .profile import profile as measure
+    from .report import page, perfetto, print_profile
+
+    if items:
+        pictures = torch.stack([load_image(item.path, engine.image_size) for item in items])
+    else:
+        pictures = Pack(pack).samples("test", count=count, marker="random").images
+    with progress_bar("profile") as progress:
+        task = progress.task_ids[0]
+        result = measure(
+            engine, pictures, target, batch=batch, say=lambda text: progress.update(task, description=text)
+        )
+    files = {
+        out / "profile.html": page(result),
+        out / "profile.json": json.dumps(result.as_json(), indent=1) + "\n",
+        out / "trace.json": perfetto(result.spans),
+    }
+    for path, text in files.items():
+        try:
+            path.write_text(text)
+        except OSError as error:
+            raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
+    if as_json:
+        print_json(result.as_json() | {"files": [str(path) for path in files]})
+    console = text_console(as_json)
+    print_profile(result, console)
+    console.print("\n".join(str(path) for path in files))
