@@ -185,9 +185,10 @@ def audits_table() -> str:
             f"killed {r['kills']} times, {r['images']} images",
             f"every sample once: {r['ids_once']}; rows identical: {r['identical']}",
         ),
-        "lock": lambda r: ("two processes on one folder", f"the second exits {r['second']}; {r['ids']} rows, each once"),
+        "lock": lambda r: ("two processes on one folder", f"the second exits {r['second']}; {r['ids']} rows"),
         "disk": lambda r: (
-            "disk full, unreadable images", f"{r['rows_kept']} rows kept, {r['rows']} at last, identical: {r['identical']}"
+            "disk full, unreadable images",
+            f"{r['rows_kept']} rows kept, {r['rows']} at last; identical: {r['identical']}"
         ),
         "overhead": lambda r: (f"over bare counterfactuals, {r['images']} images", f"{100 * r['overhead']:.1f} %"),
         "memory": lambda r: (
