@@ -610,7 +610,7 @@ class Engine:
             out: the results' folder (`engine.audit.results` says what is in it).
             config: of the counterfactuals, instead of the engine's.
             judges: classifiers that guidance never sees, by name; flips that they confirm count as transferred.
-            options: of `engine.audit.run.Options` and `engine.audit.run.audit`.
+            options: of `engine.audit.explaining.Options` and `engine.audit.run.audit`.
 
         Returns:
             The results: rows, and what the manifest says.

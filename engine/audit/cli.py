@@ -99,7 +99,8 @@ def audit(
     """
     from ..config import Config
     from ..data import read_neighbours
-    from .run import open_auditor, run_audit
+    from .explaining import open_auditor
+    from .run import run_audit
 
     named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
     config = Config.make(

@@ -13,7 +13,7 @@ from .sources import need
 
 if TYPE_CHECKING:
     from ..engine import Engine
-    from .run import Auditor, Chosen
+    from .explaining import Auditor, Chosen
 
 
 def engine_parts(engine: Engine) -> dict[str, Any]:
@@ -50,7 +50,8 @@ class Worker:
         import torch
 
         from ..engine import Engine
-        from .run import Auditor, parts_of, read_plan
+        from .explaining import Auditor
+        from .run import parts_of, read_plan
         from .sources import open_source
 
         torch.set_num_threads(threads)

@@ -53,7 +53,7 @@ from .results import Results, write_atomically
 
 if TYPE_CHECKING:
     from ..engine import Engine
-    from .run import Auditor, Chosen
+    from .explaining import Auditor, Chosen
 
 FACTOR = 2.0
 DEAD, CAP = 1.5, 2.0

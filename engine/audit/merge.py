@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 
 from ..errors import CounterlensError, UsageError
 from ..images import make_folder
+from .explaining import Auditor
 from .results import PLAN, Results, image_path, locked, part_path, table_bytes, write_atomically
-from .run import Auditor, mark_finished
+from .run import mark_finished
 
 
 def merge(folders: Sequence[Path], out: Path) -> Results:

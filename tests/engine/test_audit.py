@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from counterlens.engine.audit import results as results_module
+from counterlens.engine.audit.explaining import changes, open_auditor
 from counterlens.engine.audit.merge import estimate, merge
 from counterlens.engine.audit.results import TIMINGS, Results, locked, part_path
-from counterlens.engine.audit.run import Interrupted, changes, open_auditor
+from counterlens.engine.audit.run import Interrupted
 from counterlens.engine.audit.summary import interval, summarise
 from counterlens.engine.config import Config
 from counterlens.engine.engine import Engine
