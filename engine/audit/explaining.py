@@ -422,16 +422,25 @@ class Auditor:
     def _saliency(self, rows: list[dict[str, Any]], at: list[int], images: Tensor, method: str) -> None:
         """Explain each prediction by a saliency map, scored by MSI (`Engine.explain`)."""
         explain: Any = getattr(self.engine, "explain")  # noqa: B009  `_identity` has made sure of it
-        explained = explain(images, method=method, config=self.config)
-        curves = explained.msi.curves
+
+        def run(some: list[int]) -> list[Tensor]:
+            found = explain(images[some], method=method, config=self.config)
+            msi, curves = found.msi, found.msi.curves
+            return [found.saliency, msi.score, msi.base_score, msi.sufficient_area, curves.keep, curves.remove]
+
+        results, errors = self._retrying(run, len(at))
         for k, i in enumerate(at):
+            if errors[k] is not None:
+                rows[i] |= {"status": "failed", "error": f"saliency: {errors[k]}", "retried": True}
+                continue
+            saliency, score, base, area, keep, remove = results[k]
             rows[i] |= {
-                "saliency": explained.saliency[k].clamp(0, 1),
-                "msi": explained.msi.score[k].item(),
-                "msi_base": explained.msi.base_score[k].item(),
-                "sufficient_area": explained.msi.sufficient_area[k].item(),
-                "insertion_curve": curves.keep[k].tolist(),
-                "deletion_curve": curves.remove[k].tolist(),
+                "saliency": saliency.clamp(0, 1),
+                "msi": score.item(),
+                "msi_base": base.item(),
+                "sufficient_area": area.item(),
+                "insertion_curve": keep.tolist(),
+                "deletion_curve": remove.tolist(),
             }
 
     @torch.no_grad()
@@ -446,7 +455,10 @@ class Auditor:
                     some = done[start : start + 16]
                     images = torch.stack([r["counterfactual"] for r in some])
                     padded = torch.cat([images, images[:1].expand(16 - len(images), -1, -1, -1)])
-                    said = probabilities(judge, padded).argmax(dim=1)[: len(some)]
+                    try:
+                        said = probabilities(judge, padded).argmax(dim=1)[: len(some)]
+                    except FAILURES as error:
+                        raise CounterlensError(f"judge: {name} fails ({type(error).__name__}: {error})") from error
                     for row, label in zip(some, said.tolist(), strict=True):
                         row["judges"][name] = judge.labels[label]
         for row in done:

@@ -86,7 +86,7 @@ def _content(results: Results) -> dict[str, Any]:
         "summary": summary,
         "identity": identity,
         "sessions": results.manifest["sessions"],
-        "title": f"{identity['model']['classifier']} on {summary.samples:,} images",
+        "title": f"Classifier “{identity['model']['classifier']}” on {summary.samples:,} images",
         "name": identity["model"].get("classifier"),
         "orders": {k: name for k, (name, _) in ORDERS.items() if _has(k, rows)},
         "cards_json": _json(cards),
@@ -279,7 +279,13 @@ def _disagreement(results: Results, rows: list[dict[str, Any]]) -> dict[str, Any
         ("Changed more with an open filter", _heat(more, max(float(more.max()), 0.05))),
     ]  # fmt: skip
     examples = [_thumb(_open(results.folder, r["image"]), 96, 80) for r in rows[:8]]
-    return {"facts": facts, "pictures": pictures, "examples": examples, "size": maps["change"].shape[0]}
+    return {
+        "facts": facts,
+        "pictures": pictures,
+        "examples": examples,
+        "size": maps["change"].shape[0],
+        "cells": maps["push"].shape,
+    }
 
 
 def _findings(summary: Summary, found: list[Any], place: dict[str, Any] | None) -> list[str]:
