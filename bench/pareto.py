@@ -177,6 +177,11 @@ def draw(rows: dict[str, Any], chosen: dict[str, str], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def recorded() -> dict[str, Any]:
+    """The rows that were run before."""
+    return json.loads(PATH.read_text())["rows"] if PATH.exists() else {}
+
+
 def main(
     rows: Annotated[str, typer.Option(help="Regular expression: names of the rows to run.")] = ".",
     count: Annotated[int, typer.Option(help="How many validation digits.")] = 120,
@@ -196,18 +201,20 @@ def main(
     base, literal = pack.manifest["settings"]["realistic"], literal_settings(pack)
     asked = {name: Settings(**literal.model_dump() | fields) for name, fields in ALONE.items()}
     asked |= {name: Settings(**base | fields) for name, fields in combined().items()}
-    known: dict[str, Any] = json.loads(PATH.read_text())["rows"] if PATH.exists() else {}
     started = time.monotonic()
     for name, settings in asked.items():
+        known = recorded()  # read again each time: another process may be running other rows
         stale = name in known and known[name]["settings"] != settings.model_dump()
         if not re.search(rows, name) or (name in known and not stale) or time.monotonic() - started > 60 * minutes:
             continue
         n = long_count if settings.spacing == "official" and settings.steps * settings.strength > 30 else count
-        known[name] = evaluate(engine, judge, samples.images[:n], targets[:n], settings)
-        row = known[name]
-        write_result("pareto", {"split": "validation", "rows": known})
+        row = evaluate(engine, judge, samples.images[:n], targets[:n], settings)
+        known = recorded() | {name: row}
+        ordered = {name: known[name] for name in asked if name in known}
+        write_result("pareto", {"split": "validation", "rows": ordered})
         shown = {k: round(row[k]["mean"], 4) for k in ("flip", "transfer", "l1")}
         print(f"{name}: {shown} kid {row['kid']:.5f} {row['cpu_seconds']:.3f} s", flush=True)
+    known = recorded()
     if "literal schedule, exact" in known and "realistic as tuned" in known:
         chosen = choose(known, base)
         print(chosen)

@@ -1,6 +1,7 @@
 """Writes the tables of README.md and of the pack's card from bench/results: `python -m bench.report`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; no number in those files is written by hand.
+`--compare A B` compares the figures of two recorded results instead, and fails where one became worse.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -209,9 +210,71 @@ def audits_table() -> str:
     return f"{table(['audit', 'measured'], rows)}\n\n{provenance(recorded[last], f'audit-{last}')}"
 
 
+def speed_table() -> str:
+    """Time and quality of the speeds beside the literal loop, what is algorithm apart from what is compilation."""
+    times, quality = load("speed-counterfactual"), load("speed-quality")
+    seconds, gains = times["seconds_per_counterfactual"], times["times_literal"]
+    best = times["best_literal_batch"]
+    first = quality["rows"]["literal"]
+    rows = [
+        [f"literal, 171 steps, {best.split(', ')[1]}", f"{seconds[best]['p50']:.2f} s", "", "", "",
+         rate(first["flip"]), rate(first["transfer"]), number(first["l1"]), f"{first['kid']['mean']:.4f}"]
+    ]  # fmt: skip
+    for name, row in quality["rows"].items():
+        for label, what in (("full", "64 images"), ("one", "batch 1")):
+            if f"{name}, {label}" in gains:
+                gain, q = gains[f"{name}, {label}"], seconds[f"{name}, onnxruntime, {label}"]
+                tail = f" (p95 {q['p95']:.2f}, p99 {q['p99']:.2f})" if label == "one" else ""
+                shown = label == "full"
+                rows.append([
+                    f"`{name}`, {what}", f"{q['p50']:.3f} s{tail}", f"{gain['algorithm']:.0f}x",
+                    f"{gain['compile']:.2f}x", f"**{gain['both']:.0f}x**",
+                    *([rate(row["flip"]), rate(row["transfer"]), number(row["l1"]), f"{row['kid']['mean']:.4f}"]
+                      if shown else [""] * 4),
+                ])  # fmt: skip
+    header = ["", "a counterfactual, p50", "by algorithm", "by compiling", "times literal", "flips", "the judge agrees",
+              "mean L1", "KID"]  # fmt: skip
+    return (
+        f"{table(header, rows)}\n\nQuality: {quality['images']} pairs of test digits and targets. "
+        f"{provenance(times, 'speed-counterfactual')}"
+    )
+
+
+def overhead_table() -> str:
+    """What guidance costs: a guided step over an unguided one, and how near to the exact guidance it is."""
+    result = load("speed-guided-step")
+    rows = []
+    for name, ratio in result["overhead"].items():
+        if name.endswith(", compiled"):
+            continue
+        compiled = result["overhead"].get(f"{name}, compiled")
+        fidelity = result["fidelity"].get(name)
+        rows.append([
+            name, f"{1e3 * result['seconds'][name]['p50']:.0f} ms", f"{ratio:.2f}",
+            "" if compiled is None else f"{compiled:.2f}",
+            "" if fidelity is None else f"{fidelity['p50']:.2f} ({fidelity['p20']:.2f} to {fidelity['p80']:.2f})",
+        ])  # fmt: skip
+    header = ["guided step", "eager", "times unguided, eager", "times unguided, compiled", "cosine to exact guidance"]
+    return f"{table(header, rows)}\n\nBatch {result['batch']}. {provenance(result, 'speed-guided-step')}"
+
+
+def pareto_table() -> str:
+    """Every option alone, and the best of them combined."""
+    result = load("pareto")
+    rows = [
+        [name, f"{r['cpu_seconds']:.2f} s", rate(r["flip"]), rate(r["transfer"]), number(r["l1"], 3), f"{r['kid']:.4f}"]
+        for name, r in result["rows"].items()
+    ]
+    header = ["validation split", "CPU time an image", "flips", "the judge agrees", "mean L1", "KID"]
+    return f"{table(header, rows)}\n\n{provenance(result, 'pareto')}"
+
+
 TABLES = {
     "detector": detector_table,
     "audits": audits_table,
+    "speed": speed_table,
+    "overhead": overhead_table,
+    "pareto": pareto_table,
     "runtimes": runtimes_table,
     "real": real_models_table,
     "kernels": kernel_table,
@@ -232,8 +295,58 @@ def fill(text: str) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", one, text, flags=re.S)
 
 
-def main(check: bool = False) -> None:
-    """Rewrite the tables; with --check, fail if that would change a file."""
+WORSE = 0.10  # a figure that became worse by more than this is a regression
+
+
+def regressions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Figures of two recorded results that became worse by more than `WORSE`, as lines.
+
+    Raises:
+        ValueError: they were recorded on different devices or thread counts, or have no figure in common.
+    """
+    for key in ("device", "threads"):
+        a, b = old["environment"][key], new["environment"][key]
+        if a != b:
+            raise ValueError(f"{key}: {a!r} and {b!r} cannot be compared")
+    before, after = old.get("figures", {}), new.get("figures", {})
+    common = [name for name in before if name in after]
+    if not common:
+        raise ValueError("figures: the two results have none in common")
+    out = []
+    for name in common:
+        a, b = before[name]["value"], after[name]["value"]
+        change = (b / a if before[name]["better"] == "lower" else a / b) - 1
+        if not change <= WORSE:
+            out.append(f"{name}: {a:.4g} became {b:.4g} {before[name]['unit']}, {100 * change:.0f} % worse")
+    return out
+
+
+def compare(old: Path, new: Path) -> None:
+    """Print what became worse; exit code 1 if anything did, 2 if the files cannot be compared."""
+    try:
+        lines = regressions(*(json.loads(path.read_text()) for path in (old, new)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        typer.echo(f"error: compare: {error}", err=True)
+        raise typer.Exit(2) from error
+    for line in lines:
+        typer.echo(line)
+    if lines:
+        raise typer.Exit(1)
+
+
+def main(
+    check: Annotated[bool, typer.Option(help="Fail if that would change a file.")] = False,
+    compared: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", help="Two recorded results, old and new.")
+    ] = None,
+) -> None:
+    """Rewrite the tables, or compare two recorded results (fails where a figure became 10 % worse).
+
+    Example: python -m bench.report --compare old.json bench/results/speed-counterfactual.json
+    """
+    if compared is not None:
+        compare(*compared)
+        return
     for path in (README, CARD):
         old = path.read_text()
         new = fill(old)

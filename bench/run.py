@@ -64,8 +64,12 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def open_engine(runtime: str, config: Config) -> Engine:
-    """The digits engine under one runtime; compiled steps are built into build/bench-store."""
-    return Engine.from_pack("digits", config=config, runtime=runtime, store=STORE)
+    """The digits engine under one runtime; compiled steps and parts are built into build/bench-store."""
+    engine = Engine.from_pack("digits", config=config, runtime=runtime, store=STORE)
+    if runtime == "onnxruntime":
+        for what in ("unet", "vae-encoder", "vae-decoder"):
+            compiled_part(engine, what)
+    return engine
 
 
 def figure(value: float, better: str, unit: str) -> dict[str, Any]:
@@ -439,6 +443,25 @@ def growth_suite(runtime: str, small: int = 100, large: int = 1000) -> dict[str,
     }  # fmt: skip
 
 
+def explain_suite(runtime: str, rounds: int) -> dict[str, Any]:
+    """`Engine.explain`: a saliency map alone, and with its counterfactual, per image of a full batch and at batch 1."""
+    engine: Any = open_engine(runtime, Config(mode="realistic", speed="fast"))
+    if not hasattr(engine, "explain"):
+        raise SystemExit("suite explain: the engine in this tree has no explain")
+    images = Pack("digits").samples("test", count=16, marker="random").images
+    calls = {
+        f"{name}, batch {n}": lambda x=images[:n], c=both: engine.explain(x, counterfactual=c)
+        for n in (16, 1)
+        for name, both in (("saliency", False), ("saliency and counterfactual", True))
+    }
+    seconds = interleaved(calls, rounds)
+    for name, q in seconds.items():
+        count = int(name.split()[-1])
+        say(f"{name}: {q['p50'] / count:.4f} s an image")
+    figures = {n: figure(q["p50"] / int(n.split()[-1]), "lower", "s an image") for n, q in seconds.items()}
+    return {"seconds": seconds, "figures": figures}
+
+
 # Start-up
 
 
@@ -471,7 +494,7 @@ def metrics_suite() -> dict[str, Any]:
     raise SystemExit(0)
 
 
-SUITES = ("counterfactual", "quality", "guided-step", "batching", "growth", "startup", "metrics")
+SUITES = ("counterfactual", "quality", "guided-step", "batching", "growth", "explain", "startup", "metrics")
 
 
 def main(
@@ -502,6 +525,7 @@ def main(
         "guided-step": lambda: guided_step_suite(runtime, rounds, batch),
         "batching": lambda: batching_suite(runtime, rounds),
         "growth": lambda: growth_suite(runtime),
+        "explain": lambda: explain_suite(runtime, rounds),
         "startup": lambda: startup_suite(rounds),
         "metrics": metrics_suite,
     }

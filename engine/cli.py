@@ -20,6 +20,7 @@ from counterlens.export.errors import ExportError
 
 from .audit import cli as _audit
 from .errors import CounterlensError, UsageError
+from .metrics import cli as _metrics
 from .options import (
     ClassesOption,
     ClassifierOption,
@@ -210,7 +211,8 @@ def counterfactual(
     choices = [_as_target(item.target or target, engine) for item in items]
     for choice in dict.fromkeys(choices):
         engine.check_target(choice)
-    engine.settings(config)
+    if engine.settings(config).guidance_decoder != "tiny" and tiny_decoder is not None:
+        raise UsageError("tiny_decoder: it is not used; add --guidance-decoder tiny")
     console = text_console(as_json)
     table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
     failed = 0
@@ -524,6 +526,7 @@ app.command("profile")(_profiling.profile)
 app.command("audit")(_audit.audit)
 app.command("audit-merge")(_audit.merge)
 app.command("audit-report")(_audit.report)
+app.add_typer(_metrics.app, name="metrics")
 
 
 def main() -> None:

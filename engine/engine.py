@@ -292,7 +292,11 @@ class Engine:
         return self._sampler(self.settings(config or self.config), slots)
 
     def _sampler(self, settings: Settings, slots: int) -> Sampler:
-        return Sampler(self.diffusion, slots, self._runner(settings).step(slots), settings.graph, **self._parts(slots))
+        parts = self._parts(slots)
+        return Sampler(
+            self.diffusion, slots, self._runner(settings).step(slots), settings.graph,
+            predict_noise=parts["predict_noise"], encode=parts["encode"], decode=parts["decode"],
+        )  # fmt: skip
 
     def _part_runners(self) -> dict[str, StepRunner]:
         """One runner for each part of the models that runs beside the steps; none where everything is eager."""
@@ -307,8 +311,11 @@ class Engine:
     def _parts(self, slots: int) -> dict[str, Callable[..., Tensor]]:
         """Encoder, decoder and UNet for encoding, inversion and decoding: compiled ones where the store has them."""
         runners = self._part_runners()
-        own = {"predict_noise": self.diffusion.predict_noise, "encode": self.diffusion.encode,
-               "decode": self.diffusion.decode}  # fmt: skip
+        own: dict[str, Callable[..., Tensor]] = {
+            "predict_noise": self.diffusion.predict_noise,
+            "encode": self.diffusion.encode,
+            "decode": self.diffusion.decode,
+        }
         return {name: runners[what].part(slots) if what in runners else own[name] for name, what in PARTS.items()}
 
     @property

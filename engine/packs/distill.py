@@ -24,16 +24,16 @@ from ..models.protocols import SoftmaxClassifier
 from ..models.tiny import CONFIG, WEIGHTS, LatentResolutionDecoder, check_decoder, read_decoder, save_decoder
 from . import TINY, Pack
 
-WIDTH, BLOCKS = 64, 2
+WIDTH, BLOCKS = 48, 2
+BATCH = 64
 STRENGTH = 0.7
 GRADIENT_WEIGHT = 0.5
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 4e-3
 
 
 def teach(
     pack: Pack,
     images: Tensor,  # [N, 3, H, W]
-    labels: Tensor,  # [N]
     count: int,
     g: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ def distill(pack: Pack, out: Path, steps: int, count: int, seed: int, progress: 
     """Train the student and write it to `out`; returns its errors on validation digits."""
     g = torch.Generator().manual_seed(seed)
     train, held_out = (pack.samples(split, marker="random") for split in ("train", "validation"))
-    lesson = teach(pack, train.images, torch.tensor(train.labels), count, g)
+    lesson = teach(pack, train.images, count, g)
     z, x, v, pulled = lesson
     torch.manual_seed(seed)
     factor = x.shape[-1] // z.shape[-1]
@@ -84,7 +84,7 @@ def distill(pack: Pack, out: Path, steps: int, count: int, seed: int, progress: 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.05)
     task = progress.add_task("distilling", total=steps, loss=float("nan"))
     for _ in range(steps):
-        index = torch.randint(len(z), (128,), generator=g)
+        index = torch.randint(len(z), (BATCH,), generator=g)
         latents = z[index].requires_grad_()
         output = student(latents)
         mine = torch.autograd.grad((output * v[index]).sum(), latents, create_graph=True)[0]
@@ -103,7 +103,7 @@ def distill(pack: Pack, out: Path, steps: int, count: int, seed: int, progress: 
     save_decoder(student, out, config)
     decoder = read_decoder(out, config)
     check_decoder(decoder, pack.diffusion())
-    z, x, v, pulled = teach(pack, held_out.images, torch.tensor(held_out.labels), 512, g)
+    z, x, v, pulled = teach(pack, held_out.images, 256, g)
     output, pull = torch.func.vjp(decoder.decode, z)  # type: ignore[misc]
     cosine = torch.cosine_similarity(pull(v)[0].flatten(1), pulled.flatten(1))
     psnr = 10 * torch.log10(4 / (output - x).square().mean(dim=(1, 2, 3)))
@@ -112,8 +112,8 @@ def distill(pack: Pack, out: Path, steps: int, count: int, seed: int, progress: 
 
 def main(
     pack: Annotated[str, typer.Option(help="Pack or folder, which is changed.")] = "digits",
-    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 3000,
-    count: Annotated[int, typer.Option(help="Latents that the teacher decodes.", min=128)] = 20000,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 900,
+    count: Annotated[int, typer.Option(help="Latents that the teacher decodes.", min=128)] = 3072,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
 ) -> None:
     """Distil the decoder (some minutes on a CPU), put it into the pack and list it in pack.json.

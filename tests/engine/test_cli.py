@@ -116,6 +116,12 @@ def test_usage_errors(digits: Path, tmp_path: Path) -> None:
         (["--out", tmp_path / "file"], ["out", "file"]),
         (["--filter", "project", "--angle", "90"], ["angle"]),
         (["--steps", "1000"], ["steps"]),
+        (["--steps", "700", "--spacing", "trailing"], ["steps", "timesteps of strength"]),
+        (["--speed", "warp"], ["speed", "warp"]),
+        (["--solver", "euler"], ["solver", "euler"]),
+        (["--guidance-start", "0.9", "--guidance-end", "0.1"], ["guidance_start"]),
+        (["--budget", "0"], ["budget"]),
+        (["--tiny-decoder", tmp_path / "nothing"], ["guidance_decoder", "nothing"]),
     ]:
         out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
         one_line_error(run("counterfactual", file, *arguments, *out), 2, *words)
