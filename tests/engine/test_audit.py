@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from counterlens.engine.config import Config
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.images import as_saved, load_image
+from counterlens.engine.metrics.msi_score import msi
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from tests.engine.test_audit_sources import picture, save
 
@@ -381,3 +383,36 @@ def test_webp_and_paths(tiny, source: Path, tmp_path: Path) -> None:
     row = next(results.rows())
     assert row["counterfactual"] == "images/000/000000/000-counterfactual.webp"
     assert (load_image(tmp_path / row["image"], 16) - load_image(source / row["id"], 16)).abs().max() == 0
+
+
+def test_saliency_and_its_scores(tiny, source: Path, tmp_path: Path, monkeypatch) -> None:
+    """Rows hold what `Engine.explain` returns; one image that it fails on is recorded."""
+    bad = load_image(source / "1" / "4.png", 16)
+
+    def explain(self: Engine, images: Tensor, *, method: str, config: Config) -> Any:
+        if any(torch.equal(x, bad) for x in images):
+            raise RuntimeError("no saliency for this one")
+        saliency = images.mean(dim=1)
+        return SimpleNamespace(saliency=saliency, msi=msi(self.classifier, images, saliency))
+
+    monkeypatch.setattr(Engine, "explain", explain, raising=False)
+    engine = make_engine(tiny)
+    results = run(engine, source, tmp_path, saliency="mean", counterfactuals=False)
+    rows = {r["id"]: r for r in results.rows()}
+    assert rows["1/4.png"]["error"] == "saliency: RuntimeError: no saliency for this one"
+    row = rows["0/0.png"]
+    image = load_image(source / "0" / "0.png", 16)
+    expected = msi(engine.classifier, image[None], image.mean(dim=0)[None])
+    assert row["msi"] == pytest.approx(expected.score.item(), abs=1e-5)
+    assert row["sufficient_area"] == pytest.approx(expected.sufficient_area.item())
+    assert row["deletion_curve"] == pytest.approx(expected.curves.remove[0].tolist(), abs=1e-5)
+    assert row["target"] is row["counterfactual"] is None
+    saved = load_image(tmp_path / row["saliency"], 16)
+    assert (saved - image.mean(dim=0)).abs().max() < 0.003
+    assert summarise(results).overall["msi"].n == COUNT - 2
+
+
+@pytest.mark.skipif(not hasattr(Engine, "explain"), reason="needs Engine.explain")
+def test_saliency_of_the_engine(tiny, source: Path, tmp_path: Path) -> None:
+    rows = list(run(make_engine(tiny), source, tmp_path, saliency="gradxinput", limit=2).rows())
+    assert all(r["msi"] is not None and r["saliency"] and r["flipped"] is not None for r in rows)
