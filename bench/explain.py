@@ -38,7 +38,7 @@ SECTIONS = ("truth", "quality", "cost", "sanity", "memory")
 METHODS = list(saliency_methods)
 CLASSIFIERS = ("clean", "shortcut")
 ALPHA_MIN = 0.5  # the paper's default; frozen before methods are compared
-ROUNDS = 7  # of the cost table, methods interleaved
+ROUNDS = 5  # of the cost table, methods interleaved
 
 
 def predict(classifier: SoftmaxClassifier, images: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def pointing(scores: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     return hit, inside.flatten(1).gather(1, top).double().mean(1)
 
 
-def truth_figures(pack: Pack, count: int | None) -> dict[str, Any]:
+def truth_figures(pack: Pack, count: int | None, pictures: bool) -> dict[str, Any]:
     """Do maps of "5 or more, or not" point at the marker: for the classifier that reads it, and for the other?"""
     samples = pack.samples("test", marker="matching", count=count)
     inside = marker_boxes(samples.markers)
@@ -87,7 +87,8 @@ def truth_figures(pack: Pack, count: int | None) -> dict[str, Any]:
             notes[method] = ["hit" if h else "" for h in hit[:10].tolist()]
             print(name, method, f"pointing {hit.mean():.3f}, top {share.mean():.3f}", flush=True)
         captions = [str(int(p)) for p in predict(classifier, samples.images[:10])]
-        write_png(draw_methods(samples.images[:10], captions, maps, notes), RESULTS / f"saliency-{name}.png")
+        if pictures:
+            write_png(draw_methods(samples.images[:10], captions, maps, notes), RESULTS / f"saliency-{name}.png")
         out[name] = rows
     return out
 
@@ -220,7 +221,7 @@ def main(
     sections: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SECTIONS)}.")] = "all",
     count: Annotated[int | None, typer.Option(help="Test digits; all of them without it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the training in `sanity`; the pack's without it.")] = None,
-    record: Annotated[bool, typer.Option(help="Write bench/results/explain.json.")] = False,
+    record: Annotated[bool, typer.Option(help="Write bench/results/explain.json and pictures.")] = False,
 ) -> None:
     """Measure saliency methods on the test split.
 
@@ -232,7 +233,7 @@ def main(
     payload: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     payload.pop("environment", None)
     if "truth" in chosen:
-        payload["truth"] = truth_figures(opened, count)
+        payload["truth"] = truth_figures(opened, count, record)
     if "quality" in chosen:
         payload["quality"] = quality_figures(opened, count)
     if "cost" in chosen:
