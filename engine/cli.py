@@ -18,7 +18,9 @@ from rich.table import Table
 
 from counterlens.export.errors import ExportError
 
+from .adapter.cli import register as register_adapter
 from .errors import CounterlensError, UsageError
+from .metrics import cli as _metrics
 from .options import (
     ClassesOption,
     ClassifierOption,
@@ -521,6 +523,8 @@ def info(
 
 
 app.command("profile")(_profiling.profile)
+app.add_typer(_metrics.app, name="metrics")
+register_adapter(app)
 
 
 def main() -> None:

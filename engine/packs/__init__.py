@@ -82,6 +82,11 @@ class Pack:
         """The 1,797 glyphs: `glyph` [N, 8, 8] uint8, `label` [N], `split` [N]."""
         return load_file(self.folder / "digits.safetensors")
 
+    @property
+    def mean_colour(self) -> Tensor:
+        """Mean colour of the training images: [3] in [0, 1]."""
+        return torch.tensor(self.manifest["training"]["mean_colour"])
+
     def classifier_names(self) -> list[str]:
         """Names that `classifier` takes."""
         return sorted(p.name for p in (self.folder / "classifiers").iterdir() if p.is_dir())

@@ -1,0 +1,90 @@
+"""`counterlens metrics calibrate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+
+# torch and everything that needs it are imported inside the commands: --help must answer at once.
+
+SIGMA = 1 / 16  # of the gradient maps, as a share of the image's height
+
+app = typer.Typer(no_args_is_help=True, help="Metrics of saliency maps: freeze their settings.")
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Folder for calibration.json.")] = Path("calibration"),
+    pack: Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")] = "digits",
+    classifier: Annotated[str, typer.Option(help="The pack's classifier.")] = "clean",
+    split: Annotated[str, typer.Option(help="train or validation; test is for comparing methods.")] = "validation",
+    count: Annotated[int, typer.Option(help="How many images, spread evenly over the classes.", min=2)] = 100,
+    maps: Annotated[
+        Path | None,
+        typer.Option(help="Safetensors file with `saliency` [N, H, W] of the images; gradients without it."),
+    ] = None,
+    candidates: Annotated[
+        str, typer.Option(help="Values of alpha_min to choose from.")
+    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    steps: Annotated[int, typer.Option(help="Thresholds of MSI.", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="Of the samples' rendering.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout.")] = False,
+) -> None:
+    """Choose MSI's alpha_min on a validation split and freeze it in a file that says how it was chosen.
+
+    The best value is the one at which MSI tells an image's own map from another image's map: see the file's `rule`.
+
+    Example: counterlens metrics calibrate --classifier clean --out calibration
+    """
+    if split == "test":
+        raise UsageError("split: alpha_min is not chosen on the test split, on which methods are compared")
+    values = _numbers(candidates)
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..images import make_folder
+    from ..packs import Pack
+    from .calibration import calibrate as choose
+    from .reference_maps import gradient_maps, read_maps
+
+    opened = Pack(pack)
+    model = opened.classifier(classifier)
+    samples = opened.samples(split, count=count, marker="random", seed=seed)
+    size = samples.images.shape[2]
+    saliency = (
+        gradient_maps(model, samples.images, sigma=SIGMA * size) if maps is None else read_maps(maps, samples.images)
+    )
+    folder = make_folder(out)
+    result = choose(
+        model, samples.images, saliency, candidates=values, steps=steps, baseline=opened.mean_colour,
+        seeds=samples.ids,
+    )  # fmt: skip
+    path = folder / "calibration.json"
+    content = result.save(
+        path, pack=opened.name, classifier=classifier, split=split, seed=seed, baseline="training mean colour",
+        maps=maps.name if maps else f"|gradient of log p|, summed over channels, smoothed with sigma = {SIGMA:g} H",
+        forwards=result.forwards,
+    )  # fmt: skip
+    if as_json:
+        sys.stdout.write(json.dumps(content | {"path": str(path)}) + "\n")
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("alpha_min", "effect", "MSI, own map", "MSI, another image's map", box=box.SIMPLE)
+    for row in result.candidates:
+        table.add_row(f"{row.alpha_min:g}", f"{row.effect:.3f}", f"{row.own:.3f}", f"{row.other:.3f}")
+    console.print(table)
+    console.print(f"alpha_min {result.alpha_min:g}, frozen in {path}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"candidates: expected numbers separated by commas, got {text!r}") from error

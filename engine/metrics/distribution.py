@@ -1,0 +1,182 @@
+"""Distances between sets of images in a feature space: FID, split FID and KID, computed by torchmetrics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CounterlensError, UsageError
+from ..guidance.pullback import frozen
+from .inputs import check_images
+
+Features = Callable[[Tensor], Tensor]
+
+
+def fid(
+    real: Tensor,  # [N, C, H, W] in [0, 1]
+    fake: Tensor,  # [M, C, H, W] in [0, 1]
+    features: Features,
+    *,
+    batch_size: int = 64,
+) -> float:
+    """Fréchet distance between Gaussians fitted to two sets' features; biased upwards, the more so with few images.
+
+    Counterfactuals beside their own originals share most pixels, which lowers it: see `sfid`.
+
+    Args:
+        features: a function or module from images [B, C, H, W] in [0, 1] to features [B, D]. With Inception's (2048)
+            this is the FID of the literature, with another network's it can be compared only with itself.
+
+    Raises:
+        UsageError: fewer than two images, or shapes do not fit. CounterlensError: torchmetrics is missing.
+        Warns (UserWarning) where there are fewer images than features: the covariances are singular then.
+
+    Source: Heusel et al. (arXiv 1706.08500).
+    """
+    a, b = extract_features(real, features, batch_size), extract_features(fake, features, batch_size)
+    _warn_of_few(min(len(a), len(b)), a.shape[1], "FID")
+    return _fid(a, b)
+
+
+def sfid(
+    images: Tensor,  # [N, C, H, W] in [0, 1]
+    counterfactuals: Tensor,  # [N, C, H, W] in [0, 1], of the images in their order
+    features: Features,
+    *,
+    splits: int = 10,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> float:
+    """Split FID: counterfactuals of one half against the originals of the other, both ways, averaged over splits.
+
+    A counterfactual keeps most of its original; only across halves does FID ask whether it looks real.
+
+    Args:
+        features: as for `fid`. splits: random halvings, drawn from `seed`.
+
+    Raises:
+        UsageError, CounterlensError, warnings: as for `fid`; at least four images.
+
+    Source: Jeanneret et al., ACE (arXiv 2303.09962), section 4.
+    """
+    if images.shape != counterfactuals.shape or len(images) < 4 or splits < 1:
+        raise UsageError(
+            f"counterfactuals: expected those of at least four images, and a split: {list(images.shape)}, "
+            f"{list(counterfactuals.shape)}, splits {splits}"
+        )
+    a = extract_features(images, features, batch_size)
+    b = extract_features(counterfactuals, features, batch_size)
+    half = len(a) // 2
+    _warn_of_few(half, a.shape[1], "split FID")
+    g = torch.Generator().manual_seed(seed)
+    distances = []
+    for _ in range(splits):
+        order = torch.randperm(len(a), generator=g)
+        one, other = order[:half], order[half:]
+        distances += [_fid(a[one], b[other]), _fid(a[other], b[one])]
+    return sum(distances) / len(distances)
+
+
+def kid(
+    real: Tensor,  # [N, C, H, W] in [0, 1]
+    fake: Tensor,  # [M, C, H, W] in [0, 1]
+    features: Features,
+    *,
+    subsets: int = 100,
+    subset_size: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> tuple[float, float]:
+    """Squared maximum mean discrepancy under a cubic kernel, without bias: mean and standard deviation over subsets.
+
+    Args:
+        features: as for `fid`. subset_size: images in a subset; 1000, or all where there are fewer.
+        seed: of the subsets; torch's global generator is left as it was.
+
+    Raises:
+        UsageError: fewer than two images, or than a subset; shapes do not fit. CounterlensError: torchmetrics is
+            missing.
+
+    Source: Binkowski et al. (arXiv 1801.01401).
+    """
+    a, b = extract_features(real, features, batch_size), extract_features(fake, features, batch_size)
+    fewest = min(len(a), len(b))
+    size = min(1000, fewest) if subset_size is None else subset_size
+    if not 2 <= size <= fewest or subsets < 1:
+        raise UsageError(f"subset_size: expected 2 to {fewest} (the images), got {size}; subsets: {subsets}")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message=".*Kernel Inception Distance.*")  # of its memory
+        torch.manual_seed(seed)
+        metric = _torchmetrics("kid").KernelInceptionDistance(_AsGiven(a.shape[1]), subsets, size)
+        metric.update(a, real=True)
+        metric.update(b, real=False)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+class _AsGiven(nn.Module):
+    """torchmetrics' feature network, where the images given are features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def _torchmetrics(part: str) -> Any:
+    try:
+        if part == "fid":
+            from torchmetrics.image import fid as module
+        else:
+            from torchmetrics.image import kid as module
+    except ImportError as error:
+        raise CounterlensError(
+            f"FID and KID need torchmetrics ({error}): pip install 'counterlens[quality]'; torchvision is not needed"
+        ) from error
+    return module
+
+
+def _fid(a: Tensor, b: Tensor) -> float:
+    metric = _torchmetrics("fid").FrechetInceptionDistance(_AsGiven(a.shape[1]))
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    return float(metric.compute())
+
+
+def extract_features(
+    images: Tensor,  # [N, C, H, W]
+    features: Features,
+    batch_size: int = 64,
+) -> Tensor:
+    """Features [N, D] in float64 on the CPU, batch by batch.
+
+    Raises:
+        UsageError: fewer than two images, or the function does not return [B, D].
+    """
+    check_images(images)
+    if len(images) < 2:
+        raise UsageError(f"images: expected at least two, got {list(images.shape)}")
+    parts = []
+    with torch.no_grad(), frozen(*([features] if isinstance(features, nn.Module) else [])):
+        for batch in images.split(batch_size):
+            out = features(batch)
+            if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(batch):
+                got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise UsageError(f"features: expected [{len(batch)}, D] of images {list(batch.shape)}, got {got}")
+            parts.append(out.double().cpu())
+    return torch.cat(parts)
+
+
+def _warn_of_few(images: int, features: int, name: str) -> None:
+    if images <= features:
+        warnings.warn(
+            f"{name}: {images} images for {features} features; the covariances are singular and the distance is "
+            "unreliable: use more images, fewer features, or KID",
+            stacklevel=3,
+        )
