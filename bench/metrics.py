@@ -23,23 +23,24 @@ BATCHES = (1, 7, 64)
 CASES = ((1, 1, 1), (1, 16, 5), (16, 64, 3))  # images, features in a step, rounds
 
 
-def median_seconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median wall time of each function, taken in turns so that a busy moment hits all of them."""
+def median_seconds(
+    functions: dict[str, Callable[[], Tensor]], rounds: int
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Median wall time of each function, taken in turns so that a busy moment hits all of them, and their results."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for fn in functions.values():
-        fn()
+    results = {name: fn() for name, fn in functions.items()}
     for _ in range(rounds):
         for name, fn in functions.items():
             start = time.perf_counter()
             fn()
             times[name].append(time.perf_counter() - start)
-    return {name: torch.tensor(t, dtype=torch.float64).median().item() for name, t in times.items()}
+    return {name: torch.tensor(t, dtype=torch.float64).median().item() for name, t in times.items()}, results
 
 
 @torch.no_grad()
 def plain_loop(module: nn.Module, images: Tensor, saliency: Tensor, targets: Tensor, per_step: int) -> Tensor:
     """Pixel flipping as one would write it: one image, one step, one forward at a time: [N, K]."""
-    order = (-saliency.flatten(1)).argsort(1, stable=True)
+    order = (-saliency.flatten(1)).argsort(dim=1, stable=True)
     rows = []
     for image, ranks, target in zip(images, order, targets, strict=True):
         flat, black, curve = image.flatten().clone(), image.min(), []
@@ -74,8 +75,9 @@ def speed(pack: Pack, count: int, per_step: int, rounds: int, device: str, batch
     module = classifier.module.to(device)
     images = pack.samples("test", count=count, marker="random").images.to(device)
     g = torch.Generator().manual_seed(0)
-    # Channels differ a little: Quantus' sort is not stable.
-    saliency = gradient_maps(classifier, images)[:, None] + 1e-6 * torch.rand(images.shape, generator=g).to(device)
+    maps = gradient_maps(classifier, images)[:, None]
+    # Channels differ a little, since Quantus' sort is not stable.
+    saliency = maps + 0.01 * maps.max() * torch.rand(images.shape, generator=g).to(device)
     targets = classifier.logits(images).argmax(1)
 
     def ours() -> Tensor:
@@ -84,15 +86,15 @@ def speed(pack: Pack, count: int, per_step: int, rounds: int, device: str, batch
         )  # fmt: skip
         return result.values
 
-    functions: dict[str, Callable[[], Any]] = {
+    functions: dict[str, Callable[[], Tensor]] = {
         "ours": ours,
         "plain loop": lambda: plain_loop(module, images, saliency, targets, per_step),
     }
     quantus = quantus_flipping(module, images, saliency, targets, per_step)
     if not isinstance(quantus, str):
         functions["quantus"] = quantus
-    seconds = median_seconds(functions, rounds)
-    mine = ours()
+    seconds, values = median_seconds(functions, rounds)
+    mine = values.pop("ours")
     return {
         "images": count,
         "steps": mine.shape[1],
@@ -100,7 +102,7 @@ def speed(pack: Pack, count: int, per_step: int, rounds: int, device: str, batch
         "seconds": seconds,
         "times_plain": seconds["plain loop"] / seconds["ours"],
         "times_quantus": quantus if isinstance(quantus, str) else seconds["quantus"] / seconds["ours"],
-        "largest_difference": {n: (fn() - mine).abs().max().item() for n, fn in functions.items() if n != "ours"},
+        "largest_difference": {name: (v - mine).abs().max().item() for name, v in values.items()},
     }
 
 

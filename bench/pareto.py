@@ -58,20 +58,21 @@ def combined() -> dict[str, dict[str, Any]]:
         ("detached", "full", "latent"), ("detached", "tiny", "latent"),
     ):  # fmt: skip
         fields = {"gradient": gradient, "guidance_decoder": decoder, "distance": distance, "noise": "inversion"}
-        out[f"8 leading dpm++, {gradient}, {decoder}, {distance}"] = fields | {
-            "steps": 8, "spacing": "leading", "solver": "dpm++"
+        out[f"8 trailing dpm++, {gradient}, {decoder}, {distance}"] = fields | {
+            "steps": 8, "spacing": "trailing", "solver": "dpm++"
         }  # fmt: skip
-    for steps in (3, 4, 5, 6, 8):
-        for spacing in ("leading", "trailing", "logsnr"):
-            for solver in ("ddim", "dpm++", "unipc"):
-                fields = CHEAP | {"steps": steps, "spacing": spacing, "solver": solver}
-                out[f"{steps} {spacing} {solver}, cheap"] = fields | {"noise": "inversion"}
+    grid = [(steps, "trailing", solver) for steps in (3, 4, 5, 6, 8, 10) for solver in ("ddim", "dpm++", "unipc")]
+    grid += [(steps, "logsnr", solver) for steps in (4, 5, 6, 8) for solver in ("ddim", "dpm++")]
+    grid += [(steps, "leading", solver) for steps in (5, 8) for solver in ("ddim", "dpm++")]
+    for steps, spacing, solver in grid:
+        fields = CHEAP | {"steps": steps, "spacing": spacing, "solver": solver}
+        out[f"{steps} {spacing} {solver}, cheap"] = fields | {"noise": "inversion"}
     for steps in (4, 6):
-        fields = CHEAP | {"steps": steps, "spacing": "leading", "solver": "dpm++", "noise": "random"}
-        out[f"{steps} leading dpm++, cheap, random noise"] = fields
+        fields = CHEAP | {"steps": steps, "spacing": "trailing", "solver": "dpm++", "noise": "random"}
+        out[f"{steps} trailing dpm++, cheap, random noise"] = fields
         skipping = fields | {"noise": "inversion"}
-        out[f"{steps} leading dpm++, cheap, every 2nd"] = skipping | {"guidance_every": 2}
-        out[f"{steps} leading dpm++, cheap, to 75 %"] = skipping | {"guidance_end": 0.75}
+        out[f"{steps} trailing dpm++, cheap, every 2nd"] = skipping | {"guidance_every": 2}
+        out[f"{steps} trailing dpm++, cheap, to 75 %"] = skipping | {"guidance_end": 0.75}
     return out
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from counterlens.export.errors import ExportError
 
+from .adapter.cli import register as register_adapter
 from .audit import cli as _audit
 from .errors import CounterlensError, UsageError
 from .metrics import cli as _metrics
@@ -527,6 +528,7 @@ app.command("audit")(_audit.audit)
 app.command("audit-merge")(_audit.merge)
 app.command("audit-report")(_audit.report)
 app.add_typer(_metrics.app, name="metrics")
+register_adapter(app)
 
 
 def main() -> None:

@@ -92,9 +92,9 @@ _EXACT: dict[str, Any] = {
 }
 SPEEDS: dict[str, dict[str, Any]] = {
     "exact": _EXACT,
-    "balanced": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "leading",
+    "balanced": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "trailing",
                           "steps": 10},
-    "fast": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "leading",
+    "fast": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "trailing",
                       "steps": 5, "distance": "latent"},
 }  # fmt: skip
 

@@ -33,6 +33,7 @@ from .runtime.choice import RUNTIMES, Choice, StepRunner
 from .runtime.spec import Spec, flat
 
 if TYPE_CHECKING:
+    from .adapter.explain import Explanations
     from .audit.results import Results
 
 # Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
@@ -600,6 +601,46 @@ class Engine:
             for i, outcome in outcomes.items():
                 errors[i] = outcome.error
             return self._measure(images, source, target, list(seeds), errors, outcomes, list(decided.values()))
+
+    def explain(
+        self,
+        images: Tensor,  # [B, 3, H, W] in [0, 1]
+        *,
+        explained: Targets | None = None,
+        method: str = "lax",
+        quantity: str | Callable[[Tensor, Tensor], Tensor] = "class",
+        adapter: Any = None,
+        baseline: Any = None,
+        alpha_min: float = 0.5,
+        counterfactual: bool = False,
+        targets: Targets = "runner-up",
+        seeds: Sequence[int] | None = None,
+        config: Config | None = None,
+    ) -> Explanations:
+        """Show where the evidence is, how good that answer is (MSI), and asked for, what would have to change.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1] at the model's image size.
+            explained: labels whose evidence is shown, as for `counterfactual`; the predictions without it.
+            method: `lax`, or one of `adapter.methods.saliency_methods`.
+            quantity: `class`, groups of labels (`0,1,2/3,4`), or log-odds as a function of logits and targets; see
+                `adapter.quantities.make_quantity`.
+            adapter: of `lax`: one that is open, or its folder; the pack's without it.
+            baseline: what hides pixels, see `metrics.inputs.make_baseline`; the pack's mean colour, else each image's.
+            alpha_min: of MSI.
+            counterfactual: compute counterfactuals as well, with `targets`, `seeds` and `config`.
+
+        Raises:
+            UsageError: images or an argument do not fit, or there is no adapter. CounterlensError: the adapter is of
+                another model, or a package is missing.
+        """
+        from .adapter.explain import explain
+
+        self._check_images(images)
+        return explain(
+            self, images, explained=explained, method=method, quantity=quantity, adapter=adapter, baseline=baseline,
+            alpha_min=alpha_min, counterfactual=counterfactual, targets=targets, seeds=seeds, config=config,
+        )  # fmt: skip
 
     def audit(
         self,

@@ -31,6 +31,7 @@ from .quantities import Explained, Quantity, check_targets
 
 Keep = Literal["both", "above", "below"]
 Order = Literal["value", "rank"]
+CHUNK_BYTES = 1 << 24
 # Writes perturbed images: out [n, K, C, H, W], first sample, one past the last, below?, marked pixels [n, K] falling.
 Fill = Callable[[Tensor, int, int, bool, Tensor], None]
 # What is kept of the logits [B, classes] of perturbed images of samples [B]: [B] or [B, Q].
@@ -128,18 +129,21 @@ def evaluate(
         logits = torch.cat([explained.logits(part) for part in images.split(batch_size)])
         scored = score(logits)
         parts = [scored(logits, torch.arange(n, device=images.device))]
-        total = len(plan.sample)
-        buffer = images.new_empty((min(batch_size, total), c, h, w))
+        total, size = len(plan.sample), max(1, images[0].nbytes if n else 1)
+        # Several batches are written at once where they are small: fewer launches.
+        chunk = batch_size * max(1, CHUNK_BYTES // (batch_size * size))
+        buffer = images.new_empty((min(chunk, total), c, h, w))
         on_device = plan.sample.to(images.device)
-        for start in range(0, total, batch_size):
-            stop = min(start + batch_size, total)
+        for start in range(0, total, chunk):
+            stop = min(start + chunk, total)
             for first, rows, last_sample in _rectangles(plan, start, stop):
                 here = slice(first, first + rows)
                 sample = int(plan.sample[first])
                 count = last_sample - sample
                 out = buffer[first - start : first - start + rows].view(count, rows // count, c, h, w)
                 fill(out, sample, last_sample, bool(plan.below[first]), plan.marked[here].reshape(count, -1))
-            parts.append(scored(explained.logits(buffer[: stop - start]), on_device[start:stop]))
+            logits = torch.cat([explained.logits(part) for part in buffer[: stop - start].split(batch_size)])
+            parts.append(scored(logits, on_device[start:stop]))
     return torch.cat(parts)
 
 
@@ -204,6 +208,7 @@ def perturbing(
             mean=mean,
             std=std,
             out=out.view(stop - first, -1, source.shape[1], *planes),
+            trusted=True,  # ranks of finite maps
             backend=backend,
         )
 

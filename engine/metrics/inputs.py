@@ -91,7 +91,7 @@ def constant_maps(
         warnings.warn(
             f"saliency: {count} of {len(planes)} maps are constant; they mark nothing (S = 0), and their order is "
             "that of the ties",
-            stacklevel=4,
+            stacklevel=3,
         )
     return constant
 

@@ -289,3 +289,13 @@ def test_runs_in_a_cuda_graph() -> None:
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def test_trusted_maps_are_not_looked_at(backend: str, device: torch.device) -> None:
+    image, saliency = (x.to(device) for x in inputs((2, 3, 5, 4)))
+    rank = rank_pixels(saliency, 1)
+    options: dict[str, Any] = {"order": "rank", "rank": rank, "backend": backend}
+    looked = perturb(image, 0.2, saliency, THRESHOLDS, **options)
+    assert torch.equal(perturb(image, 0.2, saliency * torch.nan, THRESHOLDS, trusted=True, **options), looked)
+    with pytest.raises(ValueError, match="NaN"):
+        perturb(image, 0.2, saliency * torch.nan, THRESHOLDS, **options)

@@ -130,16 +130,35 @@ def test_equals_the_kernels_oracle(order: str) -> None:
         assert torch.allclose(scores.mask_penalty.float(), (unit >= 0.5).float().mean((1, 2)))
 
 
-def test_batch_size_and_neighbours_do_not_matter() -> None:
+def test_batch_size_and_neighbours_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     images, saliency = sample(5)
     saliency[1] = (saliency[1] * 3).round()  # few levels: fewer forwards than its neighbours
     results = [msi(Random(), images, saliency, batch_size=b, seeds=list(range(5))) for b in (1, 7, 64)]
     alone = msi(Random(), images[2:3], saliency[2:3], seeds=[2])
+    monkeypatch.setattr("counterlens.engine.metrics.curves.CHUNK_BYTES", 1)  # each batch is written on its own
+    results += [msi(Random(), images, saliency, batch_size=b, seeds=list(range(5))) for b in (1, 7)]
     for r in results[1:]:
         assert torch.allclose(r.score, results[0].score, atol=1e-5)
         assert torch.allclose(r.base_score_area, results[0].base_score_area, atol=1e-5)
         assert r.curves.forwards == results[0].curves.forwards
     assert torch.allclose(alone.base_score_area, results[0].base_score_area[2:3], atol=1e-5)
+
+
+def test_thresholds_of_each_sample_in_any_order() -> None:
+    images, saliency = sample(3)
+    saliency = (saliency * 6).round() / 6  # ties, and thresholds that equal values
+    levels = torch.tensor([[0.5, 0.0, 1.0, 0.5], [1.0, 0.9, 0.1, 0.0], [1 / 3, 2 / 3, 1 / 6, 0.5]], dtype=torch.float64)
+    model = Random()
+    curves = perturbation_curve(model, images, saliency, 2, thresholds=levels, normalize="none", baseline="zero")
+    assert curves.keep is not None
+    assert curves.remove is not None
+    for i in range(3):
+        for k in range(4):
+            shown = saliency[i] >= levels[i, k].float()
+            for mask, got in ((shown, curves.keep), (~shown, curves.remove)):
+                expected = model(images[i : i + 1] * mask).softmax(1)[0, 2]
+                assert abs(expected.item() - got[i, k].item()) < 1e-6
+            assert curves.areas[i, k].item() == pytest.approx(shown.double().mean().item())
 
 
 def test_forwards_are_full_batches_and_masks_go_once() -> None:
