@@ -59,10 +59,11 @@ def marker_boxes(markers: list[Marker | None]) -> Tensor:
 def pointing(scores: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """Whether the largest 3x3 mean is inside the box, and the share of the k largest pixels inside (k: its area): [N].
 
-    The mean is over the pixels that there are: borders are not padded with zeros.
+    Windows are whole, so that none is centred on the image's border: nothing is padded.
     """
-    smooth = F.avg_pool2d(scores[:, None], 3, 1, 1, count_include_pad=False).flatten(1)
-    hit = inside.flatten(1).gather(1, smooth.argmax(1, keepdim=True))[:, 0].double()
+    smooth = F.avg_pool2d(scores[:, None], 3, 1).flatten(1)
+    centres = inside[:, 1:-1, 1:-1].flatten(1)
+    hit = centres.gather(1, smooth.argmax(1, keepdim=True))[:, 0].double()
     top = scores.flatten(1).topk(MARKER_SIZE**2, dim=1).indices
     return hit, inside.flatten(1).gather(1, top).double().mean(1)
 
