@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.record import RESULTS, write_result
 from counterlens.engine import Config, Engine, load_image
-from counterlens.engine.audit.disagreement import Evidence, excess_test, judge, observe, unlikely_labels
+from counterlens.engine.audit.disagreement import Evidence, excess_test, judge, observe, redrawn, unlikely_labels
 from counterlens.engine.audit.report import write_report
 from counterlens.engine.audit.results import TIMINGS, Results
 from counterlens.engine.images import save_png
@@ -389,13 +389,13 @@ def reliance(classifier: SoftmaxClassifier, cause: str, split: str, count: int) 
     return out
 
 
-def watch(classifier: SoftmaxClassifier, cause: str, split: str, count: int) -> Evidence:
-    """What is seen of a classifier on digits that carry the cause as its training data did."""
+def watch(classifier: SoftmaxClassifier, cause: str, split: str, count: int) -> tuple[Evidence, dict[str, Any]]:
+    """What is seen of a classifier on digits that carry the cause as its training data did, and on redrawn ones."""
     pack = Pack("digits")
     engine = Engine(pack.diffusion(), classifier, Config(), pack_settings=pack.manifest["settings"], runtime="eager")
     images, _, ids = painted_digits(cause, split, count)
     targets = unlikely_labels(engine.probabilities(images), ids, 0)
-    return observe(engine, images, targets, engine.settings(engine.config))[0]
+    return observe(engine, images, targets, engine.settings(engine.config))[0], redrawn(engine, images)[0]
 
 
 def power(seen: Evidence, sizes: list[int], repeats: int, alpha: float = 0.05) -> dict[str, float]:
@@ -427,16 +427,18 @@ def detector(
         planted = pack.classifier("shortcut") if cause == "marker" else train_on(cause, steps, folder)
         for name, classifier in (("planted", planted), ("clean", pack.classifier("clean"))):
             started = time.perf_counter()
-            seen = watch(classifier, cause, split, images)
+            seen, again = watch(classifier, cause, split, images)
             facts = judge(seen, 32)
             rows[f"{cause}, {name}"] = {
                 "reliance": reliance(classifier, cause, split, images), "smallest_p": facts["smallest_p"],
+                "redrawn": again,
                 "places": facts["places"], "ranking": facts["ranking"][:4],
                 "power": power(seen, [32, 64, 128], 40), "seconds": time.perf_counter() - started,
             }  # fmt: skip
             first = rows[f"{cause}, {name}"]
             print(f"{cause}, {name}: p {first['smallest_p']:.4f}, power {first['power']}, "
-                  f"ranking {[(r['cell'], round(r['excess'], 4)) for r in first['ranking']]}", flush=True)  # fmt: skip
+                  f"ranking {[(r['cell'], round(r['excess'], 4)) for r in first['ranking']]}, "
+                  f"same answer when redrawn {again['same_answer']}", flush=True)  # fmt: skip
     record("detector", {"split": split, "images": images, "rows": rows})
 
 

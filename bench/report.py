@@ -236,10 +236,11 @@ def detector_table() -> str:
         times = f"{first['ratio']:.1f}" if first else ""
         power = ", ".join(f"{100 * p:.0f} % of {n}" for n, p in row["power"].items())
         follows = f"{100 * row['reliance']['matching']:.0f} %, {100 * row['reliance']['conflicting']:.0f} %"
-        rows.append([name, follows, f"{row['smallest_p']:.3f}", where, times, power])
+        same = rate(row["redrawn"]["same_answer"])
+        rows.append([name, follows, f"{row['smallest_p']:.3f}", where, times, power, same])
     header = [
         "cause, classifier", "right side of 5 with the cause, against it", "smallest p", "first place (pixels)",
-        "push over evidence", "found in random subsets",
+        "push over evidence", "found in random subsets", "same answer when redrawn",
     ]  # fmt: skip
     n = result["images"]
     return f"{table(header, rows)}\n\n{n} {result['split']} digits. {provenance(result, 'audit-detector')}"

@@ -20,6 +20,10 @@ change places within a sample, which turns the sign of its whole map. The larges
 Targets matter: the runner-up of a model with a shortcut lies on the shortcut's own side. Each sample is led to a label
 drawn from the less likely half, which whatever the model leans on speaks against.
 
+What the autoencoder cannot draw is out of reach of all this: it is gone from the first decoded estimate on, and so from
+every counterfactual. That shows in another way: the images are encoded and decoded, nothing else, and the classifier is
+asked again. Where its answer changes, it leans on something that was lost (`redrawn`).
+
 FACTOR, DEAD and CAP were chosen on the digits pack's validation split; `python -m bench.audit detector` measures the
 test split and causes that were not looked at.
 """
@@ -50,6 +54,7 @@ from ..guidance.step import GuidedStep, unit_largest
 from ..images import as_saved
 from ..models.protocols import Classifier, Diffusion
 from .results import Results, write_atomically
+from .summary import interval
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -334,6 +339,20 @@ def unlikely_labels(
     return out
 
 
+@torch.no_grad()
+def redrawn(
+    engine: Engine,
+    images: Tensor,  # [N, 3, H, W] in [0, 1]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Encode and decode, and ask the classifier again: how often its answer stays, and the mean difference [H, W]."""
+    with engine.frozen():
+        parts = [(engine.diffusion.decode(engine.diffusion.encode(x)) + 1) / 2 for x in images.split(BATCH)]
+    again = as_saved(torch.cat(parts))
+    same = engine.probabilities(again).argmax(dim=1) == engine.probabilities(images).argmax(dim=1)
+    lost = (again - images).abs().mean(dim=(0, 1)).numpy()
+    return {"same_answer": interval(same.tolist()).record(), "mean_difference": float(lost.mean())}, lost
+
+
 def find(
     engine: Engine,
     images: Tensor,  # [N, 3, H, W] in [0, 1]
@@ -345,7 +364,7 @@ def find(
 
     Returns:
         Facts as JSON values (of all samples, and of each target class with enough of them), and mean maps by name:
-        push, removed, evidence [h, w], change, change_open [H, W], and push:LABEL, evidence:LABEL.
+        push, removed, evidence [h, w], change, change_open, lost [H, W], and push:LABEL, evidence:LABEL.
     """
     settings = engine.settings(config)
     targets = unlikely_labels(engine.probabilities(images), ids, config.seed)
@@ -359,6 +378,7 @@ def find(
     maps = {"push": seen.push, "removed": seen.removed, "evidence": seen.evidence}
     maps = {name: m.mean(axis=0) for name, m in maps.items()}
     maps |= {"change": change.numpy(), "change_open": change_open.numpy()}
+    again, maps["lost"] = redrawn(engine, images)
     size = engine.image_size
     by_class = {}
     groups = {t: [i for i, x in enumerate(targets) if x == t] for t in sorted(set(targets))}
@@ -370,7 +390,7 @@ def find(
         maps |= {f"push:{label}": group.push.mean(axis=0), f"evidence:{label}": group.evidence.mean(axis=0)}
     facts = {
         "factor": FACTOR, "alpha": ALPHA, "draws": DRAWS, "angle": settings.angle, "least": LEAST,
-        "all": judge(seen, size, more=more), "by_class": by_class,
+        "all": judge(seen, size, more=more), "by_class": by_class, "redrawn": again,
     }  # fmt: skip
     return facts, maps
 

@@ -30,6 +30,7 @@ TOP = 150  # of each order among them, where there are more samples
 BUDGET = 11_000_000  # characters of pictures in the gallery
 SIZES = ((96, 80), (96, 60), (80, 50), (64, 45), (48, 40), (32, 35))  # side in pixels, WebP quality
 PATTERNS, EXAMPLES, PAIRS = 8, 6, 16
+REDRAWN = 0.9  # share of unchanged answers after encoding and decoding, below which the overview says so
 ORDERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "hardest": (
         "Hardest to flip",
@@ -277,6 +278,7 @@ def _disagreement(results: Results, rows: list[dict[str, Any]]) -> dict[str, Any
         ("Push beyond twice the evidence", _heat(excess, top / 2)),
         ("Removed by the filter", _heat(maps["removed"], top)),
         ("Changed more with an open filter", _heat(more, max(float(more.max()), 0.05))),
+        ("What the generator cannot redraw", _heat(maps["lost"], max(float(maps["lost"].max()), 0.1))),
     ]  # fmt: skip
     examples = [_thumb(_open(results.folder, r["image"]), 96, 80) for r in rows[:8]]
     return {
@@ -300,6 +302,12 @@ def _findings(summary: Summary, found: list[Any], place: dict[str, Any] | None) 
         )
     elif place is not None:
         out.append("No shortcut found: nowhere does the model push clearly more than the image generator's evidence.")
+    if place is not None and place["facts"]["redrawn"]["same_answer"]["mean"] < REDRAWN:
+        share = 1 - place["facts"]["redrawn"]["same_answer"]["mean"]
+        out.append(
+            f"For {share:.0%} of the images the model changes its answer when they are only encoded and decoded again: "
+            "it leans on something that the generator cannot draw, and counterfactuals cannot show."
+        )
     if found and len(found[0].rows) > 1:
         p = found[0]
         out.append(f"Most frequent error: {p.label} taken for {p.prediction}, {len(p.rows)} times, decided {p.place}.")

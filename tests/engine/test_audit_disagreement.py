@@ -21,6 +21,7 @@ from counterlens.engine.audit.disagreement import (
 )  # fmt: skip
 from counterlens.engine.config import Config
 from counterlens.engine.guidance.pullback import frozen
+from counterlens.engine.images import as_saved
 from counterlens.kernels.consensus import consensus_filter
 from tests.engine.test_audit import make_engine
 
@@ -124,7 +125,12 @@ def test_find_on_the_tiny_models(tiny, tmp_path) -> None:
     assert facts["by_class"] == {}
     assert found["push"].shape == (4, 4)
     assert found["push"].sum() == pytest.approx(1)
-    assert found["change"].shape == found["change_open"].shape == (16, 16)
+    assert found["change"].shape == found["change_open"].shape == found["lost"].shape == (16, 16)
+    with torch.no_grad():
+        again = as_saved((engine.diffusion.decode(engine.diffusion.encode(images)) + 1) / 2)
+    assert found["lost"].mean() == pytest.approx((again - images).abs().mean().item(), abs=1e-6)
+    same = (engine.probabilities(again).argmax(1) == engine.probabilities(images).argmax(1)).double().mean().item()
+    assert facts["redrawn"]["same_answer"]["mean"] == pytest.approx(same)
     json.dumps(facts)
     again, _ = find(engine, images, list("abcde"), engine.config)
     assert again == facts
