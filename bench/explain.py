@@ -38,7 +38,7 @@ SECTIONS = ("truth", "quality", "cost", "sanity", "memory")
 METHODS = list(saliency_methods)
 CLASSIFIERS = ("clean", "shortcut")
 ALPHA_MIN = 0.5  # the paper's default; frozen before methods are compared
-ROUNDS = 7  # of the cost table, methods interleaved
+ROUNDS = 5  # of the cost table, methods interleaved
 
 
 def predict(classifier: SoftmaxClassifier, images: Tensor) -> Tensor:
@@ -59,15 +59,16 @@ def marker_boxes(markers: list[Marker | None]) -> Tensor:
 def pointing(scores: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """Whether the largest 3x3 mean is inside the box, and the share of the k largest pixels inside (k: its area): [N].
 
-    The mean is over the pixels that there are: borders are not padded with zeros.
+    Windows are whole, so that none is centred on the image's border: nothing is padded.
     """
-    smooth = F.avg_pool2d(scores[:, None], 3, 1, 1, count_include_pad=False).flatten(1)
-    hit = inside.flatten(1).gather(1, smooth.argmax(1, keepdim=True))[:, 0].double()
+    smooth = F.avg_pool2d(scores[:, None], 3, 1).flatten(1)
+    centres = inside[:, 1:-1, 1:-1].flatten(1)
+    hit = centres.gather(1, smooth.argmax(1, keepdim=True))[:, 0].double()
     top = scores.flatten(1).topk(MARKER_SIZE**2, dim=1).indices
     return hit, inside.flatten(1).gather(1, top).double().mean(1)
 
 
-def truth_figures(pack: Pack, count: int | None) -> dict[str, Any]:
+def truth_figures(pack: Pack, count: int | None, pictures: bool) -> dict[str, Any]:
     """Do maps of "5 or more, or not" point at the marker: for the classifier that reads it, and for the other?"""
     samples = pack.samples("test", marker="matching", count=count)
     inside = marker_boxes(samples.markers)
@@ -86,7 +87,8 @@ def truth_figures(pack: Pack, count: int | None) -> dict[str, Any]:
             notes[method] = ["hit" if h else "" for h in hit[:10].tolist()]
             print(name, method, f"pointing {hit.mean():.3f}, top {share.mean():.3f}", flush=True)
         captions = [str(int(p)) for p in predict(classifier, samples.images[:10])]
-        write_png(draw_methods(samples.images[:10], captions, maps, notes), RESULTS / f"saliency-{name}.png")
+        if pictures:
+            write_png(draw_methods(samples.images[:10], captions, maps, notes), RESULTS / f"saliency-{name}.png")
         out[name] = rows
     return out
 
@@ -219,7 +221,7 @@ def main(
     sections: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SECTIONS)}.")] = "all",
     count: Annotated[int | None, typer.Option(help="Test digits; all of them without it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the training in `sanity`; the pack's without it.")] = None,
-    record: Annotated[bool, typer.Option(help="Write bench/results/explain.json.")] = False,
+    record: Annotated[bool, typer.Option(help="Write bench/results/explain.json and pictures.")] = False,
 ) -> None:
     """Measure saliency methods on the test split.
 
@@ -231,7 +233,7 @@ def main(
     payload: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     payload.pop("environment", None)
     if "truth" in chosen:
-        payload["truth"] = truth_figures(opened, count)
+        payload["truth"] = truth_figures(opened, count, record)
     if "quality" in chosen:
         payload["quality"] = quality_figures(opened, count)
     if "cost" in chosen:

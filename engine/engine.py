@@ -34,6 +34,7 @@ from .runtime.spec import Spec, flat
 
 if TYPE_CHECKING:
     from .adapter.explain import Explanations
+    from .audit.results import Results
 
 # Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
 SLOTS = (1, 2, 4, 8, 16)
@@ -640,6 +641,35 @@ class Engine:
             self, images, explained=explained, method=method, quantity=quantity, adapter=adapter, baseline=baseline,
             alpha_min=alpha_min, counterfactual=counterfactual, targets=targets, seeds=seeds, config=config,
         )  # fmt: skip
+
+    def audit(
+        self,
+        source: str | Path,
+        out: str | Path,
+        config: Config | None = None,
+        judges: Mapping[str, Classifier] | None = None,
+        **options: Any,
+    ) -> Results:
+        """Explain a whole data set into a folder; the same call again goes on where it was stopped.
+
+        Args:
+            source: image folder, CSV or Parquet manifest (image, label, target, id), Parquet with image bytes, or a
+                folder of Hugging Face datasets.
+            out: the results' folder (`engine.audit.results` says what is in it).
+            config: of the counterfactuals, instead of the engine's.
+            judges: classifiers that guidance never sees, by name; flips that they confirm count as transferred.
+            options: of `engine.audit.explaining.Options` and `engine.audit.run.audit`.
+
+        Returns:
+            The results: rows, and what the manifest says.
+
+        Raises:
+            UsageError: source or options do not fit, or another audit is in `out`. CounterlensError: a file cannot be
+                written, or another process works there.
+        """
+        from .audit.run import audit
+
+        return audit(self, source, out, config, judges, **options)
 
     def _check_images(self, images: Tensor) -> None:
         size = self.image_size

@@ -605,12 +605,13 @@ def native_group_norm(
     """Rows [N, G, D] that are normalised each on its own, which is all that our decompositions leave of it."""
     dtype, size = meta(node.args[0]).dtype, meta(node.args[0]).shape[2]
     used = {user.args[1] for user in node.users}
-    mean = g.op("ReduceMean", x, g.constant([2]), keepdims=0) if 1 in used or dtype == torch.float64 else None
     if dtype == torch.float64:  # ONNX Runtime normalises in float32 only
-        centred = g.op("Sub", x, g.op("Unsqueeze", mean, g.constant([2])))
+        average = g.op("ReduceMean", x, g.constant([2]), keepdims=0)
+        centred = g.op("Sub", x, g.op("Unsqueeze", average, g.constant([2])))
         square = g.op("ReduceMean", g.op("Mul", centred, centred), g.constant([2]), keepdims=0)
         rstd = g.op("Reciprocal", g.op("Sqrt", g.op("Add", square, g.constant(eps, dtype))))
-        return g.op("Mul", centred, g.op("Unsqueeze", rstd, g.constant([2]))), mean, rstd
+        return g.op("Mul", centred, g.op("Unsqueeze", rstd, g.constant([2]))), average, rstd
+    mean = g.op("ReduceMean", x, g.constant([2]), keepdims=0) if 1 in used else None
     ones, zeros = g.constant(torch.ones(groups)), g.constant(torch.zeros(groups))
     normed = g.op("InstanceNormalization", x, ones, zeros, epsilon=eps)
     if 2 not in used:

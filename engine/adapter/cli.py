@@ -201,7 +201,8 @@ def _saliency(
     out = make_folder(out)
     console = Console(stderr=as_json, highlight=False)
     table = Table("image", "target", "probability", "MSI", "marked", "file", box=box.SIMPLE)
-    failed, seen = 0, {}
+    failed = 0
+    seen: dict[str, int] = {}
     for path in paths:
         n = seen[path.stem] = seen.get(path.stem, 0) + 1
         name = path.stem if n == 1 else f"{path.stem}-{n}"
@@ -218,16 +219,9 @@ def _saliency(
         with torch.no_grad():
             label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted])
         saliency, scores = explain_with(
-            method,
-            explained,
-            image,
-            label,
-            quantity=question,
-            baseline=baseline,
-            adapter=trained,
-            layer=layer,
+            method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
             seed=seed,
-        )
+        )  # fmt: skip
         scored = score_maps(explained, image, saliency, scores, label, question, alpha_min=alpha_min, baseline=baseline)
         curves = scored.msi.curves
         assert curves.keep is not None
@@ -240,7 +234,7 @@ def _saliency(
             save_file({"saliency": saliency[0].contiguous(), "scores": scores[0].contiguous()}, arrays)
         except OSError as error:
             raise CounterlensError(f"{arrays}: cannot be written ({error.strerror or error})") from error
-        record = {
+        record: dict[str, Any] = {
             "image": str(path), "method": method, "target": explained.labels[int(label)],
             "probability": round(curves.full[0].item(), 6),
             **{k: round(v[0].item(), 6) for k, v in scored.values.items()},

@@ -62,16 +62,18 @@ class Head(nn.Module):
         self.out = nn.Conv2d(width, 4 * self.shuffle.upscale_factor**2, 3, padding=1)
         with torch.no_grad():  # all pixels of a cell begin alike, or the maps begin as a checkerboard
             cell = self.shuffle.upscale_factor**2
-            for parameter in (self.out.weight, self.out.bias):
+            for parameter in self.out.parameters():
                 parameter.copy_(parameter[::cell].repeat_interleave(cell, 0))
-        for embedding in self.condition:
-            nn.init.zeros_(embedding.weight)
+            for parameter in self.condition.parameters():
+                parameter.zero_()
 
     @torch.no_grad()
     def standardise(self, image: Tensor, features: Sequence[Tensor]) -> None:
         """Fold each channel's mean and deviation over a batch into the projections, so that all start alike."""
         for conv, feature in zip(self.project, self._levels(image, features), strict=True):
             mean, std = feature.mean((0, 2, 3)), feature.std((0, 2, 3)).clamp(min=1e-6)
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
             conv.weight.div_(std[:, None, None])
             conv.bias.sub_((conv.weight[:, :, 0, 0] * mean).sum(1))
 
@@ -90,7 +92,7 @@ class Head(nn.Module):
         levels = self._levels(image, features)
         x = levels[-1]
         for i in reversed(range(len(levels))):
-            y = self.project[i](levels[i])
+            y = _pointwise(self.project[i], levels[i])
             if i + 1 < len(levels):
                 y = y + F.interpolate(self.mix[i](x), size=y.shape[2:], mode="bilinear", align_corners=False)
             scale, shift = self.condition[i](condition)[:, :, None, None].chunk(2, 1)
@@ -98,7 +100,15 @@ class Head(nn.Module):
         local = self.shuffle(self.out(x))  # [B, 4, h * shuffled, w * shuffled]
         if local.shape[2:] != image.shape[2:]:
             local = F.interpolate(local, size=image.shape[2:], mode="bilinear", align_corners=False)
-        return local[:, 0] + (local[:, 1:] * (2 * image - 1)).sum(1)  # [B, H, W]
+        return local[:, 0] + (local[:, 1:] * image).sum(1)  # [B, H, W]
+
+
+def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution as a batched product: twice as fast on the CPU, where `conv2d` reorders its input first."""
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is not None
+    weight = conv.weight[:, :, 0, 0].expand(x.shape[0], -1, -1)
+    return torch.baddbmm(conv.bias[None, :, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 @dataclass(frozen=True)
