@@ -147,7 +147,7 @@ def apply(pack: Pack, rows: dict[str, Any], chosen: dict[str, str]) -> None:
     """Write the chosen speeds into pack.json: how, never what; strength, scales and angle stay the mode's."""
     fields = ("steps", "spacing", "solver", "noise", *SPEEDS["exact"])
     manifest = json.loads((pack.folder / "pack.json").read_text())
-    picked = {speed: {k: rows[name]["settings"][k] for k in fields} for speed, name in chosen.items()}
+    picked = {speed: {k: rows[name]["settings"][k] for k in fields} for speed, name in sorted(chosen.items())}
     manifest["speeds"] = {"exact": SPEEDS["exact"], **picked}
     (pack.folder / "pack.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
