@@ -178,6 +178,105 @@ def metrics_table() -> str:
     )
 
 
+def pointing_table() -> str:
+    """Does the map point at the planted cause?"""
+    result = load("explain")
+    truth = result["truth"]
+    rows = [
+        [f"`{m}`", *(rate(truth[name][m][k]) for name in ("shortcut", "clean") for k in ("pointing", "top_share"))]
+        for m in truth["shortcut"]
+    ]
+    header = ["method", "`shortcut`: points at it", "top pixels in it", "`clean`: points at it", "top pixels in it"]
+    n = truth["clean"]["lax"]["pointing"]["n"]
+    return f"{table(header, rows)}\n\n{n} test digits with a matching marker. {provenance(result, 'explain')}"
+
+
+def faithfulness_table() -> str:
+    """Every saliency method by every metric, and LAX against the best of the others."""
+    result = load("explain")
+    names = {"msi": "MSI ↑", "base_score_area": "BaseScore_area ↑", "insertion": "insertion ↑"}
+    names |= {"deletion": "deletion ↓", "road": "ROAD ↓"}
+    rows = []
+    for classifier in ("clean", "shortcut"):
+        part = result["quality"][classifier]
+        for method, values in part["methods"].items():
+            rows.append([f"`{classifier}`, `{method}`", *(number(values[k], 3) for k in names)])
+        verdicts = [
+            f"{v['verdict']} ({v['difference']['mean']:+.3f} to `{v['best_other']}`)"
+            for v in (part["against_best"][k] for k in names)
+        ]
+        rows.append([f"`{classifier}`: LAX is", *verdicts])
+    n = part["methods"]["lax"]["msi"]["n"]
+    text = f'{n} test digits, 95 % intervals. "Tied": the paired difference to the best other method includes 0.'
+    return f"{table(['classifier, method', *names.values()], rows)}\n\n{text} {provenance(result, 'explain')}"
+
+
+def costs_table() -> str:
+    """What a map costs."""
+    result = load("explain")
+    rows = [
+        [f"`{name}`", f"{v['ms_per_image']['p50']:.3g}", f"{v['forwards']['p50']:.3g}"]
+        for name, v in result["cost"].items()
+    ]
+    header = ["method, batch 64", "ms per image", "in forward passes of the classifier"]
+    return f"{table(header, rows)}\n\n{provenance(result, 'explain')}"
+
+
+def detector_table() -> str:
+    """Planted causes: what the disagreement map finds."""
+    if not (RESULTS / "audit-detector.json").exists():
+        return "Not recorded yet: `python -m bench.audit detector`."
+    result = load("audit-detector")
+    rows = []
+    for name, row in result["rows"].items():
+        first = row["places"][0] if row["places"] else None
+        where = (
+            f"rows {first['box'][0]}-{first['box'][2]}, columns {first['box'][1]}-{first['box'][3]}" if first else ""
+        )
+        times = f"{first['ratio']:.1f}" if first else ""
+        power = ", ".join(f"{100 * p:.0f} % of {n}" for n, p in row["power"].items())
+        follows = f"{100 * row['reliance']['matching']:.0f} %, {100 * row['reliance']['conflicting']:.0f} %"
+        same = rate(row["redrawn"]["same_answer"])
+        rows.append([name, follows, f"{row['smallest_p']:.3f}", where, times, power, same])
+    header = [
+        "cause, classifier", "right side of 5 with the cause, against it", "smallest p", "first place (pixels)",
+        "push over evidence", "found in random subsets", "same answer when redrawn",
+    ]  # fmt: skip
+    n = result["images"]
+    return f"{table(header, rows)}\n\n{n} {result['split']} digits. {provenance(result, 'audit-detector')}"
+
+
+def audits_table() -> str:
+    """What audits were put through, as far as it was recorded."""
+    said = {
+        "kill": lambda r: (
+            f"killed {r['kills']} times, {r['images']} images",
+            f"every sample once: {r['ids_once']}; rows identical: {r['identical']}",
+        ),
+        "lock": lambda r: ("two processes on one folder", f"the second exits {r['second']}; {r['ids']} rows"),
+        "disk": lambda r: (
+            "disk full, unreadable images",
+            f"{r['rows_kept']} rows kept, {r['rows']} at last; identical: {r['identical']}"
+        ),
+        "overhead": lambda r: (f"over bare counterfactuals, {r['images']} images", f"{100 * r['overhead']:.1f} %"),
+        "memory": lambda r: (
+            "peak memory, " + " and ".join(f"{k} images" for k in r["peak_mb"]),
+            ", ".join(f"{v:.0f} MB" for v in r["peak_mb"].values()),
+        ),
+        "ray": lambda r: ("Ray, two actors, one killed", f"{r['rows']} rows, identical: {r['identical']}"),
+        "report": lambda r: (
+            f"report of {r['images']} images",
+            f"{r['megabytes']:.1f} MB, opens in {max(v['seconds'] for v in r['opened'].values()):.1f} s",
+        ),
+    }  # fmt: skip
+    recorded = {name: load(f"audit-{name}") for name in said if (RESULTS / f"audit-{name}.json").exists()}
+    if not recorded:
+        return "Not recorded yet: `python -m bench.audit --help`."
+    rows = [list(said[name](result)) for name, result in recorded.items()]
+    last = max(recorded, key=lambda name: recorded[name]["environment"]["date"])
+    return f"{table(['audit', 'measured'], rows)}\n\n{provenance(recorded[last], f'audit-{last}')}"
+
+
 def speed_table() -> str:
     """Time and quality of the speeds beside the literal loop, what is algorithm apart from what is compilation."""
     times, quality = load("speed-counterfactual"), load("speed-quality")
@@ -239,6 +338,11 @@ def pareto_table() -> str:
 
 TABLES = {
     "metrics": metrics_table,
+    "pointing": pointing_table,
+    "faithfulness": faithfulness_table,
+    "costs": costs_table,
+    "detector": detector_table,
+    "audits": audits_table,
     "speed": speed_table,
     "overhead": overhead_table,
     "pareto": pareto_table,
@@ -257,7 +361,11 @@ def fill(text: str) -> str:
 
     def one(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- {name} -->\n{TABLES[name]()}\n<!-- /{name} -->"
+        try:
+            content = TABLES[name]()
+        except FileNotFoundError as error:
+            content = f"Not recorded yet: `bench/results/{Path(error.filename).name}` is missing."
+        return f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", one, text, flags=re.S)
 

@@ -18,6 +18,8 @@ from rich.table import Table
 
 from counterlens.export.errors import ExportError
 
+from .adapter.cli import register as register_adapter
+from .audit import cli as _audit
 from .errors import CounterlensError, UsageError
 from .metrics import cli as _metrics
 from .options import (
@@ -522,7 +524,11 @@ def info(
 
 
 app.command("profile")(_profiling.profile)
+app.command("audit")(_audit.audit)
+app.command("audit-merge")(_audit.merge)
+app.command("audit-report")(_audit.report)
 app.add_typer(_metrics.app, name="metrics")
+register_adapter(app)
 
 
 def main() -> None:

@@ -92,10 +92,10 @@ _EXACT: dict[str, Any] = {
 }
 SPEEDS: dict[str, dict[str, Any]] = {
     "exact": _EXACT,
-    "balanced": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "leading",
-                          "steps": 10},
-    "fast": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "leading",
-                      "steps": 5, "distance": "latent"},
+    "balanced": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "trailing",
+                          "steps": 8},
+    "fast": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "ddim", "spacing": "leading",
+                      "steps": 5},
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ from .models.tiny import TinyDecoder, check_decoder, open_decoder
 from .packs import Pack
 from .runtime.choice import RUNTIMES, Choice, StepRunner
 from .runtime.spec import Spec, flat
+
+if TYPE_CHECKING:
+    from .adapter.explain import Explanations
+    from .audit.results import Results
 
 # Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
 SLOTS = (1, 2, 4, 8, 16)
@@ -597,6 +601,75 @@ class Engine:
             for i, outcome in outcomes.items():
                 errors[i] = outcome.error
             return self._measure(images, source, target, list(seeds), errors, outcomes, list(decided.values()))
+
+    def explain(
+        self,
+        images: Tensor,  # [B, 3, H, W] in [0, 1]
+        *,
+        explained: Targets | None = None,
+        method: str = "lax",
+        quantity: str | Callable[[Tensor, Tensor], Tensor] = "class",
+        adapter: Any = None,
+        baseline: Any = None,
+        alpha_min: float = 0.5,
+        counterfactual: bool = False,
+        targets: Targets = "runner-up",
+        seeds: Sequence[int] | None = None,
+        config: Config | None = None,
+    ) -> Explanations:
+        """Show where the evidence is, how good that answer is (MSI), and asked for, what would have to change.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1] at the model's image size.
+            explained: labels whose evidence is shown, as for `counterfactual`; the predictions without it.
+            method: `lax`, or one of `adapter.methods.saliency_methods`.
+            quantity: `class`, groups of labels (`0,1,2/3,4`), or log-odds as a function of logits and targets; see
+                `adapter.quantities.make_quantity`.
+            adapter: of `lax`: one that is open, or its folder; the pack's without it.
+            baseline: what hides pixels, see `metrics.inputs.make_baseline`; the pack's mean colour, else each image's.
+            alpha_min: of MSI.
+            counterfactual: compute counterfactuals as well, with `targets`, `seeds` and `config`.
+
+        Raises:
+            UsageError: images or an argument do not fit, or there is no adapter. CounterlensError: the adapter is of
+                another model, or a package is missing.
+        """
+        from .adapter.explain import explain
+
+        self._check_images(images)
+        return explain(
+            self, images, explained=explained, method=method, quantity=quantity, adapter=adapter, baseline=baseline,
+            alpha_min=alpha_min, counterfactual=counterfactual, targets=targets, seeds=seeds, config=config,
+        )  # fmt: skip
+
+    def audit(
+        self,
+        source: str | Path,
+        out: str | Path,
+        config: Config | None = None,
+        judges: Mapping[str, Classifier] | None = None,
+        **options: Any,
+    ) -> Results:
+        """Explain a whole data set into a folder; the same call again goes on where it was stopped.
+
+        Args:
+            source: image folder, CSV or Parquet manifest (image, label, target, id), Parquet with image bytes, or a
+                folder of Hugging Face datasets.
+            out: the results' folder (`engine.audit.results` says what is in it).
+            config: of the counterfactuals, instead of the engine's.
+            judges: classifiers that guidance never sees, by name; flips that they confirm count as transferred.
+            options: of `engine.audit.explaining.Options` and `engine.audit.run.audit`.
+
+        Returns:
+            The results: rows, and what the manifest says.
+
+        Raises:
+            UsageError: source or options do not fit, or another audit is in `out`. CounterlensError: a file cannot be
+                written, or another process works there.
+        """
+        from .audit.run import audit
+
+        return audit(self, source, out, config, judges, **options)
 
     def _check_images(self, images: Tensor) -> None:
         size = self.image_size

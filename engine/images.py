@@ -6,6 +6,7 @@ import os
 import struct
 import warnings
 import zlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +19,27 @@ from .errors import CounterlensError, UsageError
 MAX_PIXELS = 64_000_000
 
 
-def load_image(path: Path, size: int) -> Tensor:
+def load_image(file: Path | BytesIO, size: int, name: str | None = None) -> Tensor:
     """Read any common image as RGB at `size` x `size`: [3, size, size] float32 in [0, 1].
 
     EXIF rotation is applied, transparency is laid over white, 16-bit greys are reduced to 8 bits, and other sizes are
     resized (Lanczos, directly to the square).
 
+    Args:
+        file: a path, or the bytes of a file.
+        size: side in pixels.
+        name: in messages, instead of the path.
+
     Raises:
         CounterlensError: the file cannot be read as an image, or has more than 64 megapixels (refused before
             decoding); the message names it.
     """
+    path = name or file
     try:
         # Pillow warns of large images on its own; the limit here is lower and an error.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise CounterlensError(
                         f"{path}: {image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} megapixels"
@@ -44,7 +51,7 @@ def load_image(path: Path, size: int) -> Tensor:
     except FileNotFoundError as error:
         raise CounterlensError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
-        empty = path.stat().st_size == 0
+        empty = (file.stat().st_size if isinstance(file, Path) else len(file.getbuffer())) == 0
         raise CounterlensError(f"{path}: {'an empty file' if empty else 'not an image that can be read'}") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         raise CounterlensError(f"{path}: cannot be read as an image ({error})") from error
@@ -53,7 +60,7 @@ def load_image(path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.asarray(rgb, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, path: object) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit greys; PNG files of them open as I;16 or I
         values = np.asarray(image).astype(np.float64)
         if values.min() < 0 or values.max() > 65535:

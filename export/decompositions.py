@@ -134,7 +134,8 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of rows, [..., R] and [..., R] to [..., 1], without their product in memory."""
     rows = a.shape[-1]
-    return torch.bmm(a.reshape(-1, 1, rows), b.reshape(-1, rows, 1)).reshape(*a.shape[:-1], 1)
+    # Transposed, not reshaped: ONNX Runtime's product of rows with rows is four times faster than rows with columns.
+    return torch.bmm(a.reshape(-1, 1, rows), b.reshape(-1, 1, rows).transpose(1, 2)).reshape(*a.shape[:-1], 1)
 
 
 def _group_scale(rstd: Tensor, weight: Tensor | None, c: int) -> Tensor:
@@ -148,15 +149,18 @@ def _group_scale(rstd: Tensor, weight: Tensor | None, c: int) -> Tensor:
 def native_group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, inner: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """One group a row and no weights, which runtimes do in one pass (ONNX: InstanceNormalization), then the weights."""
+    if x.ndim == 3 and groups == c and weight is None and bias is None and x.dtype == _wide(x).dtype:
+        return NotImplemented  # it stays what it is
     rows = _wide(x).reshape(n, groups, -1)  # [N, G, D]
-    mean = rows.mean(-1, keepdim=True)
-    centred = rows - mean
-    rstd = (_dot(centred, centred) * (1 / rows.shape[-1]) + eps).rsqrt()[..., 0]  # [N, G]
-    out = centred.reshape(x.shape) * _per_channel(_group_scale(rstd, weight, c), x)
+    normed, mean, rstd = torch.native_group_norm(rows, None, None, n, groups, rows.shape[2], groups, eps)
+    out = normed.reshape(x.shape)
+    if weight is not None:
+        out = out * _per_channel(_wide(weight), x)
     if bias is not None:
         out = out + _per_channel(_wide(bias), x)
     # Statistics stay in float32: nothing but the backward below reads them.
-    return out.to(x.dtype), mean[..., 0], rstd
+    return out.to(x.dtype), mean, rstd
 
 
 @_decomposes(aten.native_group_norm_backward.default)
@@ -165,20 +169,21 @@ def native_group_norm_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     grad, mean, rstd = _wide(grad), _wide(mean), _wide(rstd)
-    centred = _wide(x).reshape(n, groups, -1) - mean[..., None]
-    planes, centred_planes = grad.reshape(n, c, -1), centred.reshape(n, c, -1)
+    # `trace` takes the forward pass's normalised rows for this product.
+    normed = (_wide(x).reshape(n, groups, -1) - mean[..., None]) * rstd[..., None]
+    planes = grad.reshape(n, c, -1)
     sums = planes.sum(-1)  # [N, C]
-    dots = _dot(planes, centred_planes)[..., 0]  # [N, C]
+    dots = _dot(planes, normed.reshape(n, c, -1))[..., 0]  # [N, C]
     to_input = to_weight = to_bias = None
     if output_mask[0]:
         w = 1.0 if weight is None else _wide(weight)
         count = float(x.shape[1] // groups * (x[0, 0].numel()))
-        along = (dots * w).reshape(n, groups, -1).sum(-1) * rstd * rstd * rstd / count  # [N, G]
+        along = (dots * w).reshape(n, groups, -1).sum(-1) * rstd / count  # [N, G]
         level = (sums * w).reshape(n, groups, -1).sum(-1) * rstd / count
         scaled = (grad * _per_channel(_group_scale(rstd, weight, c), x)).reshape(n, groups, -1)
-        to_input = (scaled - (centred * along[..., None] + level[..., None])).reshape(x.shape).to(x.dtype)
+        to_input = (scaled - (normed * along[..., None] + level[..., None])).reshape(x.shape).to(x.dtype)
     if output_mask[1]:
-        to_weight = (dots * _group_scale(rstd, None, c)).sum(0).to(x.dtype)
+        to_weight = dots.sum(0).to(x.dtype)
     if output_mask[2]:
         to_bias = sums.sum(0).to(x.dtype)
     return to_input, to_weight, to_bias

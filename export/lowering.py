@@ -598,6 +598,32 @@ def baddbmm(g: Builder, node: Node, bias: Value, a: Value, b: Value, beta: float
     return g.op("Add", product, bias if beta == 1 else g.op("Mul", bias, g.constant(beta, dtype)))
 
 
+@_lowers(aten.native_group_norm.default)
+def native_group_norm(
+    g: Builder, node: Node, x: Value, weight: None, bias: None, n: Any, c: int, inner: int, groups: int, eps: float
+) -> tuple[Value, Value | None, Value | None]:
+    """Rows [N, G, D] that are normalised each on its own, which is all that our decompositions leave of it."""
+    dtype, size = meta(node.args[0]).dtype, meta(node.args[0]).shape[2]
+    used = {user.args[1] for user in node.users}
+    if dtype == torch.float64:  # ONNX Runtime normalises in float32 only
+        average = g.op("ReduceMean", x, g.constant([2]), keepdims=0)
+        centred = g.op("Sub", x, g.op("Unsqueeze", average, g.constant([2])))
+        square = g.op("ReduceMean", g.op("Mul", centred, centred), g.constant([2]), keepdims=0)
+        rstd = g.op("Reciprocal", g.op("Sqrt", g.op("Add", square, g.constant(eps, dtype))))
+        return g.op("Mul", centred, g.op("Unsqueeze", rstd, g.constant([2]))), average, rstd
+    mean = g.op("ReduceMean", x, g.constant([2]), keepdims=0) if 1 in used else None
+    ones, zeros = g.constant(torch.ones(groups)), g.constant(torch.zeros(groups))
+    normed = g.op("InstanceNormalization", x, ones, zeros, epsilon=eps)
+    if 2 not in used:
+        return normed, mean, None
+    # With r = rstd, the mean of x * normed is s = 1/r - eps r; solved for r without cancellation.
+    rows, columns = (g.op("Unsqueeze", v, g.constant([2])) for v in (x, normed))
+    dots = g.op("MatMul", rows, g.op("Transpose", columns, perm=[0, 1, 3, 2]))
+    s = g.op("Div", g.op("Squeeze", dots, g.constant([2, 3])), g.constant(float(size), dtype))
+    root = g.op("Sqrt", g.op("Add", g.op("Mul", s, s), g.constant(4 * eps, dtype)))
+    return normed, mean, g.op("Div", g.constant(2.0, dtype), g.op("Add", s, root))
+
+
 @_lowers(aten.convolution.default)
 def convolution(
     g: Builder, node: Node, x: Value, weight: Value, bias: Value | None, stride: Sequence[int],

@@ -310,6 +310,7 @@ def _simplify(graph: GraphModule) -> None:
     _fold(graph)
     _straighten(graph)
     _merge(graph)
+    _reuse_normalised(graph)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     used = {n.target for n in graph.graph.nodes if n.op == "get_attr"}
@@ -396,6 +397,34 @@ def _straighten(graph: GraphModule) -> None:
             node.args = (source, [-1 if isinstance(n, Size) else n for n in shape])
             node.kwargs = {}
     graph.graph.eliminate_dead_code()
+
+
+def _reuse_normalised(graph: GraphModule) -> None:
+    """Take what a normalisation returned where its backward pass computes (x - mean) * rstd again."""
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.mul.Tensor or not all(isinstance(a, Node) for a in node.args):
+            continue
+        centred, rstd = node.args
+        if centred.target is not aten.sub.Tensor or not isinstance(centred.args[1], Node):
+            continue
+        rows, mean = centred.args
+        norm, which = _output_of(mean)
+        if which == 1 and _output_of(rstd) == (norm, 2) and norm.args[0] is rows:
+            first = next((n for n in norm.users if n.args[1] == 0), None)
+            if first is not None and first.meta["shape"] == node.meta["shape"]:
+                node.replace_all_uses_with(first)
+    graph.graph.eliminate_dead_code()
+
+
+def _output_of(node: Any) -> tuple[Any, int]:
+    """The normalisation that a node is an output of, regrouped or not, and which; (None, -1) for any other."""
+    while isinstance(node, Node) and node.target is aten.reshape.default:
+        node = node.args[0]
+    if isinstance(node, Node) and node.target is operator.getitem:
+        source, index = node.args
+        if isinstance(source, Node) and source.target is aten.native_group_norm.default:
+            return source, index  # type: ignore[return-value]
+    return None, -1
 
 
 def _regroups(node: Node) -> bool:

@@ -22,7 +22,9 @@ SUPPORTED: dict[str, set[int]] = {
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Relu"), NUMBERS),
     **dict.fromkeys(("ScatterElements", "ScatterND", "Sign", "Sub", "TopK"), NUMBERS),
     **dict.fromkeys(("Acos", "Asin", "Atan", "AveragePool", "Ceil", "Conv", "ConvTranspose", "Cos", "Cosh"), FLOATS),
-    **dict.fromkeys(("CumSum", "Erf", "Exp", "Floor", "Gemm", "IsInf", "IsNaN", "LeakyRelu", "Log"), FLOATS),
+    **dict.fromkeys(
+        ("CumSum", "Erf", "Exp", "Floor", "Gemm", "InstanceNormalization", "IsInf", "IsNaN", "LeakyRelu", "Log"), FLOATS
+    ),
     **dict.fromkeys(("LogSoftmax", "MatMul", "MaxPool", "Reciprocal", "Resize", "Round", "Sigmoid"), FLOATS),
     **dict.fromkeys(("Sin", "Sinh", "Sqrt", "Tanh"), FLOATS),
     **dict.fromkeys(("Cast", "Concat", "Expand", "Gather", "GatherElements", "GatherND", "Identity"), ANY),
@@ -33,6 +35,7 @@ SUPPORTED: dict[str, set[int]] = {
 CONSTANT_INPUTS = {
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), (1,)),
     **dict.fromkeys(("Squeeze", "Unsqueeze", "CumSum"), (1,)),
+    "InstanceNormalization": (1, 2),  # and 3 to 5 axes
 }
 SHAPES = {"Shape"}  # any input
 

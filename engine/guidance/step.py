@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -34,8 +35,8 @@ def unit_largest(v: Tensor) -> Tensor:
 class GuidedStep:
     """One guided denoising step (z_t -> z_prev) over a diffusion model and a classifier.
 
-    Three pullbacks are chained (UNet, decoder, classifier and distance), so that one linearisation serves both
-    cotangents. The conditional half of the noise prediction is never differentiated.
+    Pullbacks are chained: UNet, decoder, then classifier and distance side by side, so that one linearisation of UNet
+    and decoder serves both cotangents. The conditional half of the noise prediction is never differentiated.
 
     Args:
         diffusion, classifier: see `engine.models.protocols`; frozen by the caller (`pullback.frozen`).
@@ -113,11 +114,11 @@ class GuidedStep:
         def to_image(z0: Tensor) -> Tensor:
             return (decode(z0) + 1) / 2
 
-        def objectives(x0: Tensor) -> Tensor:
-            log_p = self.classifier.log_prob(x0, target)
-            if self.distance == "latent":
-                return log_p[None]  # [1, B]
-            return torch.stack([log_p, (x0.clamp(0, 1) - image).abs().sum(dim=(1, 2, 3))])  # [2, B]
+        def log_prob(x0: Tensor) -> Tensor:
+            return self.classifier.log_prob(x0, target)
+
+        def difference(x0: Tensor) -> Tensor:
+            return (x0.clamp(0, 1) - image).abs().sum(dim=(1, 2, 3))
 
         if self.gradient == "exact":
             with span("UNet, conditional"):
@@ -131,15 +132,13 @@ class GuidedStep:
         z0_hat = (z - sigma * eps_u) / alpha
         with span("decoder"):
             x0, pull_decoder = pullback(to_image, z0_hat, self.mode)
-        with span("classifier and distance"):
-            values, pull_objectives = pullback(objectives, x0, self.mode)
 
-        def through_decoder(row: int) -> Tensor:
-            cotangent = torch.zeros_like(values)
-            cotangent[row] = 1
+        def through_decoder(objective: Callable[[Tensor], Tensor]) -> Tensor:
+            with span("classifier and distance"):
+                values, pull_objective = pullback(objective, x0, self.mode)  # [B]
             # R and the filter are free of scale, so every cotangent may be brought back to a safe range.
             with span("classifier and distance, VJP"):
-                g = unit_largest(pull_objectives(cotangent))
+                g = unit_largest(pull_objective(torch.ones_like(values)))
             with span("decoder, VJP"):
                 return unit_largest(pull_decoder(g))
 
@@ -149,8 +148,8 @@ class GuidedStep:
                     g = g - sigma * pull_unet(g)
             return g / alpha  # [B, C, h, w]
 
-        towards_class = to_z(through_decoder(0))
-        from_image = to_z((z0_hat - image).sign() if self.distance == "latent" else through_decoder(1))
+        towards_class = to_z(through_decoder(log_prob))
+        from_image = to_z((z0_hat - image).sign() if self.distance == "latent" else through_decoder(difference))
         with span("filter and update"):
             z_prev, z0, kept_fraction = guided_update(
                 z, eps_u, eps_c, towards_class, from_image, abar, abar_prev,

@@ -25,7 +25,7 @@ from ..models.tiny import CONFIG, WEIGHTS, LatentResolutionDecoder, check_decode
 from . import TINY, Pack
 
 WIDTH, BLOCKS = 48, 2
-BATCH = 64
+BATCH = 32
 STRENGTH = 0.7
 GRADIENT_WEIGHT = 0.5
 LEARNING_RATE = 4e-3
@@ -112,8 +112,8 @@ def distill(pack: Pack, out: Path, steps: int, count: int, seed: int, progress: 
 
 def main(
     pack: Annotated[str, typer.Option(help="Pack or folder, which is changed.")] = "digits",
-    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 900,
-    count: Annotated[int, typer.Option(help="Latents that the teacher decodes.", min=128)] = 3072,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 600,
+    count: Annotated[int, typer.Option(help="Latents that the teacher decodes.", min=128)] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
 ) -> None:
     """Distil the decoder (some minutes on a CPU), put it into the pack and list it in pack.json.

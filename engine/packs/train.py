@@ -293,20 +293,25 @@ def train(out: Path, seed: int, steps: dict[str, int], repeats: int, progress: P
     return pack
 
 
-def write_manifest(pack: Path, training: dict[str, Any]) -> None:
-    """Write `pack.json`: name, format, and the SHA-256 of every other file but the card."""
+def list_files(pack: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a pack but its manifest and its card."""
     files = {}
     for path in sorted(pack.rglob("*")):
         name = path.relative_to(pack).as_posix()
         if path.is_file() and name not in ("pack.json", "README.md"):
             files[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return files
+
+
+def write_manifest(pack: Path, training: dict[str, Any]) -> None:
+    """Write `pack.json`: name, format, and the SHA-256 of every other file but the card."""
     manifest = {
         "format": "counterlens-pack",
         "version": 1,
         "name": "digits",
         "training": training,
         "settings": {"realistic": FIRST_SETTINGS, "audit": FIRST_SETTINGS | {"angle": 90.0}},
-        "files": files,
+        "files": list_files(pack),
     }
     (pack / "pack.json").write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -12,7 +12,27 @@ from rich.table import Table
 from .profile import Profile
 from .recorder import Span
 
-COLOURS = ("#2f6f9f", "#5b9bc8", "#8fc1e3", "#d98c3f", "#b5532a", "#e8b77d", "#6a4c93", "#4f8a5b", "#9cb86a", "#8c8c8c")
+# One colour for one name everywhere: UNet blue, decoder orange, classifier violet, what is in no part grey.
+COLOURS = {
+    "UNet, conditional": "#8fc1e3",
+    "UNet, unconditional": "#5b9bc8",
+    "UNet, both": "#5b9bc8",
+    "UNet, VJP": "#1f5a86",
+    "decoder": "#e8b77d",
+    "decoder, VJP": "#c0692b",
+    "classifier and distance": "#b9a3d0",
+    "classifier and distance, VJP": "#6a4c93",
+    "filter and update": "#2e8b57",
+    "predictions": "#d5c7e6",
+    "encode": "#c9b458",
+    "inversion": "#7fb7a4",
+    "guided step": "#2f6f9f",
+    "unguided step": "#a7cbd9",
+    "decode": "#f0cfa6",
+    "between the parts": "#8c8c8c",
+    "bookkeeping": "#b5b5b5",
+    "unattributed": "#dcdcdc",
+}
 
 
 def print_profile(profile: Profile, console: Console) -> None:
@@ -71,7 +91,7 @@ PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1100px; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } @media (max-width: 700px) { td, th { padding-right: .45rem; font-size: .8rem; } }
 table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; }
 td:first-child, th:first-child { text-align: left; } tr { border-bottom: 1px solid #eee; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; } .figures b { display: block; font-size: 1.5rem; }
@@ -81,10 +101,10 @@ td:first-child, th:first-child { text-align: left; } tr { border-bottom: 1px sol
 </style></head><body>
 <h1>Where a counterfactual's time goes</h1>
 <p class="note">{{ p.images }} images in calls of {{ p.batch }} ({{ p.slots }} slots), {{ p.steps }} steps each.
-{{ p.runtime }} on {{ p.device }}: {{ p.why }}.</p>
+Runtime: {{ p.runtime }} ({{ p.why }}) on {{ p.device }}. Times in bars and table are means.</p>
 <div class="figures">
-<div><b>{{ ms(p.latency.p50) }}</b>a call (p95 {{ ms(p.latency.p95) }}, p99 {{ ms(p.latency.p99) }})</div>
-<div><b>{{ ms(p.step.p50) }}</b>a guided step (p95 {{ ms(p.step.p95) }}, p99 {{ ms(p.step.p99) }})</div>
+<div><b>{{ ms(p.latency.p50) }}</b>a call, median (p95 {{ ms(p.latency.p95) }}, p99 {{ ms(p.latency.p99) }})</div>
+<div><b>{{ ms(p.step.p50) }}</b>a guided step, median (p95 {{ ms(p.step.p95) }}, p99 {{ ms(p.step.p99) }})</div>
 <div><b>{{ "%.2f" | format(p.overhead.step) }} x</b>an unguided step, {{ "%.2f" | format(p.overhead.image) }} x an
 unguided image</div>
 <div><b>{{ "%.1f" | format(100 * p.unattributed_share) }} %</b>of the time is in no stage</div>
@@ -102,18 +122,21 @@ unguided image</div>
 {% endmacro %}
 {{ bar("An image", stages) }}
 {{ bar("A guided step" ~ of, parts) }}
-<div class="wide"><table><tr><th>part</th><th>time</th><th>share</th><th>calls</th><th>GFLOP</th><th>MB moved</th>
+<div class="wide" tabindex="0"><table>
+<tr><th>part</th><th>time</th><th>share</th><th>calls</th><th>GFLOP</th><th>MB moved</th>
 <th>of roofline</th><th>peak MB</th></tr>
 {% for name, part in p.parts.items() %}<tr><td>{{ name }}</td><td>{{ ms(part.seconds) }}</td>
 <td>{{ "%.1f" | format(100 * part.share) }} %</td><td>{{ "%g" | format(part.calls) }}</td>
 <td>{{ "%.2f" | format(part.gflop) }}</td><td>{{ "%.1f" | format(part.mbytes) }}</td>
 <td>{{ "%.0f" | format(100 * part.roofline) }} %</td><td>{{ "%.1f" | format(part.peak_mbytes) }}</td></tr>{% endfor %}
-<tr><td>between the parts</td><td></td><td>{{ "%.1f" | format(100 * p.gap_share) }} %</td></tr></table></div>
+<tr><td>between the parts</td><td>{{ ms(parts["between the parts"]) }}</td>
+<td>{{ "%.1f" | format(100 * p.gap_share) }} %</td></tr></table></div>
 <p class="note">Limits reached here: {{ "%.0f" | format(p.limits.flops / 1e9) }} GFLOP/s in a large matrix product,
 {{ "%.1f" | format(p.limits.bandwidth / 1e9) }} GB/s in a large copy. Of roofline: the time that these allow over the
 time that it took; what stays in caches can lift it over 100 %.</p>
 <h2>Step by step</h2>
-<div class="wide"><svg viewBox="0 0 {{ width }} 230" style="min-width:{{ [width, 300] | min }}px" role="img"
+<div class="wide"><svg viewBox="0 0 {{ width }} 230" style="min-width:{{ [width, 300] | min }}px;
+max-width:{{ [2 * width, 1100] | min }}px" role="img"
 aria-label="Time of each part in each step">
 {% for row in rows %}{% set at = namespace(y=200) %}{% for name, seconds in row.items() %}
 {% set height = 200 * seconds / longest %}{% set at.y = at.y - height %}
@@ -122,7 +145,7 @@ fill="{{ colour(name) }}"><title>step {{ loop0(row) + 1 }}, {{ name }}: {{ ms(se
 {% endfor %}{% if loop0(row) % every == 0 %}<text x="{{ loop0(row) * pitch + pitch / 2 }}" y="218" font-size="12"
 text-anchor="middle" fill="#666">{{ loop0(row) + 1 }}</text>{% endif %}{% endfor %}</svg></div>
 <div class="key">{% for name in step_names %}<span><i style="background:{{ colour(name) }}"></i>{{ name }}</span>
-{% endfor %}<span>highest column: {{ ms(longest) }}</span></div>
+{% endfor %}<span>the highest column is {{ ms(longest) }}</span></div>
 </body></html>
 """
 
@@ -130,11 +153,6 @@ text-anchor="middle" fill="#666">{{ loop0(row) + 1 }}</text>{% endif %}{% endfor
 def page(profile: Profile) -> str:
     """A page that needs nothing else: figures, stacked bars by part and by step, the table of the parts."""
     from jinja2 import Environment
-
-    names: dict[str, str] = {}
-
-    def colour(name: str) -> str:
-        return names.setdefault(name, COLOURS[len(names) % len(COLOURS)])
 
     def ms(seconds: float) -> str:
         return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
@@ -149,8 +167,9 @@ def page(profile: Profile) -> str:
         Environment(autoescape=True, trim_blocks=True)
         .from_string(PAGE)
         .render(
-            p=profile, ms=ms, colour=colour, stages=profile.stages, parts=parts, of=of, rows=rows, pitch=pitch,
-            width=pitch * len(rows), longest=max(sum(row.values()) for row in rows), every=max(1, 40 // pitch),
+            p=profile, ms=ms, colour=COLOURS.__getitem__, stages=profile.stages, parts=parts, of=of, rows=rows,
+            pitch=pitch, width=pitch * len(rows),
+            longest=max(sum(row.values()) for row in rows), every=max(1, 40 // pitch),
             loop0=lambda row: places[id(row)], step_names=list(dict.fromkeys(n for row in rows for n in row)),
         )
     )  # fmt: skip

@@ -174,7 +174,9 @@ def test_info(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "info.json").read_text()) == facts
 
 
-@pytest.mark.parametrize("command", ["demo", "counterfactual", "samples", "info"])
+@pytest.mark.parametrize(
+    "command", ["demo", "counterfactual", "samples", "info", "audit", "audit-merge", "audit-report"]
+)
 def test_help_has_an_example(command: str) -> None:
     result = run(command, "--help")
     assert result.returncode == 0
@@ -182,7 +184,7 @@ def test_help_has_an_example(command: str) -> None:
 
 
 def test_help_imports_nothing_slow() -> None:
-    slow = ("torch", "diffusers", "numpy", "PIL")
+    slow = ("torch", "diffusers", "numpy", "PIL", "pyarrow", "ray", "jinja2")
     code = f"import sys; import counterlens.engine.cli; print([m for m in {slow} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr

@@ -10,6 +10,8 @@ import torch
 
 from bench.exactness import one_step, whole_loop
 from bench.quality import psnr
+from counterlens.engine.config import Config
+from counterlens.engine.engine import Engine
 from counterlens.engine.errors import UsageError
 from counterlens.engine.images import as_saved
 from counterlens.engine.models.digits import COLOURS, MARKER_SIZE, Marker, choose_markers, draw_markers, render
@@ -142,3 +144,34 @@ def test_settings_are_complete(pack: Pack) -> None:
     assert settings["realistic"]["angle"] == 45
     assert settings["audit"] == settings["realistic"] | {"angle": 90}
     assert json.loads((Path(pack.folder) / "pack.json").read_text()) == pack.manifest
+
+
+def test_the_tiny_decoder_is_small_listed_and_pulls_the_same_way(pack: Pack) -> None:
+    path = Path(pack.folder) / "tiny-decoder" / "model.safetensors"
+    assert path.stat().st_size <= 300_000
+    assert {"tiny-decoder/config.json", "tiny-decoder/model.safetensors"} <= set(pack.manifest["files"])
+    decoder, diffusion = pack.guidance_decoder(), pack.diffusion()
+    assert decoder is not None
+    classifier = pack.classifier("clean")
+    x = pack.samples("validation", count=20).images
+    with torch.no_grad():
+        z = diffusion.encode(x)
+        pulled = []
+        for decode in (diffusion.decode, decoder.decode):
+            image, pull = torch.func.vjp(decode, z)
+            target = torch.arange(20) % 10
+            v = torch.func.grad(lambda y, t=target: classifier.log_prob((y + 1) / 2, t).sum())(image)
+            pulled.append(pull(v / v.abs().amax(dim=(1, 2, 3), keepdim=True))[0].flatten(1))
+    assert torch.cosine_similarity(*pulled).mean() > 0.5
+
+
+def test_speeds_change_how_and_never_what(pack: Pack) -> None:
+    speeds = pack.manifest["speeds"]
+    assert list(speeds) == ["exact", "balanced", "fast"]
+    for fields in speeds.values():
+        assert not set(fields) & {"strength", "guidance_scale", "class_scale", "distance_scale", "angle", "filter"}
+    engine = Engine.from_pack("digits", runtime="eager")
+    samples = pack.samples("validation", count=24, marker="random")
+    result = engine.counterfactual(samples.images, config=Config(speed="fast"))
+    assert result.flipped.double().mean() >= 0.8
+    assert result.l1.mean() < 0.1

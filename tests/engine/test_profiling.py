@@ -63,7 +63,7 @@ def test_costs_on_paper() -> None:
 def test_every_part_and_stage_is_there(result: Profile) -> None:
     assert set(result.parts) == set(STEP_PARTS) - {"UNet, both"}
     assert {name: p.calls for name, p in result.parts.items() if p.calls != 1} == {
-        "classifier and distance, VJP": 2, "decoder, VJP": 2, "UNet, VJP": 2,
+        "classifier and distance": 2, "classifier and distance, VJP": 2, "decoder, VJP": 2, "UNet, VJP": 2,
     }  # fmt: skip
     assert (result.images, result.batch, result.slots, result.steps) == (4, 2, 2, 3)
     assert len(result.per_step) == 3

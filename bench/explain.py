@@ -1,0 +1,251 @@
+"""Saliency methods on the digits pack's test split: `python -m bench.explain --record`.
+
+LAX, captum's methods and RISE on the same images: whether they point at a planted cause, five metrics with 95 %
+bootstrap intervals, cost, what becomes of LAX's maps when the model's weights are random, and the memory of training.
+Everything was chosen on the training and validation splits. Results: bench/results/explain.json, pictures beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from bench.record import RESULTS, interval, write_result
+from counterlens.engine.adapter.drawing import draw_methods
+from counterlens.engine.adapter.evaluation import METRICS, Scored, evaluate
+from counterlens.engine.adapter.lax import LAX, new_adapter
+from counterlens.engine.adapter.methods import explain_with, minmax, saliency_methods
+from counterlens.engine.adapter.packed import pack_adapter
+from counterlens.engine.adapter.recipes import HALVES, PACK_SCHEDULE, pack_images, train_adapter
+from counterlens.engine.adapter.training import Schedule, faithfulness
+from counterlens.engine.guidance.pullback import frozen
+from counterlens.engine.images import write_png
+from counterlens.engine.memory import PeakMemory
+from counterlens.engine.models.classifiers import StridedClassifier
+from counterlens.engine.models.digits import MARKER_SIZE, Marker
+from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.packs import Pack
+
+SECTIONS = ("truth", "quality", "cost", "sanity", "memory")
+METHODS = list(saliency_methods)
+CLASSIFIERS = ("clean", "shortcut")
+ALPHA_MIN = 0.5  # the paper's default; frozen before methods are compared
+ROUNDS = 5  # of the cost table, methods interleaved
+
+
+def predict(classifier: SoftmaxClassifier, images: Tensor) -> Tensor:
+    """Predicted labels [N]."""
+    with torch.no_grad():
+        return torch.cat([classifier.logits(part).argmax(1) for part in images.split(128)])
+
+
+def marker_boxes(markers: list[Marker | None]) -> Tensor:
+    """Where each sample's marker is: [N, 32, 32] bool."""
+    inside = torch.zeros(len(markers), 32, 32, dtype=torch.bool)
+    for box, marker in zip(inside, markers, strict=True):
+        assert marker is not None
+        box[marker.box] = True
+    return inside
+
+
+def pointing(scores: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the largest 3x3 mean is inside the box, and the share of the k largest pixels inside (k: its area): [N].
+
+    Windows are whole, so that none is centred on the image's border: nothing is padded.
+    """
+    smooth = F.avg_pool2d(scores[:, None], 3, 1).flatten(1)
+    centres = inside[:, 1:-1, 1:-1].flatten(1)
+    hit = centres.gather(1, smooth.argmax(1, keepdim=True))[:, 0].double()
+    top = scores.flatten(1).topk(MARKER_SIZE**2, dim=1).indices
+    return hit, inside.flatten(1).gather(1, top).double().mean(1)
+
+
+def truth_figures(pack: Pack, count: int | None, pictures: bool) -> dict[str, Any]:
+    """Do maps of "5 or more, or not" point at the marker: for the classifier that reads it, and for the other?"""
+    samples = pack.samples("test", marker="matching", count=count)
+    inside = marker_boxes(samples.markers)
+    out: dict[str, Any] = {"chance": MARKER_SIZE**2 / 32**2}
+    for name in CLASSIFIERS:
+        classifier = pack.classifier(name)
+        adapter = pack_adapter(pack, name, classifier, HALVES)
+        rows, maps, notes = {}, {}, {}
+        for method in METHODS:
+            saliency, scores = explain_with(
+                method, classifier, samples.images, quantity=HALVES, adapter=adapter, baseline=pack.mean_colour
+            )
+            hit, share = pointing(scores, inside)
+            rows[method] = {"pointing": interval(hit), "top_share": interval(share)}
+            maps[method] = minmax(saliency[:10])
+            notes[method] = ["hit" if h else "" for h in hit[:10].tolist()]
+            print(name, method, f"pointing {hit.mean():.3f}, top {share.mean():.3f}", flush=True)
+        captions = [str(int(p)) for p in predict(classifier, samples.images[:10])]
+        if pictures:
+            write_png(draw_methods(samples.images[:10], captions, maps, notes), RESULTS / f"saliency-{name}.png")
+        out[name] = rows
+    return out
+
+
+def quality_figures(pack: Pack, count: int | None) -> dict[str, Any]:
+    """Every metric of every method with its interval, and the paired difference between LAX and the best other one."""
+    samples = pack.samples("test", marker="random", count=count)
+    out: dict[str, Any] = {"alpha_min": ALPHA_MIN}
+    for name in CLASSIFIERS:
+        classifier = pack.classifier(name)
+        scored = evaluate(
+            classifier, samples.images, METHODS, adapter=pack_adapter(pack, name, classifier), alpha_min=ALPHA_MIN,
+            baseline=pack.mean_colour, seeds=samples.ids, on_method=lambda m, n=name: print(n, m, flush=True),
+        )  # fmt: skip
+        rows = {m: {k: interval(v) for k, v in s.values.items()} for m, s in scored.items()}
+        out[name] = {"methods": rows, "against_best": {m: against_best(scored, m) for m in METRICS}}
+    return out
+
+
+def against_best(scored: dict[str, Scored], metric: str) -> dict[str, Any]:
+    """LAX minus the best other method on the same images, so that more is better, with its bootstrap interval."""
+    sign = 1 if METRICS[metric] else -1
+    others = {name: sign * s.values[metric] for name, s in scored.items() if name != "lax"}
+    best = max(others, key=lambda name: others[name].mean().item())
+    difference = interval(sign * scored["lax"].values[metric] - others[best])
+    verdict = "first" if difference["low"] > 0 else "tied" if difference["high"] >= 0 else "behind"
+    return {"best_other": best, "difference": difference, "verdict": verdict}
+
+
+def cost_figures(pack: Pack) -> dict[str, Any]:
+    """Milliseconds per image at batch 64, and in forward passes of the classifier, timed in turns."""
+    classifier = pack.classifier("clean")
+    images = pack.samples("test", count=64, marker="random").images
+    adapter, target = pack_adapter(pack, "clean", classifier), predict(classifier, images)
+    times: dict[str, list[float]] = {"forward": [], **{m: [] for m in METHODS}}
+
+    def once(name: str) -> None:
+        if name == "forward":
+            with torch.no_grad():
+                classifier.logits(images)
+        elif name == "lax":
+            adapter.explain(images)
+        else:
+            explain_with(name, classifier, images, target, baseline=pack.mean_colour)
+
+    for name in times:
+        once(name)
+    for _ in range(ROUNDS):
+        for name, values in times.items():
+            # Short calls are repeated: a single one would measure the clock.
+            repeats = 20 if name in ("forward", "lax") else 1
+            start = time.perf_counter()
+            for _ in range(repeats):
+                once(name)
+            values.append((time.perf_counter() - start) / repeats)
+    out: dict[str, Any] = {}
+    forward = torch.tensor(times["forward"])
+    for name, values in times.items():
+        v = torch.tensor(values)
+        ratio = (v / forward).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        ms = (1e3 * v / len(images)).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        out[name] = {
+            "ms_per_image": dict(zip(("p20", "p50", "p80"), ms, strict=True)),
+            "forwards": dict(zip(("p20", "p50", "p80"), ratio, strict=True)),
+        }
+    return out
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's correlation of each pair of maps [N, H, W]: [N]."""
+    ranks = [x.flatten(1).argsort(1).argsort(1).double() for x in (a, b)]
+    centred = [F.normalize(r - r.mean(1, keepdim=True), dim=1) for r in ranks]
+    return (centred[0] * centred[1]).sum(1)
+
+
+def randomised(classifier: SoftmaxClassifier) -> SoftmaxClassifier:
+    """The same architecture with fresh weights."""
+    module = copy.deepcopy(classifier.module)
+    torch.manual_seed(7)
+    for part in module.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    return SoftmaxClassifier(module.eval().requires_grad_(False), classifier.labels)
+
+
+def sanity_figures(pack: Pack, steps: int | None) -> dict[str, Any]:
+    """Similarity of LAX's maps with those for a model of random weights: the adapter kept, and trained again."""
+    classifier = pack.classifier("clean")
+    images = pack.samples("test", marker="random", count=100).images
+    adapter = pack_adapter(pack, "clean", classifier)
+    target = predict(classifier, images)
+    reference = adapter.explain(images, target).scores
+    random = randomised(classifier)
+    kept = replace(adapter, classifier=random).explain(images, target).scores
+    schedule = PACK_SCHEDULE if steps is None else replace(PACK_SCHEDULE, steps=steps)
+    retrained, history = train_adapter(random, *pack_images(pack), schedule, colour=pack.mean_colour)
+    again = retrained.explain(images, target).scores
+    same: LAX = replace(adapter)
+    top = {"kept": kept, "retrained": again, "itself": same.explain(images, target).scores}
+    return {
+        "steps": len(history.losses),
+        **{name: {"spearman": interval(rank_correlation(reference, maps))} for name, maps in top.items()},
+    }
+
+
+def memory_figures() -> dict[str, Any]:
+    """Peak bytes of one training batch's expectation at 224x224 by K, with a bounded forward batch and without."""
+    torch.manual_seed(0)
+    classifier = SoftmaxClassifier(StridedClassifier(width=8).eval(), [str(i) for i in range(10)])
+    adapter = new_adapter(classifier, 224)
+    images, target = torch.rand(2, 3, 224, 224), torch.zeros(2, dtype=torch.long)
+    saliency, hidden = torch.rand(2, 224, 224), torch.zeros(2, 3, 224, 224)
+    out: dict[str, Any] = {}
+    for name, forward_batch in (("forward_batch_8", 8), ("unbounded", 10**6)):
+        rows = {}
+        for k in (2, 4, 8, 16):
+            levels = torch.linspace(0.5, 0.95, k).double().expand(2, k)
+            schedule = Schedule(forward_batch=forward_batch, thresholds=k)
+            with frozen(classifier.module), PeakMemory() as memory:
+                faithfulness(adapter, images, hidden, saliency, target, levels, 0.1, schedule)
+            # The perturbed images and their gradient are the forward batch itself.
+            batch = min(forward_batch, 4 * k) * images[0].numel() * 4
+            rows[str(k)] = {"peak_mb": memory.peak / 1e6, "perturbed_images_mb": batch / 1e6}
+        out[name] = rows
+    return out
+
+
+def main(
+    pack: Annotated[str, typer.Option(help="Pack or folder.")] = "digits",
+    sections: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SECTIONS)}.")] = "all",
+    count: Annotated[int | None, typer.Option(help="Test digits; all of them without it.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the training in `sanity`; the pack's without it.")] = None,
+    record: Annotated[bool, typer.Option(help="Write bench/results/explain.json and pictures.")] = False,
+) -> None:
+    """Measure saliency methods on the test split.
+
+    Example: python -m bench.explain --sections truth,quality --record
+    """
+    chosen = SECTIONS if sections == "all" else tuple(sections.split(","))
+    opened = Pack(pack)
+    path = RESULTS / "explain.json"
+    payload: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    payload.pop("environment", None)
+    if "truth" in chosen:
+        payload["truth"] = truth_figures(opened, count, record)
+    if "quality" in chosen:
+        payload["quality"] = quality_figures(opened, count)
+    if "cost" in chosen:
+        payload["cost"] = cost_figures(opened)
+    if "sanity" in chosen:
+        payload["sanity"] = sanity_figures(opened, steps)
+    if "memory" in chosen:
+        payload["memory"] = memory_figures()
+    if record:
+        write_result("explain", payload)
+    print(json.dumps({k: payload[k] for k in chosen}, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

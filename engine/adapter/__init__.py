@@ -1,0 +1,1 @@
+"""Saliency: the LAX adapter, established methods beside it, and what they explain."""

@@ -1,0 +1,431 @@
+"""`counterlens adapter train|explain|evaluate`, `counterlens saliency` and `counterlens evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import CounterlensError, UsageError
+from ..options import JsonFlag, LabelsOption, PackOption, errors, print_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..models.protocols import Classifier
+    from .lax import LAX
+
+SeedOption = Annotated[int, typer.Option(help="Of weights, batches, noise and masks.", min=0)]
+ClassifierOption = Annotated[
+    str, typer.Option(help="Of the pack; with --images also a folder, hub id or torchvision:NAME.")
+]
+QuantityOption = Annotated[
+    str, typer.Option(help="class, or groups of labels: 0,1,2,3,4/5,6,7,8,9 (the target's group against the rest).")
+]
+ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images instead of the pack's.")]
+SizeOption = Annotated[int, typer.Option(help="Side in pixels of --images.", min=8)]
+AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a trained adapter; the pack's own without it.")]
+AlphaOption = Annotated[float, typer.Option(help="Lowest threshold of MSI.", min=0, max=1)]
+MarkerOption = Annotated[str, typer.Option(help="On the pack's images: none, random, matching or conflicting.")]
+LayerOption = Annotated[str | None, typer.Option(help="Of gradcam; the last maps without it.")]
+METHODS = "lax, gradxinput, ig, smoothgrad, gradcam, occlusion, ablation, rise"
+SHOWN = 8  # images in the picture of methods
+
+app = typer.Typer(no_args_is_help=True, help="Train LAX on a frozen classifier, and use it.")
+
+
+def register(parent: typer.Typer) -> None:
+    """Add `adapter`, `saliency` and `evaluate` to the command line."""
+    parent.add_typer(app, name="adapter")
+    parent.command()(saliency)
+    parent.command()(evaluate)
+
+
+@contextmanager
+def _progress(title: str, total: int | None) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        progress.add_task(title, total=total)
+        yield progress
+
+
+def _open(
+    pack: str, classifier: str, images: Path | None, labels: str | None, size: int
+) -> tuple[Any, Classifier, int, Any]:
+    """(the pack or None, the classifier, its image size, what hides pixels)."""
+    from ..data import read_names
+    from ..packs import Pack
+
+    opened = Pack(pack)
+    if classifier in opened.classifier_names():
+        return opened, opened.classifier(classifier), 32, opened.mean_colour
+    if images is None:
+        known = ", ".join(opened.classifier_names())
+        raise UsageError(f"classifier: {classifier!r} is not in pack {pack!r} ({known}); another one needs --images")
+    from ..models.image_classifiers import open_classifier
+
+    names = read_names(labels) if labels else None
+    return None, open_classifier(classifier, image_size=size, labels=names), size, "blur"
+
+
+def _load(folder: Path, size: int) -> tuple[list[str], Tensor]:
+    """Names and images [N, 3, size, size] of a folder."""
+    import torch
+
+    from ..data import collect
+    from ..images import load_image
+
+    items = collect([folder])
+    return [str(item.path) for item in items], torch.stack([load_image(item.path, size) for item in items])
+
+
+def _adapter(pack: Any, name: str, classifier: Classifier, quantity: str, folder: Path | None) -> LAX:
+    from .lax import open_adapter
+    from .packed import pack_adapter
+
+    if folder is not None:
+        return open_adapter(folder, classifier)
+    if pack is None:
+        raise UsageError("adapter: this classifier is not a pack's; give the folder that adapter train wrote")
+    return pack_adapter(pack, name, classifier, quantity)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoint and loss.png.")] = Path("adapter"),
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = "clean",
+    quantity: QuantityOption = "class",
+    images: ImagesOption = None,
+    validation: Annotated[Path | None, typer.Option(help="Folder of images that training does not see.")] = None,
+    labels: LabelsOption = None,
+    image_size: SizeOption = 224,
+    taps: Annotated[
+        str | None, typer.Option(help="Names of modules, a,b,c; pixels: none. Without it, one for each resolution.")
+    ] = None,
+    baselines: Annotated[
+        str | None, typer.Option(help="What hides pixels: some of mean, blur, colour, noise, image.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser, at most.", min=1)] = None,
+    batch: Annotated[int | None, typer.Option(help="Images in a step.", min=1)] = None,
+    forward_batch: Annotated[int | None, typer.Option(help="Perturbed images in one pass: memory.", min=2)] = None,
+    alpha_min: AlphaOption = 0.5,
+    area: Annotated[float | None, typer.Option(help="Weight of the marked area.", min=0)] = None,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a LAX adapter for a frozen classifier, which must be differentiable; it is not changed.
+
+    Interrupted, the same command goes on from its checkpoint. Training stops early on the MSI of the validation images.
+
+    Example: counterlens adapter train --pack digits --classifier shortcut --out my-adapter
+    """
+    from ..images import make_folder
+    from .recipes import pack_images, schedule_for, train_adapter
+
+    opened, explained, size, _ = _open(pack, classifier, images, labels, image_size)
+    chosen = schedule_for(
+        classifier if opened else None, quantity, steps=steps, batch=batch, forward_batch=forward_batch,
+        alpha_min=alpha_min, area=area, baselines=tuple(baselines.split(",")) if baselines else None, seed=seed,
+    )  # fmt: skip
+    if images is not None:
+        if validation is None:
+            raise UsageError(
+                "validation: needed beside --images; early stopping looks at images that training does not"
+            )
+        (_, shown), (_, held) = _load(images, size), _load(validation, size)
+        colour = shown.mean((0, 2, 3))
+    else:
+        shown, held = pack_images(opened)
+        colour = opened.mean_colour
+    out = make_folder(out)
+    named = None if taps is None else [] if taps == "pixels" else taps.split(",")
+    command = {"classifier": classifier, "pack": opened.name if opened else None}
+    with _progress("training", chosen.steps) as progress:
+
+        def show(step: int, total: int, loss: float, best: float) -> None:
+            text = f"loss {loss:.3f}, best MSI {best:.3f}"
+            progress.update(progress.task_ids[0], completed=step, total=total, description=text)
+
+        adapter, history = train_adapter(
+            explained, shown, held, chosen, quantity=quantity, taps=named, colour=colour, out=out, on_step=show,
+            described=command,
+        )  # fmt: skip
+    best = max(value for _, value in history.validations)
+    record = {
+        "out": str(out), "taps": adapter.taps, "quantity": adapter.quantity.name, "steps": len(history.losses),
+        "validation_msi": round(best, 6), "parameters": sum(p.numel() for p in adapter.head.parameters()),
+    }  # fmt: skip
+    if as_json:
+        print_json(record)
+    Console(stderr=as_json, highlight=False, soft_wrap=True).print(
+        f"{record['steps']} steps, validation MSI {best:.3f}; {record['parameters']} parameters on "
+        f"{', '.join(adapter.taps) or 'pixels'}; adapter and loss.png in {out}"
+    )
+
+
+def _saliency(
+    images: list[Path], method: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None,
+    target: str | None, labels: str | None, image_size: int, alpha_min: float, layer: str | None, seed: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Overlay PNG, arrays and a record for each image; a file that cannot be read is reported and the others go on."""
+    import torch
+    from safetensors.torch import save_file
+
+    from ..data import collect
+    from ..images import load_image, make_folder
+    from .drawing import save_overlay
+    from .evaluation import score_maps
+    from .methods import check_methods, explain_with
+    from .quantities import make_quantity
+
+    check_methods([method])
+    paths = [item.path for item in collect(images)]
+    opened, explained, size, baseline = _open(pack, classifier, images[0], labels, image_size)
+    question = make_quantity(explained, quantity)
+    wanted = None
+    if target is not None:
+        if target not in explained.labels:
+            raise UsageError(f"target: {target!r} is no label; expected one of {', '.join(explained.labels[:12])}")
+        wanted = explained.labels.index(target)
+    trained = _adapter(opened, classifier, explained, quantity, adapter) if method == "lax" else None
+    out = make_folder(out)
+    console = Console(stderr=as_json, highlight=False)
+    table = Table("image", "target", "probability", "MSI", "marked", "file", box=box.SIMPLE)
+    failed = 0
+    seen: dict[str, int] = {}
+    for path in paths:
+        n = seen[path.stem] = seen.get(path.stem, 0) + 1
+        name = path.stem if n == 1 else f"{path.stem}-{n}"
+        try:
+            image = load_image(path, size)[None]
+        except CounterlensError as error:
+            failed += 1
+            message = str(error).removeprefix(f"{path}: ")
+            errors.print(f"error: {path}: {message}", markup=False, style="red")
+            table.add_row(str(path), "", "", "", "", "failed")
+            if as_json:
+                print_json({"image": str(path), "error": message})
+            continue
+        with torch.no_grad():
+            label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted])
+        saliency, scores = explain_with(
+            method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
+            seed=seed,
+        )  # fmt: skip
+        scored = score_maps(explained, image, saliency, scores, label, question, alpha_min=alpha_min, baseline=baseline)
+        curves = scored.msi.curves
+        assert curves.keep is not None
+        assert curves.remove is not None
+        picture, arrays = out / f"{name}.png", out / f"{name}.safetensors"
+        if picture.resolve() == path.resolve():
+            raise UsageError(f"out: {picture} is an input and would be overwritten; choose another folder")
+        save_overlay(image[0], saliency[0], picture)
+        try:
+            save_file({"saliency": saliency[0].contiguous(), "scores": scores[0].contiguous()}, arrays)
+        except OSError as error:
+            raise CounterlensError(f"{arrays}: cannot be written ({error.strerror or error})") from error
+        record: dict[str, Any] = {
+            "image": str(path), "method": method, "target": explained.labels[int(label)],
+            "probability": round(curves.full[0].item(), 6),
+            **{k: round(v[0].item(), 6) for k, v in scored.values.items()},
+            "thresholds": [round(v, 6) for v in curves.abscissae[0].tolist()],
+            "keep": [round(v, 6) for v in curves.keep[0].tolist()],
+            "remove": [round(v, 6) for v in curves.remove[0].tolist()],
+            "path": str(picture), "arrays": str(arrays),
+        }  # fmt: skip
+        if as_json:
+            print_json(record)
+        table.add_row(
+            str(path), record["target"], f"{record['probability']:.3f}", f"{record['msi']:.3f}",
+            f"{100 * record['mask_area']:.1f} %", str(picture),
+        )  # fmt: skip
+    console.print(table)
+    if failed:
+        raise CounterlensError(f"{failed} of {len(paths)} images failed; the others are in {out}")
+
+
+def saliency(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    method: Annotated[str, typer.Option(help=f"One of {METHODS}.")] = "lax",
+    out: Annotated[Path, typer.Option(help="Folder for overlays (.png) and arrays (.safetensors).")] = Path("saliency"),
+    target: Annotated[str | None, typer.Option(help="Label to explain; the prediction without it.")] = None,
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = "clean",
+    quantity: QuantityOption = "class",
+    adapter: AdapterOption = None,
+    labels: LabelsOption = None,
+    image_size: SizeOption = 224,
+    alpha_min: AlphaOption = 0.5,
+    layer: LayerOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show where a classifier's evidence is, and how good that answer is: MSI and its curves.
+
+    Example: counterlens saliency four.png --method lax --out where
+    """
+    _saliency(
+        images, method, out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, layer, seed,
+        as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def explain(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    out: Annotated[Path, typer.Option(help="Folder for overlays (.png) and arrays (.safetensors).")] = Path("saliency"),
+    target: Annotated[str | None, typer.Option(help="Label to explain; the prediction without it.")] = None,
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = "clean",
+    quantity: QuantityOption = "class",
+    adapter: AdapterOption = None,
+    labels: LabelsOption = None,
+    image_size: SizeOption = 224,
+    alpha_min: AlphaOption = 0.5,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Explain images with a trained adapter, in one pass of the classifier and a little more.
+
+    Example: counterlens adapter explain four.png --classifier shortcut --out where
+    """
+    _saliency(
+        images, "lax", out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, None, seed,
+        as_json,
+    )  # fmt: skip
+
+
+def _evaluate(
+    methods: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None, images: Path | None,
+    labels: str | None, image_size: int, split: str, count: int | None, marker: str, alpha_min: float,
+    layer: str | None, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    from ..images import make_folder, write_png
+    from .drawing import check_charts, draw_charts, draw_methods
+    from .evaluation import METRICS, summarise, write_parquet
+    from .evaluation import evaluate as compare
+    from .methods import check_methods, minmax
+
+    chosen = check_methods([name.strip() for name in methods.split(",")])
+    check_charts()
+    opened, explained, size, baseline = _open(pack, classifier, images, labels, image_size)
+    if images is not None:
+        names, shown = _load(images, size)
+        ids = list(range(len(names)))
+    else:
+        drawn = opened.samples(split, count=count, marker=marker)
+        shown, ids = drawn.images, drawn.ids
+        names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
+    trained = _adapter(opened, classifier, explained, quantity, adapter) if "lax" in chosen else None
+    out = make_folder(out)
+    with _progress("methods", len(chosen)) as progress:
+
+        def show(name: str) -> None:
+            progress.update(progress.task_ids[0], description=name)
+            progress.advance(progress.task_ids[0])
+
+        scored = compare(
+            explained, shown, chosen, quantity=quantity, adapter=trained, alpha_min=alpha_min, baseline=baseline,
+            layer=layer, seed=seed, seeds=ids, on_method=show,
+        )  # fmt: skip
+    summary = summarise(scored)
+    write_parquet(scored, names, explained.labels, out / "scores.parquet")
+    first = next(iter(scored.values()))
+    captions = [explained.labels[int(t)] for t in first.target[:SHOWN]]
+    notes = {name: [f"MSI {v:.2f}" for v in s.values["msi"][:SHOWN].tolist()] for name, s in scored.items()}
+    maps = {name: minmax(s.saliency[:SHOWN]) for name, s in scored.items()}
+    write_png(draw_methods(shown[:SHOWN], captions, maps, notes), out / "methods.png")
+    lines: dict[str, dict[str, Any]] = {"keep": {}, "remove": {}, "msi": {}}
+    for name, s in scored.items():
+        assert s.msi.curves.keep is not None
+        assert s.msi.curves.remove is not None
+        lines["keep"][name] = (s.inserted.shares.tolist(), s.inserted.values.mean(0).tolist())
+        lines["remove"][name] = (s.removed.shares.tolist(), s.removed.values.mean(0).tolist())
+        difference = (s.msi.curves.keep - s.msi.curves.remove).mean(0)
+        lines["msi"][name] = (s.msi.curves.abscissae.mean(0).tolist(), difference.tolist())
+    charts = [
+        ("most salient pixels shown", "share shown", "probability", lines["keep"]),
+        ("most salient pixels hidden", "share hidden", "probability", lines["remove"]),
+        ("MSI", "threshold", "Ins - Del", lines["msi"]),
+    ]
+    draw_charts(charts, out / "curves.png")
+    table = Table("method", *METRICS, "marked", "ms", box=box.SIMPLE)
+    for name, row in summary.items():
+        cells = [f"{row[m]['mean']:.3f} ({row[m]['low']:.3f} to {row[m]['high']:.3f})" for m in METRICS]
+        table.add_row(name, *cells, f"{100 * row['mask_area']['mean']:.1f} %", f"{row['ms_per_image']:.2f}")
+        if as_json:
+            print_json({"method": name, **row})
+    Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    files = ", ".join(f"{out / name}" for name in ("scores.parquet", "curves.png", "methods.png"))
+    Console(stderr=as_json, highlight=False, soft_wrap=True).print(f"{len(shown)} images; {files}")
+
+
+CountOption = Annotated[int | None, typer.Option(help="How many of the pack's images; all without it.", min=1)]
+SplitOption = Annotated[str, typer.Option(help="Of the pack: train, validation or test.")]
+
+
+def evaluate(
+    methods: Annotated[str, typer.Option(help=f"Some of {METHODS}.")] = "lax,ig,gradcam",
+    out: Annotated[Path, typer.Option(help="Folder for table, curves and pictures.")] = Path("evaluation"),
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = "clean",
+    quantity: QuantityOption = "class",
+    adapter: AdapterOption = None,
+    images: ImagesOption = None,
+    labels: LabelsOption = None,
+    image_size: SizeOption = 224,
+    split: SplitOption = "test",
+    count: CountOption = None,
+    marker: MarkerOption = "random",
+    alpha_min: AlphaOption = 0.5,
+    layer: LayerOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare saliency methods on the same images.
+
+    Writes a table with 95 % intervals, scores.parquet (per image), curves.png and methods.png.
+
+    Example: counterlens evaluate --methods lax,ig,gradcam --count 50 --out compared
+    """
+    _evaluate(
+        methods, out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
+        layer, seed, as_json,
+    )  # fmt: skip
+
+
+@app.command("evaluate")
+def evaluate_adapter(
+    out: Annotated[Path, typer.Option(help="Folder for table, curves and pictures.")] = Path("evaluation"),
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = "clean",
+    quantity: QuantityOption = "class",
+    adapter: AdapterOption = None,
+    images: ImagesOption = None,
+    labels: LabelsOption = None,
+    image_size: SizeOption = 224,
+    split: SplitOption = "test",
+    count: CountOption = None,
+    marker: MarkerOption = "random",
+    alpha_min: AlphaOption = 0.5,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Score a trained adapter alone, as `counterlens evaluate` scores methods.
+
+    Example: counterlens adapter evaluate --adapter my-adapter --count 50 --out scored
+    """
+    _evaluate(
+        "lax", out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
+        None, seed, as_json,
+    )  # fmt: skip

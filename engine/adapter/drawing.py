@@ -1,0 +1,112 @@
+"""Pictures of saliency: overlays, methods side by side, curves and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..drawing import CAPTION, CELL, FAINT, GAP, INK, LEFT
+from ..errors import CounterlensError
+from ..images import to_uint8, write_png
+
+SHOWN = 256  # the least side in pixels of an overlay
+STRENGTH = 0.75  # of the heat colours, where saliency is 1
+
+
+def heat(saliency: Tensor) -> Tensor:
+    """Saliency [..., H, W] in [0, 1] as colours from black over red and yellow to white: [..., 3, H, W]."""
+    x = 3 * saliency
+    return torch.stack([x.clamp(0, 1), (x - 1).clamp(0, 1), (x - 2).clamp(0, 1)], dim=-3)
+
+
+def overlay(
+    images: Tensor,  # [..., 3, H, W]
+    saliency: Tensor,  # [..., H, W] in [0, 1]
+) -> Tensor:
+    """The image in grey, darkened, with heat colours where saliency is: [..., 3, H, W]."""
+    grey = images.mean(-3, keepdim=True).expand_as(images)
+    weight = STRENGTH * saliency.clamp(0, 1)[..., None, :, :]
+    return (1 - weight) * (0.25 + 0.6 * grey) + weight * heat(saliency.clamp(0, 1))
+
+
+def save_overlay(image: Tensor, saliency: Tensor, path: Path) -> None:
+    """Write the image and its overlay side by side, enlarged without smoothing to 256 pixels at least.
+
+    Raises:
+        CounterlensError: the file cannot be written.
+    """
+    h, w = saliency.shape
+    times = max(1, -(-SHOWN // max(h, w)))
+    tiles = torch.cat([image, overlay(image, saliency)], dim=2)
+    picture = _picture(tiles)
+    write_png(picture.resize((2 * w * times, h * times), Image.Resampling.NEAREST), path)
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def draw_methods(
+    images: Tensor,  # [N, 3, H, W]
+    captions: Sequence[str],
+    maps: Mapping[str, Tensor],  # method to [N, H, W] in [0, 1]
+    notes: Mapping[str, Sequence[str]],  # method to N texts under its maps
+) -> Image.Image:
+    """Inputs in the first row, one row of overlays for each method."""
+    rows: list[tuple[str, Tensor, Sequence[str]]] = [("input", images, captions)]
+    rows += [(name, overlay(images, maps[name]), notes[name]) for name in maps]
+    height = CELL + CAPTION
+    picture = Image.new("RGB", (LEFT + len(images) * (CELL + GAP) + GAP, len(rows) * height + GAP), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    for r, (name, tiles, texts) in enumerate(rows):
+        y = GAP + r * height
+        draw.text((8, y + CELL // 2 - 8), name, fill=INK, font=font)
+        for c, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
+            x = LEFT + c * (CELL + GAP)
+            picture.paste(_picture(tile).resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
+            draw.text((x + CELL // 2, y + CELL + 3), text, fill=FAINT, font=font, anchor="ma")
+    return picture
+
+
+def check_charts() -> Any:
+    """matplotlib's figure class, without its windows.
+
+    Raises:
+        CounterlensError: it is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CounterlensError(
+            f"matplotlib cannot be imported ({error}); charts need it: pip install 'counterlens[explain]'"
+        ) from error
+    return Figure
+
+
+def draw_charts(
+    charts: Sequence[tuple[str, str, str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]],
+    path: Path,
+) -> None:
+    """Write line charts side by side as PNG: title, name of x, name of y, and label to (x, y).
+
+    Raises:
+        CounterlensError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = check_charts()(figsize=(5.2 * len(charts), 4), dpi=110, layout="constrained")
+    for place, (title, x_name, y_name, lines) in enumerate(charts, 1):
+        axes = figure.add_subplot(1, len(charts), place)
+        for number, (label, (x, y)) in enumerate(lines.items()):
+            axes.plot(x, y, label=label, linewidth=2 if number == 0 else 1.2, marker="o" if len(x) < 12 else None)
+        axes.set(title=title, xlabel=x_name, ylabel=y_name)
+        axes.grid(alpha=0.3)
+        if len(lines) > 1:
+            axes.legend(fontsize=8)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,180 @@
+"""Saliency methods side by side, by metrics that none of them was made for but one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CounterlensError
+from ..metrics.imputation import road
+from ..metrics.inputs import Baseline
+from ..metrics.msi_score import MSI, msi
+from ..metrics.paths import Faithfulness, deletion, insertion
+from ..models.protocols import Classifier
+from .lax import LAX
+from .methods import check_methods, explain_with
+from .quantities import LogOdds, Quantity, make_quantity
+
+# Metric: whether more is better.
+METRICS = {"msi": True, "base_score_area": True, "insertion": True, "deletion": False, "road": False}
+DRAWS = 2000
+STEPS = 32  # of the insertion and deletion curves
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One method on N images.
+
+    Attributes:
+        saliency: [N, H, W] in [0, 1]. scores: [N, H, W] as the method gives them.
+        target: [N] the explained labels.
+        msi: of `saliency`.
+        inserted, removed: of the ranks of `scores`.
+        values: metric (see `METRICS`, `base_score`, `sufficient_area` and `mask_area`) to [N].
+        seconds: for one image.
+    """
+
+    saliency: Tensor
+    scores: Tensor
+    target: Tensor
+    msi: MSI
+    inserted: Faithfulness
+    removed: Faithfulness
+    values: dict[str, Tensor]
+    seconds: float
+
+
+def score_maps(
+    classifier: Classifier,
+    images: Tensor,  # [N, 3, H, W]
+    saliency: Tensor,  # [N, H, W]
+    scores: Tensor,  # [N, H, W]
+    target: Tensor,  # [N]
+    quantity: Quantity,
+    *,
+    alpha_min: float = 0.5,
+    baseline: Baseline = "mean",
+    seeds: int | Sequence[int] = 0,
+    seconds: float = 0.0,
+    batch: int = 64,
+) -> Scored:
+    """Every metric of maps that are there; `saliency` is compared by value, `scores` by rank.
+
+    Raises:
+        UsageError: sizes do not fit, or a map holds NaN.
+    """
+    given: dict[str, Any] = {"quantity": quantity, "baseline": baseline, "seeds": seeds, "batch_size": batch}
+    by_value = msi(classifier, images, saliency, target, alpha_min=alpha_min, area=False, **given)
+    by_area = msi(classifier, images, scores, target, alpha_min=alpha_min, **given)
+    inserted = insertion(classifier, images, scores, target, steps=STEPS, **given)
+    removed = deletion(classifier, images, scores, target, steps=STEPS, **given)
+    imputed = {k: v for k, v in given.items() if k != "baseline"}
+    values = {
+        "msi": by_value.score,
+        "base_score": by_value.base_score,
+        "base_score_area": by_area.base_score_area,
+        "insertion": inserted.score,
+        "deletion": removed.score,
+        "road": road(classifier, images, scores, target, **imputed).score,
+        "sufficient_area": by_area.sufficient_area,
+        "mask_area": by_value.curves.areas[:, 0],
+    }
+    return Scored(saliency, scores, target, by_value, inserted, removed, values, seconds)
+
+
+def evaluate(
+    classifier: Classifier,
+    images: Tensor,  # [N, 3, H, W] in [0, 1]
+    methods: Sequence[str],
+    target: Tensor | None = None,  # [N]
+    *,
+    quantity: str | LogOdds | Quantity = "class",
+    adapter: LAX | None = None,
+    alpha_min: float = 0.5,
+    baseline: Baseline = "mean",
+    layer: str | None = None,
+    seed: int = 0,
+    seeds: int | Sequence[int] = 0,
+    batch: int = 64,
+    on_method: Callable[[str], None] = lambda _: None,
+) -> dict[str, Scored]:
+    """Explain the same images with several methods and score all of them alike.
+
+    Args:
+        methods: names in `methods.saliency_methods`.
+        target: explained labels; the predictions without it.
+        alpha_min: of MSI, frozen before methods are compared.
+        seeds: of ties, one per image.
+        on_method: told the name of each method before it runs.
+        classifier, images, quantity, adapter, baseline, layer, seed, batch: see `methods.explain_with`.
+
+    Raises:
+        UsageError: an argument does not fit.
+    """
+    explained = make_quantity(classifier, quantity)
+    if target is None:
+        with torch.no_grad():
+            target = torch.cat([classifier.logits(part).argmax(1) for part in images.split(batch)])
+    out = {}
+    for name in check_methods(methods):
+        on_method(name)
+        started = time.perf_counter()
+        saliency, scores = explain_with(
+            name, classifier, images, target, quantity=explained, baseline=baseline, adapter=adapter, layer=layer,
+            seed=seed, batch=batch,
+        )  # fmt: skip
+        seconds = (time.perf_counter() - started) / max(1, len(images))
+        out[name] = score_maps(
+            classifier, images, saliency, scores, target, explained, alpha_min=alpha_min, baseline=baseline,
+            seeds=seeds, seconds=seconds, batch=batch,
+        )  # fmt: skip
+    return out
+
+
+def bootstrap(values: Tensor, *, seed: int = 0) -> dict[str, float]:
+    """Mean of per-image values with its 95 % bootstrap interval: mean, low, high, n."""
+    values = values.double().flatten()
+    g = torch.Generator().manual_seed(seed)
+    means = values[torch.randint(len(values), (DRAWS, len(values)), generator=g)].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return {"mean": values.mean().item(), "low": low, "high": high, "n": len(values)}
+
+
+def summarise(scored: dict[str, Scored]) -> dict[str, dict[str, Any]]:
+    """Method to metric to mean and interval, and milliseconds per image."""
+    return {
+        name: {metric: bootstrap(v) for metric, v in s.values.items()} | {"ms_per_image": 1e3 * s.seconds}
+        for name, s in scored.items()
+    }
+
+
+def write_parquet(scored: dict[str, Scored], names: Sequence[str], labels: Sequence[str], path: Path) -> None:
+    """One row for each image and method: image, target, every metric.
+
+    Raises:
+        CounterlensError: pyarrow is missing, or the file cannot be written.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise CounterlensError(
+            f"pyarrow cannot be imported ({error}); the table per image needs it: pip install 'counterlens[explain]'"
+        ) from error
+    columns: dict[str, list[Any]] = {"image": [], "method": [], "target": []}
+    for method, s in scored.items():
+        columns["image"] += list(names)
+        columns["method"] += [method] * len(names)
+        columns["target"] += [labels[t] for t in s.target.tolist()]
+        for metric, values in s.values.items():
+            columns.setdefault(metric, []).extend(values.tolist())
+    try:
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    except OSError as error:
+        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error

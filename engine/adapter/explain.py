@@ -1,0 +1,130 @@
+"""What `Engine.explain` does: a saliency map, how good it is, and asked for, the counterfactual."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..metrics.inputs import Baseline
+from ..metrics.msi_score import MSI, msi
+from ..packs import Pack
+from .lax import LAX, open_adapter
+from .methods import check_methods, explain_with
+from .packed import pack_adapter
+from .quantities import LogOdds, Quantity, make_quantity
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..engine import Counterfactuals, Engine, Targets
+
+
+@dataclass
+class Explanations:
+    """Saliency of B images, and what was asked for beside it.
+
+    Attributes:
+        images: [B, 3, H, W] in [0, 1].
+        saliency: [B, H, W] in [0, 1].
+        scores: [B, H, W] as the method gives them; ranks are of these.
+        target: [B] the explained label.
+        probability: [B] of the explained quantity for the whole image.
+        msi: scores and curves, see `engine.metrics.MSI`.
+        counterfactuals: of the same images, or None.
+        labels: names of the classifier's labels.
+        method: its name.
+    """
+
+    images: Tensor
+    saliency: Tensor
+    scores: Tensor
+    target: Tensor
+    probability: Tensor
+    msi: MSI
+    counterfactuals: Counterfactuals | None
+    labels: list[str]
+    method: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def record(self, i: int) -> dict[str, Any]:
+        """One image as plain values: method, target, probability, MSI with its terms and curves, counterfactual."""
+        scores = self.msi
+        assert scores.curves.keep is not None
+        assert scores.curves.remove is not None
+        record: dict[str, Any] = {
+            "method": self.method,
+            "target": self.labels[int(self.target[i])],
+            "probability": round(self.probability[i].item(), 6),
+            "msi": round(scores.score[i].item(), 6),
+            "base_score": round(scores.base_score[i].item(), 6),
+            "mask_area": round(scores.curves.areas[i, 0].item(), 6),
+            "thresholds": [round(v, 6) for v in scores.curves.abscissae[i].tolist()],
+            "keep": [round(v, 6) for v in scores.curves.keep[i].tolist()],
+            "remove": [round(v, 6) for v in scores.curves.remove[i].tolist()],
+        }
+        if self.counterfactuals is not None:
+            record["counterfactual"] = self.counterfactuals.record(i)
+        return record
+
+
+def find_adapter(engine: Engine, adapter: LAX | str | Path | None, quantity: str | LogOdds | Quantity) -> LAX:
+    """The adapter that is given, opened from a folder, or the pack's.
+
+    Raises:
+        UsageError: the engine's pack has none, or the engine has no pack. CounterlensError: it is another model's.
+    """
+    from ..errors import UsageError
+
+    if isinstance(adapter, LAX):
+        return adapter
+    if adapter is not None:
+        return open_adapter(adapter, engine.classifier, None if isinstance(quantity, str) else quantity)
+    if "pack" not in engine.source:
+        raise UsageError("adapter: this classifier is not a pack's; train one (counterlens adapter train) and give it")
+    return pack_adapter(Pack(engine.source["pack"]), engine.source["classifier"], engine.classifier, quantity)
+
+
+def explain(
+    engine: Engine,
+    images: Tensor,  # [B, 3, H, W] in [0, 1]
+    *,
+    explained: Targets | None = None,
+    method: str = "lax",
+    quantity: str | LogOdds | Quantity = "class",
+    adapter: LAX | str | Path | None = None,
+    baseline: Baseline | None = None,
+    alpha_min: float = 0.5,
+    counterfactual: bool = False,
+    targets: Targets = "runner-up",
+    seeds: Sequence[int] | None = None,
+    config: Config | None = None,
+) -> Explanations:
+    """See `Engine.explain`."""
+    from ..engine import image_seed
+
+    check_methods([method])
+    config = config or engine.config
+    question = make_quantity(engine.classifier, quantity)
+    found = find_adapter(engine, adapter, question) if method == "lax" else None
+    if baseline is None:
+        baseline = Pack(engine.source["pack"]).mean_colour if "pack" in engine.source else "mean"
+    before = engine.probabilities(images)
+    wanted = before.argmax(1) if explained is None else engine.resolve_targets(explained, before)
+    own = [image_seed(image, config.seed) for image in images] if seeds is None else list(seeds)
+    saliency, scores = explain_with(
+        method, engine.classifier, images, wanted, quantity=question, baseline=baseline, adapter=found, seed=config.seed
+    )
+    value = msi(
+        engine.classifier, images, saliency, wanted, alpha_min=alpha_min, area=False, quantity=question,
+        baseline=baseline, seeds=own,
+    )  # fmt: skip
+    changed = engine.counterfactual(images, targets, seeds, config) if counterfactual else None
+    return Explanations(
+        images, saliency, scores, wanted, value.curves.full.to(torch.float32), value, changed, engine.labels, method
+    )

@@ -1,0 +1,170 @@
+"""The same audit on a Ray cluster: actors that hold one engine each, parts streamed to them, results written there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CounterlensError, UsageError
+from .results import Results, part_path
+from .sources import need
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from .explaining import Auditor, Chosen
+
+
+def engine_parts(engine: Engine) -> dict[str, Any]:
+    """What an equal engine is made from, without anything compiled or open; it travels to the actors."""
+    return {
+        "diffusion": engine.diffusion,
+        "classifier": engine.classifier,
+        "config": engine.config,
+        "pack_settings": engine.pack_settings,
+        "backend": engine.backend,
+        "runtime": engine.runtime,
+        "store": engine.store.folder,
+        "source": engine.source,
+        "checkpointing": engine.checkpointing,
+        "attention": engine.attention,
+        "guidance_decoder": engine.guidance_decoder,
+        "speeds": engine.speeds,
+        "neighbours": {engine.labels[k]: [engine.labels[n] for n in v] for k, v in engine.neighbours.items()},
+    }
+
+
+class Worker:
+    """One engine in an actor; called with a batch of part numbers, it writes them and says what they hold.
+
+    Args:
+        parts: of `engine_parts`, in Ray's object store.
+        slots: of the engine.
+        threads: for torch, as many as the driver has: sums depend on them.
+        job: source, options, judges, config and folder.
+    """
+
+    def __init__(self, parts: Any, slots: tuple[int, ...], threads: int, job: Any) -> None:
+        import ray
+        import torch
+
+        from ..engine import Engine
+        from .explaining import Auditor
+        from .run import parts_of, read_plan
+        from .sources import open_source
+
+        torch.set_num_threads(threads)
+        engine = Engine(**ray.get(parts))
+        engine.slots = slots
+        details = ray.get(job)
+        source = open_source(Path(details["source"]), details["options"].slices)
+        self.auditor = Auditor(engine, source, details["options"], details["config"], details["judges"])
+        self.results = Results.open(Path(details["out"]))
+        mine, theirs = self.auditor.identity["hash"], self.results.manifest["identity"]["hash"]
+        if mine != theirs:
+            raise CounterlensError(f"this machine sees another model or source (hash {mine}, not {theirs})")
+        self.parts = parts_of(read_plan(self.results.folder, self.auditor), details["options"].part_size)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        said: dict[str, list[Any]] = {"part": [], "samples": [], "flips": [], "failures": []}
+        for number in batch["item"].tolist():
+            chosen = self.parts[number]
+            images, unread = self.auditor.read([c.sample for c in chosen])
+            rows, files = self.auditor.explain(number, chosen, images, unread)
+            self.results.write_part(number, rows, files)
+            said["part"].append(number)
+            said["samples"].append(len(rows))
+            said["flips"].append(sum(bool(r["flipped"]) for r in rows))
+            said["failures"].append(sum(r["status"] == "failed" for r in rows))
+        return said
+
+
+def run_on_ray(
+    auditor: Auditor,
+    results: Results,
+    todo: Sequence[int],
+    parts: Mapping[int, list[Chosen]],
+    address: str,
+    *,
+    workers: int,
+    stop: threading.Event,
+    on_rows: Callable[[list[dict[str, Any]]], None],
+) -> None:
+    """Stream part numbers to actors; one that dies is started again, and its part is done again.
+
+    A part is the same whoever makes it, and its file appears whole: done twice, it is written twice the same.
+
+    Args:
+        address: `local` starts Ray here; else a cluster's address, whose machines must see source and folder.
+
+    Raises:
+        CounterlensError: ray is missing or cannot be reached, or an actor fails with what is no worker's death.
+    """
+    need("ray", "running on Ray", "ray", "ray")
+    import ray
+    import ray.data
+    import torch
+
+    if not todo:
+        return
+    started = not ray.is_initialized()
+    if started:
+        try:
+            if address == "local":
+                # Actors are placed by logical CPUs; on a small machine the operators' own needs would leave none.
+                ray.init(num_cpus=max(8, 2 * workers + 4), include_dashboard=False, log_to_driver=False)
+            else:
+                ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UsageError(f"ray: {address} cannot be reached ({error})") from error
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        job = {
+            "source": str(auditor.source.path.resolve()),
+            "options": auditor.options,
+            "judges": auditor.judges,
+            "config": auditor.config,
+            "out": str(results.folder.resolve()),
+        }
+        engine = auditor.engine
+        # Held here for as long as actors may have to be started again with them.
+        held = (ray.put(engine_parts(engine)), ray.put(job))
+        data = ray.data.from_items(list(todo), override_num_blocks=len(todo)).map_batches(
+            Worker,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=1,
+            num_gpus=1 if torch.cuda.is_available() else None,
+            fn_constructor_args=(held[0], engine.slots, torch.get_num_threads(), held[1]),
+        )
+        for said in data.iter_rows():
+            rows = results_rows(results, said["part"])
+            on_rows(rows)
+            if stop.is_set():
+                break
+    except ray.exceptions.RayError as error:
+        raise CounterlensError(f"ray: {_first_line(error)}") from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def results_rows(results: Results, part: int) -> list[dict[str, Any]]:
+    """The rows of a part that a worker says it wrote.
+
+    Raises:
+        CounterlensError: it is not in this folder.
+    """
+    pq = need("pyarrow.parquet", "an audit's results")
+    path = results.folder / part_path(part)
+    try:
+        return pq.ParquetFile(path).read().to_pylist(maps_as_pydicts="strict")
+    except FileNotFoundError as error:
+        raise CounterlensError(f"{path}: a worker wrote it elsewhere; all machines must see the same folder") from error
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong in an actor, without the traceback that Ray puts before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,451 @@
+"""Where the classifier keeps pushing although the generator sees no evidence of the class: a shortcut detector.
+
+At every guided step the classifier has a score s_c (minus sqrt(1 - abar) times its gradient of log p) and the generator
+its own class direction r = eps_c - eps_u. Both are maps over the latent locations. For each sample,
+
+    push      share of |s_c|^2 at a location, averaged over the steps
+    removed   the part of it that the consensus filter takes away
+    evidence  share of |r|^2 there
+
+A model that looks at what the class is made of pushes where the generator has evidence. Absolute shares say little:
+both are small in empty corners, and what the filter removes follows the push. So the evidence at a place is the excess
+d = push - FACTOR x evidence. A shortcut shows in some samples only (those that have the mark, towards some labels), and
+there strongly: differences within the DEAD band count as none, and no sample counts for more than CAP (both in shares
+of an even spread).
+
+The null is a permutation: under "the classifier pushes at most FACTOR times the generator's evidence" the two may
+change places within a sample, which turns the sign of its whole map. The largest studentised mean over all places in
+1,000 such draws says what chance does anywhere (family-wise error ALPHA).
+
+Targets matter: the runner-up of a model with a shortcut lies on the shortcut's own side. Each sample is led to a label
+drawn from the less likely half, which whatever the model leans on speaks against.
+
+What the autoencoder cannot draw is out of reach of all this: it is gone from the first decoded estimate on, and so from
+every counterfactual. That shows in another way: the images are encoded and decoded, nothing else, and the classifier is
+asked again. Where its answer changes, it leans on something that was lost (`redrawn`).
+
+FACTOR, DEAD and CAP were chosen on the digits pack's validation split; `python -m bench.audit detector` measures the
+test split and causes that were not looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from counterlens.kernels.consensus import consensus_filter
+
+from ..config import Config, Settings
+from ..errors import CounterlensError
+from ..guidance.pullback import PullbackMode, pullback
+from ..guidance.sampler import invert, seeded_noise
+from ..guidance.schedule import add_noise, make_schedule
+from ..guidance.step import GuidedStep, unit_largest
+from ..images import as_saved
+from ..models.protocols import Classifier, Diffusion
+from .results import Results, write_atomically
+from .summary import interval
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from .explaining import Auditor, Chosen
+
+FACTOR = 2.0
+DEAD, CAP = 1.5, 2.0
+ALPHA = 0.05
+DRAWS = 1000
+CELLS = 16  # places a side at most; finer latents are pooled
+LEAST = 16  # samples from which a class is tested on its own
+BATCH = 16
+MAPS, FACTS = "disagreement.npz", "disagreement.json"
+
+
+@dataclass
+class Evidence:
+    """What was seen of N samples: push, removed, evidence [N, h, w], each map of push and evidence summing to one."""
+
+    push: np.ndarray
+    removed: np.ndarray
+    evidence: np.ndarray
+
+
+class Observer:
+    """A guided step that also keeps where classifier and generator push.
+
+    Args:
+        diffusion, classifier, settings: of the run.
+        mode: of the pullback.
+    """
+
+    def __init__(
+        self, diffusion: Diffusion, classifier: Classifier, settings: Settings, mode: PullbackMode = "functional"
+    ) -> None:
+        self.diffusion, self.classifier, self.settings, self.mode = diffusion, classifier, settings, mode
+        self.step = GuidedStep(
+            diffusion, classifier, filter_mode=settings.filter, gradient=settings.gradient, mode=mode
+        )  # fmt: skip
+        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(
+        self,
+        z: Tensor,  # [B, C, h, w]
+        timestep: Tensor,  # [B]
+        timestep_prev: Tensor,
+        condition: Tensor,
+        image: Tensor,
+        target: Tensor,
+        **scales: Any,
+    ) -> Tensor:
+        """Look, then take the ordinary step: z_prev [B, C, h, w]."""
+        score, reference = self.directions(z, timestep, condition, target)
+        _, kept = consensus_filter(score, reference, self.settings.angle, mode=self.settings.filter)
+        push, evidence = shares(score), shares(reference)
+        self.steps.append((_pooled(push), _pooled(push * ~kept), _pooled(evidence)))
+        return self.step(z, timestep, timestep_prev, condition, image, target, **scales)[0]
+
+    def directions(self, z: Tensor, timestep: Tensor, condition: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The classifier's score, up to a factor for each sample, and the generator's class direction: [B, C, h, w]."""
+        diffusion = self.diffusion
+        abar = diffusion.alphas_cumprod.to(z)[timestep].reshape(-1, 1, 1, 1)
+        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        null = diffusion.null_condition(z.shape[0])
+        conditional = diffusion.predict_noise(z, timestep, condition)
+        unconditional, pull_unet = pullback(lambda z: diffusion.predict_noise(z, timestep, null), z, self.mode)
+        z0 = (z - sigma * unconditional) / alpha
+        x0, pull_decoder = pullback(lambda z0: (diffusion.decode(z0) + 1) / 2, z0, self.mode)
+        log_p, pull_classifier = pullback(lambda x: self.classifier.log_prob(x, target), x0, self.mode)
+        g = unit_largest(pull_decoder(unit_largest(pull_classifier(torch.ones_like(log_p)))))
+        if self.settings.gradient == "exact":
+            g = g - sigma * pull_unet(g)
+        return -sigma * g / alpha, conditional - unconditional
+
+    def seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means over the steps so far, [B, h, w] each: push, removed, evidence."""
+        push, removed, evidence = (torch.stack(maps).mean(dim=0) for maps in zip(*self.steps, strict=True))
+        return push, removed, evidence
+
+
+def shares(
+    v: Tensor,  # [B, C, h, w]
+) -> Tensor:
+    """Each location's share of the sample's energy: [B, h, w]; a sample without energy has none anywhere."""
+    energy = unit_largest(v.double()).square().sum(dim=1)
+    total = energy.sum(dim=(1, 2), keepdim=True)
+    return energy / torch.where(total == 0, 1.0, total)
+
+
+def _pooled(maps: Tensor) -> Tensor:
+    h, w = maps.shape[-2:]
+    size = (min(h, CELLS), min(w, CELLS))
+    return adaptive_avg_pool2d(maps[:, None], size)[:, 0] * (h * w / (size[0] * size[1]))
+
+
+@torch.no_grad()
+def observe(
+    engine: Engine,
+    images: Tensor,  # [N, 3, H, W] in [0, 1]
+    targets: Sequence[int],
+    settings: Settings,
+    seed: int = 0,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Evidence, Tensor]:
+    """Run counterfactuals and watch them: the evidence, and the counterfactuals [N, 3, H, W] in [0, 1]."""
+    from ..engine import image_seed
+
+    maps: list[tuple[Tensor, Tensor, Tensor]] = []
+    after = []
+    with engine.frozen():
+        batch = min(BATCH, engine.slots[-1])
+        for start in range(0, len(images), batch):
+            some = images[start : start + batch]
+            observer = Observer(engine.diffusion, engine.classifier, settings, engine.pullback)
+            z = walk(observer, some, torch.tensor(targets[start : start + batch]), [image_seed(x, seed) for x in some])
+            maps.append(observer.seen())
+            after.append(((engine.diffusion.decode(z) + 1) / 2).clamp(0, 1))
+            on_batch(start + len(some), len(images))
+    push, removed, evidence = (torch.cat(m).cpu().numpy() for m in zip(*maps, strict=True))
+    return Evidence(push, removed, evidence), torch.cat(after)
+
+
+def walk(
+    observer: Observer,
+    images: Tensor,  # [B, 3, H, W] in [0, 1]
+    targets: Tensor,  # [B]
+    seeds: list[int],
+) -> Tensor:
+    """Denoise one batch step by step on the plain DDIM schedule of the settings: final latents [B, C, h, w]."""
+    diffusion, settings = observer.diffusion, observer.settings
+    schedule = make_schedule(len(diffusion.alphas_cumprod), settings.steps, settings.strength)
+    z = diffusion.encode(images)
+    if settings.noise == "inversion":
+        z = invert(diffusion, z, schedule)
+    else:
+        abar = diffusion.alphas_cumprod[schedule.start].to(z).expand(len(z))
+        z = add_noise(z, seeded_noise(diffusion.latent_shape, seeds, z), abar)
+    condition = diffusion.condition(targets)
+    for t, t_prev in zip(schedule.timesteps, schedule.timesteps_prev, strict=True):
+        timestep = torch.full((len(z),), t, dtype=torch.long, device=z.device)
+        z = observer(
+            z, timestep, torch.full_like(timestep, t_prev), condition, images, targets,
+            guidance_scale=settings.guidance_scale, class_scale=settings.class_scale,
+            distance_scale=settings.distance_scale, angle_deg=settings.angle,
+        )  # fmt: skip
+    return z
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A permutation test over K places: mean contrast [K], studentised [K], family-wise p values [K]."""
+
+    excess: np.ndarray
+    statistic: np.ndarray
+    p: np.ndarray
+
+
+def contrast(push: np.ndarray, evidence: np.ndarray, factor: float = FACTOR) -> np.ndarray:
+    """push - factor x evidence, nothing within the dead band and at most the cap: [N, K]; odd in the difference."""
+    even = 1 / push.shape[1]
+    d = push - factor * evidence
+    return np.sign(d) * np.clip(np.abs(d) - DEAD * even, 0, CAP * even)
+
+
+def excess_test(
+    push: np.ndarray,  # [N, K] shares
+    evidence: np.ndarray,  # [N, K] shares
+    *,
+    factor: float = FACTOR,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Tested:
+    """Test at every place whether push exceeds `factor` times the evidence, against swapping the two within samples."""
+    d = contrast(push, evidence, factor)
+    n = len(d)
+    second = (d * d).mean(axis=0)  # does not change with the signs
+
+    def studentised(mean: np.ndarray) -> np.ndarray:
+        variance = np.maximum(second - mean * mean, 1e-24) * n / max(n - 1, 1)
+        return np.where(second > 0, mean / np.sqrt(variance / n), 0.0)
+
+    rng = np.random.default_rng(seed)
+    mean = d.mean(axis=0)
+    statistic = studentised(mean)
+    highest = np.empty(draws)
+    for start in range(0, draws, 200):
+        signs = rng.choice([-1.0, 1.0], (min(200, draws - start), n))
+        highest[start : start + 200] = studentised(signs @ d / n).max(axis=1)
+    p = (1 + (highest[:, None] >= statistic[None]).sum(axis=0)) / (draws + 1)
+    return Tested(mean, statistic, p)
+
+
+def regions(
+    significant: np.ndarray,  # [h, w] bool
+) -> list[list[tuple[int, int]]]:
+    """Connected groups of cells (sharing a side), in reading order."""
+    left = {(int(r), int(c)) for r, c in np.argwhere(significant)}
+    groups = []
+    for start in sorted(left):
+        if start not in left:
+            continue
+        group, open_cells = [], [start]
+        left.discard(start)
+        while open_cells:
+            r, c = open_cells.pop()
+            group.append((r, c))
+            for near in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
+                if near in left:
+                    left.discard(near)
+                    open_cells.append(near)
+        groups.append(sorted(group))
+    return groups
+
+
+def judge(
+    seen: Evidence,
+    size: int,
+    *,
+    tests: int = 1,
+    more: np.ndarray | None = None,  # [h, w] what an open filter changes more
+) -> dict[str, Any]:
+    """Test one group of samples and name the places that stand out, most excess first.
+
+    Args:
+        seen: of the group.
+        size: side of the images in pixels, for the places' boxes.
+        tests: groups that are tested beside this one; p values are multiplied by it (Bonferroni).
+        more: mean change of the audit mode less that of the run, by place.
+    """
+    n, h, w = seen.push.shape
+    tested = excess_test(seen.push.reshape(n, -1), seen.evidence.reshape(n, -1))
+    p = np.minimum(tested.p * tests, 1).reshape(h, w)
+    push, removed, evidence = (m.mean(axis=0) for m in (seen.push, seen.removed, seen.evidence))
+    found: list[dict[str, Any]] = []
+    for cells in regions(p < ALPHA):
+        rows, columns = [r for r, _ in cells], [c for _, c in cells]
+        at = (np.array(rows), np.array(columns))
+        place: dict[str, Any] = {
+            "box": [
+                min(rows) * size // h, min(columns) * size // w,
+                (max(rows) + 1) * size // h, (max(columns) + 1) * size // w,
+            ],
+            "cells": [list(c) for c in cells],
+            "push": float(push[at].sum()),
+            "evidence": float(evidence[at].sum()),
+            "ratio": float(push[at].sum() / max(evidence[at].sum(), 1e-12)),
+            "removed": float(removed[at].sum()),
+            "excess": float((push - FACTOR * evidence)[at].sum()),
+            "p": float(p[at].min()),
+        }  # fmt: skip
+        if more is not None:
+            place["audit_changes_more"] = float(more[at].mean())
+        found.append(place)
+    found.sort(key=lambda f: -f["excess"])
+    order = np.argsort(-tested.excess)[:10]
+    ranking = [
+        {"cell": [int(i) // w, int(i) % w], "excess": float(tested.excess[i]), "p": float(p.flat[i])} for i in order
+    ]  # fmt: skip
+    return {"samples": n, "places": found, "ranking": ranking, "smallest_p": float(p.min())}
+
+
+def draw_samples(chosen: Sequence[Chosen], count: int, seed: int) -> list[Chosen]:
+    """`count` samples of the plan, drawn by their ids."""
+
+    def key(c: Chosen) -> str:
+        return hashlib.sha256(f"disagreement:{seed}:{c.sample.id}".encode()).hexdigest()
+
+    return sorted(sorted(chosen, key=key)[:count], key=lambda c: c.number)
+
+
+def unlikely_labels(
+    probabilities: Tensor,  # [N, labels]
+    ids: Sequence[str],
+    seed: int,
+) -> list[int]:
+    """For each sample a label drawn, by its id, from the half of the labels that the classifier finds less likely."""
+    order = probabilities.argsort(dim=1, stable=True)[:, : max(1, probabilities.shape[1] // 2)].tolist()
+    out = []
+    for name, half in zip(ids, order, strict=True):
+        drawn = int.from_bytes(hashlib.sha256(f"target:{seed}:{name}".encode()).digest()[:6], "little")
+        out.append(half[drawn % len(half)])
+    return out
+
+
+@torch.no_grad()
+def redrawn(
+    engine: Engine,
+    images: Tensor,  # [N, 3, H, W] in [0, 1]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Encode and decode, and ask the classifier again: how often its answer stays, and the mean difference [H, W]."""
+    with engine.frozen():
+        parts = [(engine.diffusion.decode(engine.diffusion.encode(x)) + 1) / 2 for x in images.split(BATCH)]
+    again = as_saved(torch.cat(parts))
+    same = engine.probabilities(again).argmax(dim=1) == engine.probabilities(images).argmax(dim=1)
+    lost = (again - images).abs().mean(dim=(0, 1)).numpy()
+    return {"same_answer": interval(same.tolist()).record(), "mean_difference": float(lost.mean())}, lost
+
+
+def find(
+    engine: Engine,
+    images: Tensor,  # [N, 3, H, W] in [0, 1]
+    ids: Sequence[str],
+    config: Config,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Watch counterfactuals towards unlikely labels and test where the classifier pushes on its own.
+
+    Returns:
+        Facts as JSON values (of all samples, and of each target class with enough of them), and mean maps by name:
+        push, removed, evidence [h, w], change, change_open, lost [H, W], and push:LABEL, evidence:LABEL.
+    """
+    settings = engine.settings(config)
+    targets = unlikely_labels(engine.probabilities(images), ids, config.seed)
+    seen, after = observe(engine, images, targets, settings, config.seed, on_batch)
+    open_filter = config.model_copy(update={"angle": 90.0, "filter": "zero"})
+    opened = engine.counterfactual(images, targets, config=open_filter)
+    change = (as_saved(after) - images).abs().mean(dim=(0, 1))
+    change_open = (as_saved(opened.images) - images).abs().mean(dim=(0, 1))
+    h, w = seen.push.shape[1:]
+    more = adaptive_avg_pool2d((change_open - change)[None], (h, w))[0].numpy()
+    maps = {"push": seen.push, "removed": seen.removed, "evidence": seen.evidence}
+    maps = {name: m.mean(axis=0) for name, m in maps.items()}
+    maps |= {"change": change.numpy(), "change_open": change_open.numpy()}
+    again, maps["lost"] = redrawn(engine, images)
+    size = engine.image_size
+    by_class = {}
+    groups = {t: [i for i, x in enumerate(targets) if x == t] for t in sorted(set(targets))}
+    large = {t: at for t, at in groups.items() if len(at) >= LEAST}
+    for t, at in large.items():
+        group = Evidence(seen.push[at], seen.removed[at], seen.evidence[at])
+        label = engine.labels[t]
+        by_class[label] = judge(group, size, tests=len(large))
+        maps |= {f"push:{label}": group.push.mean(axis=0), f"evidence:{label}": group.evidence.mean(axis=0)}
+    facts = {
+        "factor": FACTOR, "alpha": ALPHA, "draws": DRAWS, "angle": settings.angle, "least": LEAST,
+        "all": judge(seen, size, more=more), "by_class": by_class, "redrawn": again,
+    }  # fmt: skip
+    return facts, maps
+
+
+def run_disagreement(
+    auditor: Auditor,
+    results: Results,
+    chosen: Sequence[Chosen],
+    count: int,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any] | None:
+    """Make the disagreement map of an audit, or read the one that is there; None if no image could be read."""
+    path = results.folder / FACTS
+    if path.exists():
+        facts = read_facts(results.folder)
+        if facts is not None and facts["asked"] == count:
+            return facts
+    drawn = draw_samples(chosen, count, auditor.config.seed)
+    images, errors = auditor.read([c.sample for c in drawn])
+    ids = [c.sample.id for c, error in zip(drawn, errors, strict=True) if error is None]
+    if len(ids) < 2 or len(auditor.engine.labels) < 2:
+        return None
+    facts, maps = find(auditor.engine, images, ids, auditor.config, on_batch)
+    facts["asked"] = count
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **maps)  # type: ignore[arg-type]
+    write_atomically(buffer.getvalue(), results.folder / MAPS)
+    write_atomically((json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode(), path)
+    return facts
+
+
+def read_facts(folder: Path) -> dict[str, Any] | None:
+    """The facts of an audit's disagreement map; None where it has none.
+
+    Raises:
+        CounterlensError: the file cannot be read.
+    """
+    try:
+        return json.loads((folder / FACTS).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CounterlensError(
+            f"{folder / FACTS}: cannot be read ({error}); remove it, and it is made again"
+        ) from error
+
+
+def read_maps(folder: Path) -> dict[str, np.ndarray]:
+    """The maps of an audit's disagreement map, by name.
+
+    Raises:
+        CounterlensError: the file cannot be read.
+    """
+    try:
+        with np.load(folder / MAPS, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise CounterlensError(f"{folder / MAPS}: cannot be read ({error}); remove it, and it is made again") from error

@@ -1,0 +1,553 @@
+"""One audit without its folder: what is asked, which samples are chosen, and the rows of a part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from counterlens.export.store import weights_digest
+
+from ..config import Config
+from ..errors import CounterlensError, UsageError
+from ..guidance.pullback import frozen
+from ..images import as_saved, load_image
+from ..models.protocols import Classifier, probabilities
+from .results import (
+    COLUMNS,
+    FORMATS,
+    GRID,
+    encode_image,
+    image_path,
+)
+from .sources import Sample, Source, open_source
+
+if TYPE_CHECKING:
+    from ..engine import Counterfactuals, Engine
+
+CHANGED = 0.1  # mean absolute difference over channels from which a pixel counts as changed
+AWAY = 2  # likeliest other labels that are tried for the smallest change away from a wrong prediction
+# What a user's model may raise on a batch; anything else is a mistake of ours and stops the run.
+FAILURES = (RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of an audit; everything here decides the rows.
+
+    Attributes:
+        target: for samples without their own: label, index or one of `RELATIVE_TARGETS`.
+        counterfactuals: make them.
+        saliency: method of `Engine.explain` that explains each prediction, such as lax; None: no saliency.
+        insight: for wrong predictions also the way to the true label, and the smallest change away from the prediction.
+        limit: at most so many samples.
+        per_class: at most so many samples of each true label, drawn by `sample_seed`.
+        only_misclassified: only where prediction and true label differ.
+        only_below: only where the prediction's probability is below this.
+        sample_seed: of `per_class`.
+        budget_s: deadline in seconds for each sample; results then depend on the machine's speed.
+        part_size: samples in a part, the unit that is written at once.
+        image_format: png or webp (lossless).
+        slices: columns of the source that group the report.
+    """
+
+    target: str | int = "runner-up"
+    counterfactuals: bool = True
+    saliency: str | None = None
+    insight: bool = True
+    limit: int | None = None
+    per_class: int | None = None
+    only_misclassified: bool = False
+    only_below: float | None = None
+    sample_seed: int = 0
+    budget_s: float | None = None
+    part_size: int = 64
+    image_format: str = "png"
+    slices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "per_class", "part_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: expected 1 or more, got {value}")
+        if self.only_below is not None and not 0 < self.only_below <= 1:
+            raise UsageError(f"only_below: expected a probability in (0, 1], got {self.only_below:g}")
+        if self.budget_s is not None and not self.budget_s > 0:
+            raise UsageError(f"budget_s: expected more than 0 seconds, got {self.budget_s:g}")
+        if self.image_format not in FORMATS:
+            raise UsageError(f"image_format: expected one of {', '.join(FORMATS)}, got {self.image_format!r}")
+        if not (self.counterfactuals or self.saliency):
+            raise UsageError("counterfactuals: without them and without saliency there is nothing to do")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A sample of the plan: its number, the sample, its label's and its target's index (-1: none, or relative)."""
+
+    number: int
+    sample: Sample
+    label: int | None
+    target: str | int
+
+
+class Auditor:
+    """One audit of one source by one engine, without its folder: what is chosen, and the rows of each part.
+
+    Args:
+        engine: makes the explanations.
+        source: see `sources.open_source`.
+        options: what is asked.
+        config: of the counterfactuals; the engine's without one.
+        judges: classifiers that guidance never sees, by name; a flip that they confirm counts as transferred.
+
+    Raises:
+        UsageError: options do not fit the source or the engine.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        source: Source,
+        options: Options,
+        config: Config | None = None,
+        judges: Mapping[str, Classifier] | None = None,
+    ) -> None:
+        self.engine, self.source, self.options = engine, source, options
+        self.config = config or engine.config
+        self.judges = dict(judges or {})
+        self.settings = engine.settings(self.config)
+        self.notes = list(source.notes)
+        for name, judge in self.judges.items():
+            if list(judge.labels) != engine.labels:
+                raise UsageError(f"judge: the labels of {name} are not those of the classifier")
+        self.labels = self._match_labels()
+        for target in dict.fromkeys([s.target for s in source.samples if s.target is not None]):
+            engine.check_target(self._as_target(target))
+        engine.check_target(self._as_target(options.target))
+        if any(label is None for label in self.labels):
+            missing = sum(label is None for label in self.labels)
+            wanted = [n for n in ("only_misclassified", "per_class") if getattr(options, n)]
+            if wanted:
+                raise UsageError(
+                    f"{wanted[0]}: needs true labels; {missing} of {len(self.labels)} samples of {source.path} have "
+                    f"none, {source.samples[self.labels.index(None)].id!r} for one"
+                )
+        self.identity = self._identity()
+
+    def _as_target(self, target: str | int) -> str | int:
+        known = isinstance(target, int) or target in self.engine.labels or not target.isdecimal()
+        return target if known else int(target)
+
+    def _match_labels(self) -> list[int | None]:
+        """Each sample's true label as the classifier's index; class folders that are no labels become a slice."""
+        names = {name: i for i, name in enumerate(self.engine.labels)}
+        said = {s.label for s in self.source.samples if s.label is not None}
+        index: dict[str, int] = {}
+        for label in said:
+            if label in names:
+                index[label] = names[label]
+            elif label.isdecimal() and int(label) < len(names):
+                index[label] = int(label)
+        unknown = sorted(said - index.keys())
+        if unknown and index:
+            raise UsageError(
+                f"label: {unknown[0]!r} in {self.source.path} is none of the classifier's labels "
+                f"({', '.join(list(names)[:8])}{', ...' if len(names) > 8 else ''}); {len(unknown)} like it"
+            )
+        if unknown and self.source.kind != "folder":
+            raise UsageError(f"label: {unknown[0]!r} and all others in {self.source.path} are none of the classifier's")
+        if unknown:
+            self.notes.append(f"the folders ({unknown[0]}, ...) are no labels of the classifier; taken as groups")
+            for s in self.source.samples:
+                s.slices["folder"] = s.label or "none"
+            return [None] * len(self.source.samples)
+        return [index[s.label] if s.label is not None else None for s in self.source.samples]
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything that decides the rows; an audit goes on only with the same."""
+        engine = self.engine
+        model = {
+            "diffusion": type(engine.diffusion).__name__,
+            "classifier": type(engine.classifier.module).__name__,
+            "labels": len(engine.labels),
+            "weights": _models_digest([*engine.diffusion.modules(), engine.classifier.module], engine.labels),
+            **engine.source,
+            "judges": {name: _models_digest([j.module], j.labels) for name, j in self.judges.items()},
+        }
+        config = {"mode": self.config.mode_name, **self.settings.model_dump(), "seed": self.config.seed}
+        if self.options.saliency is not None and not hasattr(engine, "explain"):
+            raise UsageError("saliency: this engine has no `explain`")
+        config |= {"runtime": engine.runtime_choice(engine.slots[-1], self.config).runtime, "slots": engine.slots[-1]}
+        source = {"kind": self.source.kind, "samples": len(self.source.samples), "digest": self.source.digest()}
+        identity = {"model": model, "config": config, "options": asdict(self.options), "source": source}
+        identity = json.loads(json.dumps(identity))
+        text = json.dumps(identity, sort_keys=True)
+        return identity | {
+            "hash": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "config_hash": _digest({"config": identity["config"], "options": identity["options"]}),
+            "model_hash": _digest(model),
+        }
+
+    # The plan
+
+    def plan(self) -> list[Chosen]:
+        """Choose the samples: by class, by prediction, then the first `limit`."""
+        options, numbers = self.options, list(range(len(self.source.samples)))
+        if options.per_class is not None:
+            groups: dict[int | None, list[int]] = defaultdict(list)
+            for n in numbers:
+                groups[self.labels[n]].append(n)
+            numbers = sorted(n for group in groups.values() for n in sorted(group, key=self._draw)[: options.per_class])
+        if options.only_misclassified or options.only_below is not None:
+            numbers = self._by_prediction(numbers)
+            if not numbers:
+                raise CounterlensError(f"no sample of {self.source.path} passes the filters; nothing to explain")
+        chosen: list[Chosen] = []
+        for n in numbers[: options.limit]:
+            sample = self.source.samples[n]
+            target = self._as_target(sample.target if sample.target is not None else options.target)
+            chosen.append(Chosen(len(chosen), sample, self.labels[n], target))
+        return chosen
+
+    def _draw(self, number: int) -> str:
+        return hashlib.sha256(f"{self.options.sample_seed}:{self.source.samples[number].id}".encode()).hexdigest()
+
+    def _by_prediction(self, numbers: list[int]) -> list[int]:
+        """Numbers whose predictions pass the filters, in as many passes as it takes to fill the limit."""
+        kept: list[int] = []
+        for start in range(0, len(numbers), self.options.part_size):
+            some = numbers[start : start + self.options.part_size]
+            images, errors = self.read([self.source.samples[n] for n in some])
+            readable = [n for n, error in zip(some, errors, strict=True) if error is None]
+            if not readable:
+                continue
+            confidence, predicted = self.engine.probabilities(images).max(dim=1)
+            for n, p, c in zip(readable, predicted.tolist(), confidence.tolist(), strict=True):
+                wrong = not self.options.only_misclassified or p != self.labels[n]
+                if wrong and (self.options.only_below is None or c < self.options.only_below):
+                    kept.append(n)
+            if self.options.limit is not None and len(kept) >= self.options.limit:
+                break
+        return kept
+
+    # One part
+
+    def read(
+        self, samples: Sequence[Sample], pool: ThreadPoolExecutor | None = None
+    ) -> tuple[Tensor, list[str | None]]:
+        """Images [n, 3, H, W] of the samples that can be read, and for each sample None or what is wrong with it."""
+        size = self.engine.image_size
+
+        def one(sample: Sample) -> Tensor | str:
+            try:
+                return load_image(self.source.read(sample), size, sample.id)
+            except CounterlensError as error:
+                return str(error).removeprefix(f"{sample.id}: ")
+
+        loaded = list(pool.map(one, samples) if pool else map(one, samples))
+        images = [x for x in loaded if isinstance(x, Tensor)]
+        stacked = torch.stack(images) if images else torch.zeros(0, 3, size, size)
+        return stacked, [x if isinstance(x, str) else None for x in loaded]
+
+    def explain(
+        self,
+        part: int,
+        chosen: Sequence[Chosen],
+        images: Tensor,  # [n, 3, H, W], those that could be read
+        unread: Sequence[str | None],
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+        """The rows of a part, one for each chosen sample, and the bytes of their images by path."""
+        started = time.perf_counter()
+        rows = [self._blank(part, c) for c in chosen]
+        files: dict[str, bytes] = {}
+        for row, error in zip(rows, unread, strict=True):
+            if error is not None:
+                row |= {"status": "failed", "error": error}
+        at = [i for i, error in enumerate(unread) if error is None]
+        at, images = self._predict(rows, at, images, [chosen[i] for i in at])
+        if at and self.options.counterfactuals:
+            self._counterfactuals(rows, at, images, [chosen[i].target for i in at], on_step)
+            if self.options.insight:
+                self._insight(rows, at, images, chosen)
+        if at and self.options.saliency is not None:
+            self._saliency(rows, at, images, self.options.saliency)
+        for place, row in enumerate(rows):
+            for what in ("image", "counterfactual", "true_counterfactual", "away_counterfactual", "saliency"):
+                if isinstance(row[what], Tensor):
+                    name = "input" if what == "image" else what.removesuffix("_counterfactual")
+                    path = image_path(part, place, name, self.options.image_format)
+                    files[path] = encode_image(row[what], self.options.image_format)
+                    row[what] = path
+        share = (time.perf_counter() - started) / max(len(rows), 1)
+        for row in rows:
+            row["wall_seconds"] = share
+        return rows, files
+
+    def _blank(self, part: int, chosen: Chosen) -> dict[str, Any]:
+        sample, where = chosen.sample, chosen.sample.where
+        row: dict[str, Any] = dict.fromkeys((name for name, _ in COLUMNS), None)
+        return row | {
+            "number": chosen.number,
+            "id": sample.id,
+            "file": sample.id if self.source.kind == "folder" else str(where) if isinstance(where, Path) else None,
+            "slices": dict(sorted(sample.slices.items())),
+            "label": None if chosen.label is None else self.engine.labels[chosen.label],
+            "judges": {},
+            "status": "done",
+            "retried": False,
+            "part": part,
+            "config_hash": self.identity["config_hash"],
+            "model_hash": self.identity["model_hash"],
+        }
+
+    def _predict(
+        self, rows: list[dict[str, Any]], at: list[int], images: Tensor, chosen: Sequence[Chosen]
+    ) -> tuple[list[int], Tensor]:
+        """Fill in predictions; samples on which the classifier fails are recorded and dropped."""
+        if not at:
+            return at, images
+        results, errors = self._retrying(lambda some: [self.engine.probabilities(images[some])], len(at))
+        for k, i in enumerate(at):
+            row = rows[i]
+            row["image"] = images[k]
+            if errors[k] is not None:
+                row |= {"status": "failed", "error": errors[k], "retried": True}
+                continue
+            confidence, predicted = results[k][0].max(dim=0)
+            label = chosen[k].label
+            row |= {
+                "prediction": self.engine.labels[int(predicted)],
+                "confidence": confidence.item(),
+                "correct": None if label is None else int(predicted) == label,
+            }
+        good = [k for k, error in enumerate(errors) if error is None]
+        return [at[k] for k in good], images[good]
+
+    def _retrying(
+        self, run: Callable[[list[int]], list[Tensor]], count: int
+    ) -> tuple[dict[int, list[Tensor]], list[str | None]]:
+        """Run something over samples 0 to count - 1, all at once and, where that fails, one by one.
+
+        `run` takes indices and returns tensors whose first dimension is theirs.
+        """
+        results: dict[int, list[Tensor]] = {}
+        errors: list[str | None] = [None] * count
+
+        def attempt(some: list[int]) -> None:
+            tensors = run(some)
+            for k, n in enumerate(some):
+                results[n] = [t[k] for t in tensors]
+
+        everything = list(range(count))
+        try:
+            attempt(everything)
+        except UsageError:
+            raise
+        except FAILURES:
+            for n in everything:
+                try:
+                    attempt([n])
+                except FAILURES as error:
+                    errors[n] = f"{type(error).__name__}: {error}"
+        return results, errors
+
+    def _run_counterfactuals(
+        self, images: Tensor, targets: list[str | int], on_step: Callable[[int, int], None] | None = None
+    ) -> tuple[list[tuple[Counterfactuals, int] | str], bool]:
+        """A result and a place in it, or what went wrong, for each image; and whether they had to be run singly."""
+        options: dict[str, Any] = {"config": self.config, "on_step": on_step}
+        if self.options.budget_s is not None:
+            options["budget_s"] = self.options.budget_s
+        try:
+            result = self.engine.counterfactual(images, targets, **options)
+            return [(result, i) for i in range(len(images))], False
+        except UsageError:
+            raise
+        except FAILURES:
+            out: list[tuple[Counterfactuals, int] | str] = []
+            for i in range(len(images)):
+                try:
+                    out.append((self.engine.counterfactual(images[i : i + 1], targets[i : i + 1], **options), 0))
+                except FAILURES as error:
+                    out.append(f"{type(error).__name__}: {error}")
+            return out, True
+
+    def _counterfactuals(
+        self,
+        rows: list[dict[str, Any]],
+        at: list[int],
+        images: Tensor,
+        targets: list[str | int],
+        on_step: Callable[[int, int], None] | None,
+    ) -> None:
+        runs, singly = self._run_counterfactuals(images, targets, on_step)
+        for k, i in enumerate(at):
+            row, run = rows[i], runs[k]
+            row["retried"] = singly
+            if isinstance(run, str):
+                row |= {"status": "failed", "error": run}
+                continue
+            result, n = run
+            row["target"] = result.labels[int(result.target[n])]
+            row["seed"] = result.seeds[n]
+            if (error := result.errors[n]) is not None:
+                skipped = int(result.source[n]) == int(result.target[n])
+                row |= {"status": "skipped" if skipped else "failed", "error": error}
+                continue
+            kept = result.kept_fraction[n]
+            row |= {
+                "counterfactual_prediction": result.labels[int(result.prediction[n])],
+                "counterfactual_confidence": result.confidence[n].item(),
+                "target_confidence": result.target_confidence[n].item(),
+                "flipped": bool(result.flipped[n]),
+                "l1": result.l1[n].item(),
+                "l2": result.l2[n].item(),
+                **changes(images[k], result.images[n]),
+                "kept_fraction": kept[kept.isfinite()].mean().item(),
+                "counterfactual": as_saved(result.images[n]),
+                "seconds": result.seconds[n].item(),
+            }
+        self._ask_judges([rows[i] for i in at])
+
+    def _saliency(self, rows: list[dict[str, Any]], at: list[int], images: Tensor, method: str) -> None:
+        """Explain each prediction by a saliency map, scored by MSI (`Engine.explain`)."""
+        explain: Any = getattr(self.engine, "explain")  # noqa: B009  `_identity` has made sure of it
+
+        def run(some: list[int]) -> list[Tensor]:
+            found = explain(images[some], method=method, config=self.config)
+            msi, curves = found.msi, found.msi.curves
+            return [found.saliency, msi.score, msi.base_score, msi.sufficient_area, curves.keep, curves.remove]
+
+        results, errors = self._retrying(run, len(at))
+        for k, i in enumerate(at):
+            if errors[k] is not None:
+                rows[i] |= {"status": "failed", "error": f"saliency: {errors[k]}", "retried": True}
+                continue
+            saliency, score, base, area, keep, remove = results[k]
+            rows[i] |= {
+                "saliency": saliency.clamp(0, 1),
+                "msi": score.item(),
+                "msi_base": base.item(),
+                "sufficient_area": area.item(),
+                "insertion_curve": keep.tolist(),
+                "deletion_curve": remove.tolist(),
+            }
+
+    @torch.no_grad()
+    def _ask_judges(self, rows: list[dict[str, Any]]) -> None:
+        done = [r for r in rows if isinstance(r["counterfactual"], Tensor)]
+        if not done or not self.judges:
+            return
+        for name, judge in self.judges.items():
+            with frozen(judge.module):
+                # Always the same shape, so that a judge's answer does not depend on how many samples there are.
+                for start in range(0, len(done), 16):
+                    some = done[start : start + 16]
+                    images = torch.stack([r["counterfactual"] for r in some])
+                    padded = torch.cat([images, images[:1].expand(16 - len(images), -1, -1, -1)])
+                    try:
+                        said = probabilities(judge, padded).argmax(dim=1)[: len(some)]
+                    except FAILURES as error:
+                        raise CounterlensError(f"judge: {name} fails ({type(error).__name__}: {error})") from error
+                    for row, label in zip(some, said.tolist(), strict=True):
+                        row["judges"][name] = judge.labels[label]
+        for row in done:
+            row["transfer"] = all(said == row["target"] for said in row["judges"].values())
+
+    def _insight(self, rows: list[dict[str, Any]], at: list[int], images: Tensor, chosen: Sequence[Chosen]) -> None:
+        """For wrong predictions: towards the true label, and the smallest of a few changes away from the prediction."""
+        wrong = [(k, i) for k, i in enumerate(at) if rows[i]["correct"] is False]
+        if not wrong:
+            return
+        labels = self.engine.labels
+        index = [k for k, _ in wrong]
+        p = self.engine.probabilities(images[index])
+        asked: list[tuple[int, int]] = []  # place in `wrong`, label
+        for w, (_, i) in enumerate(wrong):
+            truth = chosen[i].label
+            assert truth is not None
+            likeliest = [
+                c for c in p[w].topk(min(AWAY + 1, len(labels))).indices.tolist() if labels[c] != rows[i]["prediction"]
+            ]
+            had = labels.index(rows[i]["target"]) if isinstance(rows[i]["counterfactual"], Tensor) else None
+            asked += [(w, c) for c in dict.fromkeys([truth, *likeliest[:AWAY]]) if c != had]
+        runs, _ = self._run_counterfactuals(images[[index[w] for w, _ in asked]], [c for _, c in asked])
+        found: dict[int, list[tuple[str, str, float, Tensor]]] = defaultdict(list)  # target, prediction, l1, image
+        for w, (_, i) in enumerate(wrong):
+            if isinstance(rows[i]["counterfactual"], Tensor):
+                row = rows[i]
+                found[w].append((row["target"], row["counterfactual_prediction"], row["l1"], row["counterfactual"]))
+        for (w, c), run in zip(asked, runs, strict=True):
+            if not isinstance(run, str) and run[0].errors[run[1]] is None:
+                result, n = run
+                now = labels[int(result.prediction[n])]
+                found[w].append((labels[c], now, result.l1[n].item(), as_saved(result.images[n])))
+        for w, (k, i) in enumerate(wrong):
+            row = rows[i]
+            for target, now, l1, image in found[w]:
+                if target == row["label"]:
+                    grid = changes(images[k], image)["change_grid"]
+                    row |= {
+                        "true_flipped": now == target,
+                        "true_l1": l1,
+                        "true_grid": grid,
+                        "true_counterfactual": image,
+                    }
+            away = [f for f in found[w] if f[1] != row["prediction"]]
+            if away:
+                target, now, l1, image = min(away, key=lambda f: f[2])
+                grid = changes(images[k], image)["change_grid"]
+                row |= {"away_target": target, "away_prediction": now, "away_l1": l1, "away_grid": grid}
+                row["away_counterfactual"] = image
+
+
+def changes(
+    before: Tensor,  # [3, H, W] in [0, 1]
+    after: Tensor,  # [3, H, W] in [0, 1]
+) -> dict[str, Any]:
+    """Where a counterfactual differs: share of changed pixels, and the mean change in each cell of a grid."""
+    difference = (as_saved(after) - before).abs().mean(dim=0)
+    cells = torch.nn.functional.adaptive_avg_pool2d(difference[None], GRID)[0]
+    return {"changed_area": (difference > CHANGED).float().mean().item(), "change_grid": cells.flatten().tolist()}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _models_digest(modules: Sequence[torch.nn.Module], labels: Sequence[str]) -> str:
+    shapes = hashlib.sha256("".join(map(str, modules)).encode()).hexdigest()
+    return _digest([weights_digest(modules), shapes, list(labels)])
+
+
+OPTION_NAMES = tuple(f.name for f in fields(Options))
+
+
+def open_auditor(
+    engine: Engine,
+    source: str | Path,
+    config: Config | None = None,
+    judges: Mapping[str, Classifier] | None = None,
+    **options: Any,
+) -> Auditor:
+    """An auditor of a path.
+
+    Raises:
+        UsageError: the source, an option or a label does not fit.
+    """
+    unknown = sorted(options.keys() - set(OPTION_NAMES))
+    if unknown:
+        raise UsageError(f"{unknown[0]}: no option of an audit; expected {', '.join(OPTION_NAMES)}")
+    given: dict[str, Any] = {k: tuple(v) if k == "slices" else v for k, v in options.items() if v is not None}
+    asked = Options(**given)
+    return Auditor(engine, open_source(Path(source), asked.slices), asked, config, judges)

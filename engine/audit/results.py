@@ -1,0 +1,319 @@
+"""An audit's folder: manifest, plan, rows in atomic Parquet parts, images beside them, and a lock.
+
+    manifest.json                         what was run on what, with hashes; one entry for every session
+    plan.parquet                          the samples chosen, in order
+    rows/000/part-000012.parquet          one row for each sample of part 12
+    images/000/000012/007-input.png       of its eighth sample; -counterfactual, -saliency, -true, -away
+    disagreement.npz, .json               where classifier and generator disagree (see `disagreement`)
+    report.html
+
+A part's file is the last thing written of it, under another name first; it stands there whole or not at all. Names come
+from numbers, never from ids, so an id can be any text. No folder holds more than 1,000 parts or one part's images.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import CounterlensError, UsageError
+from ..images import to_uint8
+from .sources import need
+
+FORMAT, VERSION = "counterlens-audit", 1
+MANIFEST, PLAN, LOCK = "manifest.json", "plan.parquet", ".lock"
+FANOUT = 1000  # parts in one folder
+GRID = 8  # cells a side of `change_grid`
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP", "lossless": True, "quality": 50},
+}
+PACKAGES = ("counterlens", "torch", "diffusers", "numpy", "pillow", "pyarrow")
+TIMINGS = ("seconds", "wall_seconds")  # the columns that differ between two runs of the same audit
+
+# One row per sample. Names and meaning are in README.md, "Audit a data set".
+COLUMNS: list[tuple[str, str]] = [
+    ("number", "int64"), ("id", "string"), ("file", "string"), ("slices", "map"), ("label", "string"),
+    ("prediction", "string"), ("confidence", "float32"), ("correct", "bool"),
+    ("status", "string"), ("error", "string"), ("retried", "bool"),
+    ("target", "string"), ("counterfactual_prediction", "string"), ("counterfactual_confidence", "float32"),
+    ("target_confidence", "float32"), ("flipped", "bool"), ("transfer", "bool"), ("judges", "map"),
+    ("l1", "float32"), ("l2", "float32"), ("changed_area", "float32"), ("change_grid", "floats"),
+    ("kept_fraction", "float32"), ("image", "string"), ("counterfactual", "string"),
+    ("true_flipped", "bool"), ("true_l1", "float32"), ("true_grid", "floats"), ("true_counterfactual", "string"),
+    ("away_target", "string"), ("away_prediction", "string"), ("away_l1", "float32"), ("away_grid", "floats"),
+    ("away_counterfactual", "string"),
+    ("saliency", "string"), ("msi", "float32"), ("msi_base", "float32"), ("sufficient_area", "float32"),
+    ("insertion_curve", "floats"), ("deletion_curve", "floats"),
+    ("seed", "int64"), ("part", "int64"), ("config_hash", "string"), ("model_hash", "string"),
+    ("seconds", "float32"), ("wall_seconds", "float32"),
+]  # fmt: skip
+
+
+def schema() -> Any:
+    """The Arrow schema of a row."""
+    pa = need("pyarrow", "an audit's results")
+    types = {
+        "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_(), "float32": pa.float32(),
+        "floats": pa.list_(pa.float32()), "map": pa.map_(pa.string(), pa.string()),
+    }  # fmt: skip
+    return pa.schema([(name, types[kind]) for name, kind in COLUMNS])
+
+
+def write_atomically(data: bytes, path: Path) -> None:
+    """Write a file that stands there whole or not at all, also after a power failure.
+
+    Raises:
+        CounterlensError: it cannot be written; the message names it and says what to do.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CounterlensError(
+            f"{path}: cannot be written ({error.strerror or error}); finished parts are kept, the same command goes on"
+        ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable, where the system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows has no handle of a folder
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def encode_image(
+    image: Tensor,  # [3, H, W] or [H, W] in [0, 1]
+    kind: str,
+) -> bytes:
+    """The bytes of an 8-bit file that holds the image without loss: PNG or WebP."""
+    pixels = to_uint8(image).cpu()
+    array = pixels.permute(1, 2, 0).contiguous().numpy() if pixels.ndim == 3 else pixels.numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, **FORMATS[kind])
+    return buffer.getvalue()
+
+
+def image_path(part: int, place: int, what: str, kind: str) -> str:
+    """Path of a sample's image, relative to the audit's folder."""
+    return f"images/{part // FANOUT:03d}/{part:06d}/{place:03d}-{what}.{kind}"
+
+
+def part_path(part: int) -> str:
+    """Path of a part's rows, relative to the audit's folder."""
+    return f"rows/{part // FANOUT:03d}/part-{part:06d}.parquet"
+
+
+def table_bytes(rows: list[dict[str, Any]], metadata: dict[str, str]) -> bytes:
+    """Rows as a Parquet file."""
+    pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
+    table = pa.Table.from_pylist(rows, schema=schema().with_metadata(metadata))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+class Results:
+    """The folder of one audit.
+
+    Args:
+        folder: exists once `begin` or `open` was called.
+        manifest: its manifest.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Results:
+        """Open an audit's folder for reading.
+
+        Raises:
+            UsageError: there is none, or another version of counterlens made it.
+        """
+        path = folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise UsageError(f"{folder}: no audit there (no {MANIFEST})") from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UsageError(f"{path}: cannot be read ({error})") from error
+        found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
+        if found[0] != FORMAT:
+            raise UsageError(f"{path}: not an audit's manifest")
+        if found[1] != VERSION:
+            raise UsageError(
+                f"{folder}: made as version {found[1]} of the format, this is version {VERSION}; nothing was changed. "
+                "Go on with the counterlens that made it, or choose another --out"
+            )
+        return cls(folder, manifest)
+
+    @classmethod
+    def begin(cls, folder: Path, identity: dict[str, Any], shard: tuple[int, int] | None) -> Results:
+        """Open a folder for writing, a new one or the same audit's again; the caller holds its lock.
+
+        Raises:
+            UsageError: another audit is there; the message says in what it differs.
+        """
+        if not (folder / MANIFEST).exists():
+            strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+            if strange:
+                raise UsageError(f"out: {folder} is no audit and holds {strange[0]!r}; choose another folder")
+            manifest = {"format": FORMAT, "version": VERSION, "identity": identity, "shard": shard, "sessions": []}
+            results = cls(folder, json.loads(json.dumps(manifest)))
+        else:
+            results = cls.open(folder)
+        mine = flat(identity | {"shard": shard})
+        theirs = flat(results.manifest["identity"] | {"shard": results.manifest["shard"]})
+        differing = [
+            f"{k} was {theirs.get(k, 'none')}, is {mine.get(k, 'none')}"
+            for k in sorted({*mine, *theirs})
+            if mine.get(k) != theirs.get(k) and "hash" not in k
+        ]
+        if differing:
+            more = f" (and {len(differing) - 8} more)" if len(differing) > 8 else ""
+            raise UsageError(
+                f"out: {folder} holds another audit: {'; '.join(differing[:8])}{more}. "
+                "Ask for the same, or choose another folder"
+            )
+        results.manifest["sessions"].append(environment())
+        results.save()
+        return results
+
+    def save(self) -> None:
+        """Write the manifest."""
+        write_atomically(
+            (json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n").encode(), self.folder / MANIFEST
+        )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What every part says about itself."""
+        return {"format": FORMAT, "version": str(VERSION), "audit": self.manifest["identity"]["hash"]}
+
+    def finished(self, sizes: dict[int, int]) -> set[int]:
+        """Which of the parts, given with their sizes, are there.
+
+        Raises:
+            CounterlensError: a file in its place is none of this audit's parts; the message names it.
+        """
+        pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
+        done = set()
+        for part, size in sizes.items():
+            path = self.folder / part_path(part)
+            if not path.exists():
+                continue
+            try:
+                meta = pq.read_metadata(path)
+            except (OSError, pa.ArrowException) as error:
+                raise CounterlensError(f"{path}: cannot be read ({error}); remove it, and it is done again") from error
+            audit = (meta.metadata or {}).get(b"audit", b"").decode()
+            if audit != self.metadata["audit"] or meta.num_rows != size:
+                raise CounterlensError(f"{path}: not a part of this audit; remove it, and it is done again")
+            done.add(part)
+        return done
+
+    def write_part(self, part: int, rows: list[dict[str, Any]], images: dict[str, bytes]) -> None:
+        """Write a part's images, then its rows.
+
+        Raises:
+            CounterlensError: a file cannot be written.
+        """
+        for name, data in images.items():
+            write_atomically(data, self.folder / name)
+        if images:
+            sync_folder((self.folder / next(iter(images))).parent)
+        path = self.folder / part_path(part)
+        write_atomically(table_bytes(rows, self.metadata), path)
+        sync_folder(path.parent)
+
+    def part_files(self) -> list[Path]:
+        """Every part that is there, in order."""
+        return sorted((self.folder / "rows").glob("*/part-*.parquet"))
+
+    def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+        """Every row in order, one part in memory at a time.
+
+        Raises:
+            CounterlensError: a part cannot be read; the message names it.
+        """
+        pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
+        for path in self.part_files():
+            try:
+                table = pq.ParquetFile(path).read(columns=columns)
+            except (OSError, pa.ArrowException) as error:
+                raise CounterlensError(f"{path}: cannot be read ({error})") from error
+            yield from table.to_pylist(maps_as_pydicts="strict")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold an audit's folder for this process.
+
+    Raises:
+        CounterlensError: another process holds it.
+    """
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise CounterlensError(f"out: {folder} is in use by another process; one audit at a time") from error
+    except OSError as error:
+        raise UsageError(f"out: {folder} cannot be locked ({error.strerror or error})") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def environment() -> dict[str, Any]:
+    """When and where a session ran, and with which versions."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested objects as `a.b.c` to JSON text."""
+    if isinstance(value, dict):
+        out: dict[str, str] = {}
+        for key, inner in value.items():
+            out |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        return out
+    return {prefix: json.dumps(value, ensure_ascii=False)}

@@ -1,0 +1,289 @@
+"""Runs an audit: the plan, part after part with reading and writing beside it, resumable at every instant."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..config import Config
+from ..errors import CounterlensError, UsageError
+from ..images import make_folder
+from ..models.protocols import Classifier
+from .explaining import Auditor, Chosen, open_auditor
+from .results import (
+    PLAN,
+    Results,
+    locked,
+    part_path,
+    write_atomically,
+)
+from .sources import Sample, need
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+
+@dataclass
+class Progress:
+    """How far a run is: samples done in all and in this session, flips and failures among the latter, seconds."""
+
+    total: int
+    done: int = 0
+    now: int = 0
+    flips: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Samples a second in this session."""
+        return self.now / self.seconds if self.seconds else 0.0
+
+
+def parts_of(chosen: Sequence[Chosen], size: int) -> dict[int, list[Chosen]]:
+    """Parts by number; which samples share a part never depends on what was done before."""
+    return {i // size: list(chosen[i : i + size]) for i in range(0, len(chosen), size)}
+
+
+def shard_of(parts: Iterable[int], shard: tuple[int, int] | None) -> list[int]:
+    """The parts of one shard (number from 1, of how many)."""
+    return [p for p in parts if shard is None or p % shard[1] == shard[0] - 1]
+
+
+def write_plan(folder: Path, chosen: Sequence[Chosen], samples: Sequence[Sample]) -> None:
+    """Write the plan: which samples of the source, in which order."""
+    pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
+    places = {s.id: i for i, s in enumerate(samples)}
+    table = pa.table(
+        {
+            "number": pa.array([c.number for c in chosen], pa.int64()),
+            "id": pa.array([c.sample.id for c in chosen], pa.string()),
+            "place": pa.array([places[c.sample.id] for c in chosen], pa.int64()),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    write_atomically(buffer.getvalue(), folder / PLAN)
+
+
+def read_plan(folder: Path, auditor: Auditor) -> list[Chosen]:
+    """The plan that is there."""
+    pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
+    try:
+        places = pq.read_table(folder / PLAN).column("place").to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise CounterlensError(f"{folder / PLAN}: cannot be read ({error}); remove it, and it is made again") from error
+    chosen: list[Chosen] = []
+    for number, place in enumerate(places):
+        sample = auditor.source.samples[place]
+        target = auditor._as_target(sample.target if sample.target is not None else auditor.options.target)
+        chosen.append(Chosen(number, sample, auditor.labels[place], target))
+    return chosen
+
+
+class Interrupted(CounterlensError):
+    """Ctrl-C: the running parts were finished (exit code 130)."""
+
+    exit_code = 130
+
+
+@contextmanager
+def polite_interrupt(say: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event; a second one interrupts as ever."""
+    asked = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        say("interrupted: finishing the running part; press Ctrl-C again to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_parts(
+    auditor: Auditor,
+    results: Results,
+    parts: Mapping[int, list[Chosen]],
+    todo: Sequence[int],
+    *,
+    workers: int,
+    stop: threading.Event,
+    on_rows: Callable[[list[dict[str, Any]]], None],
+    on_step: Callable[[int, int, int], None],
+) -> None:
+    """Explain parts in order: the next one is read and the last one written while one is explained."""
+    with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(2) as side:
+        ahead: Future[tuple[Tensor, list[str | None]]] | None = None
+        behind: Future[None] | None = None
+
+        def read(part: int) -> tuple[Tensor, list[str | None]]:
+            return auditor.read([c.sample for c in parts[part]], readers)
+
+        def write(part: int, rows: list[dict[str, Any]], files: dict[str, bytes]) -> None:
+            results.write_part(part, rows, files)
+            on_rows(rows)
+
+        for k, part in enumerate(todo):
+            images, unread = (ahead or side.submit(read, part)).result()
+            ahead = side.submit(read, todo[k + 1]) if k + 1 < len(todo) else None
+            size = len(parts[part])
+
+            def stepped(i: int, n: int, size: int = size) -> None:
+                on_step(i, n, size)
+
+            rows, files = auditor.explain(part, parts[part], images, unread, stepped)
+            if behind is not None:
+                behind.result()
+            behind = side.submit(write, part, rows, files)
+            if stop.is_set():
+                break
+        if behind is not None:
+            behind.result()
+
+
+def run_audit(
+    auditor: Auditor,
+    out: Path,
+    *,
+    shard: tuple[int, int] | None = None,
+    workers: int = 2,
+    ray: str | None = None,
+    shortcuts: int = 0,
+    on_progress: Callable[[Progress, float], None] = lambda progress, fraction: None,
+    on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Results:
+    """Run an audit into a folder, or go on with it; see `Engine.audit`.
+
+    Args:
+        shortcuts: samples for the disagreement map; 0: none.
+        on_progress: told after every step and part; the second argument is the share of the running part.
+        on_rows: told the rows of every part once they are written.
+        say: told what a person should read.
+    """
+    if shard is not None and not (1 <= shard[0] <= shard[1]):
+        raise UsageError(f"shard: expected NUMBER/COUNT with 1 <= NUMBER <= COUNT, got {shard[0]}/{shard[1]}")
+    out = make_folder(out)
+    with locked(out), polite_interrupt(say) as stop:
+        results = Results.begin(out, auditor.identity, shard)
+        if (out / PLAN).exists():
+            chosen = read_plan(out, auditor)
+        else:
+            chosen = auditor.plan()
+            if stop.is_set():
+                raise Interrupted("interrupted while samples were chosen; the same command begins again")
+            write_plan(out, chosen, auditor.source.samples)
+        parts = parts_of(chosen, auditor.options.part_size)
+        mine = shard_of(parts, shard)
+        done = results.finished({p: len(parts[p]) for p in mine})
+        todo = [p for p in mine if p not in done]
+        progress = Progress(sum(len(parts[p]) for p in mine), sum(len(parts[p]) for p in done))
+        if done:
+            say(f"going on: {progress.done} of {progress.total} samples are done")
+        started = time.perf_counter()
+        on_progress(progress, 0.0)
+
+        def wrote(rows: list[dict[str, Any]]) -> None:
+            progress.done += len(rows)
+            progress.now += len(rows)
+            progress.flips += sum(bool(r["flipped"]) for r in rows)
+            progress.failures += sum(r["status"] == "failed" for r in rows)
+            progress.seconds = time.perf_counter() - started
+            on_rows(rows)
+            on_progress(progress, 0.0)
+
+        if ray is not None:
+            from .cluster import run_on_ray
+
+            run_on_ray(auditor, results, todo, parts, ray, workers=workers, stop=stop, on_rows=wrote)
+        else:
+            run_parts(
+                auditor, results, parts, todo, workers=workers, stop=stop, on_rows=wrote,
+                on_step=lambda i, n, size: on_progress(progress, size * i / n),
+            )  # fmt: skip
+        missing = [p for p in mine if not (out / part_path(p)).exists()]
+        if missing:
+            if stop.is_set():
+                raise Interrupted(
+                    f"interrupted with {progress.done} of {progress.total} samples done; the same command goes on"
+                )
+            raise CounterlensError(
+                f"out: {len(missing)} parts are not in {out}; every worker must write to this folder"
+            )
+        if shortcuts and shard is None and auditor.options.counterfactuals:
+            from .disagreement import run_disagreement
+
+            say("looking for shortcuts")
+            run_disagreement(auditor, results, chosen, shortcuts)
+        mark_finished(results, progress.total)
+    return results
+
+
+def mark_finished(results: Results, samples: int) -> None:
+    """Write into the manifest that all is there, with the SHA-256 of every part by path."""
+    hashes = {
+        p.relative_to(results.folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in results.part_files()
+    }
+    results.manifest["finished"] = {"samples": samples, "parts": hashes}
+    results.save()
+
+
+def audit(
+    engine: Engine,
+    source: str | Path,
+    out: str | Path,
+    config: Config | None = None,
+    judges: Mapping[str, Classifier] | None = None,
+    *,
+    shard: tuple[int, int] | None = None,
+    workers: int = 2,
+    ray: str | None = None,
+    shortcuts: int = 0,
+    report: bool = True,
+    on_progress: Callable[[Progress, float], None] = lambda progress, fraction: None,
+    on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> Results:
+    """Explain a whole data set; see `Engine.audit`.
+
+    Args:
+        shard: (number from 1, count): only this share of the parts; `merge.merge` puts shards together.
+        workers: threads that read images; with `ray` the number of engines.
+        ray: `local`, or the address of a Ray cluster whose machines see source and folder.
+        shortcuts: samples for the disagreement map (`audit.disagreement`); 0: none.
+        report: write report.html at the end (needs jinja2).
+        on_progress, on_rows, say: see `run_audit`.
+        options: of `Options`.
+    """
+    auditor = open_auditor(engine, source, config, judges, **options)
+    results = run_audit(
+        auditor, Path(out), shard=shard, workers=workers, ray=ray, shortcuts=shortcuts, on_progress=on_progress,
+        on_rows=on_rows, say=say,
+    )  # fmt: skip
+    if report:
+        from .report import write_report
+
+        write_report(results)
+    return results

@@ -1,0 +1,179 @@
+"""What an audit found, in numbers: rates with bootstrap intervals, flips by class pair, groups and timing."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .results import Results
+
+DRAWS = 2000
+# Enough for every number; images, grids and curves stay in the files.
+COLUMNS = [
+    "number", "id", "slices", "label", "prediction", "confidence", "correct", "status", "target",
+    "counterfactual_prediction", "target_confidence", "flipped", "transfer", "l1", "changed_area", "away_prediction",
+    "true_flipped", "msi", "seconds", "wall_seconds",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` samples with its 95 % bootstrap interval; None without a sample, no interval for one."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"mean": _rounded(self.mean), "low": _rounded(self.low), "high": _rounded(self.high), "n": self.n}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def interval(values: Iterable[float | bool | None]) -> Interval:
+    """The mean of the values that are there, with its 95 % bootstrap interval (percentiles, 2,000 draws, seeded)."""
+    v = np.array([float(x) for x in values if x is not None and x == x])
+    if len(v) == 0:
+        return Interval(None, None, None, 0)
+    if len(v) == 1:
+        return Interval(float(v[0]), None, None, 1)
+    if (v == v[0]).all() and not set(v) <= {0.0, 1.0}:
+        return Interval(float(v.mean()), float(v.min()), float(v.max()), len(v))
+    if set(v) <= {0.0, 1.0}:
+        # The mean of n draws from zeros and ones is binomial. All equal: the rule of three instead of no width.
+        if v.min() == v.max():
+            edge = 1 - 0.05 ** (1 / len(v))
+            return Interval(float(v[0]), 0.0 if v[0] == 0 else 1 - edge, edge if v[0] == 0 else 1.0, len(v))
+        means = np.random.default_rng(0).binomial(len(v), v.mean(), DRAWS) / len(v)
+    else:
+        rng = np.random.default_rng(0)
+        means = np.concatenate(
+            [v[rng.integers(0, len(v), (some, len(v)))].mean(axis=1) for some in _chunks(DRAWS, len(v))]
+        )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(v.mean()), float(low), float(high), len(v))
+
+
+def _chunks(draws: int, n: int) -> list[int]:
+    """Draws at a time, so that large audits need little memory."""
+    size = max(1, min(draws, 2_000_000 // n))
+    return [min(size, draws - i) for i in range(0, draws, size)]
+
+
+@dataclass
+class Group:
+    """Rates of some samples: a class, a slice's value, or all."""
+
+    name: str
+    rows: list[dict[str, Any]] = field(repr=False)
+
+    def table(self) -> dict[str, Any]:
+        """Numbers for a row of a table, intervals included."""
+        done = [r for r in self.rows if r["status"] == "done" and r["flipped"] is not None]
+        return {
+            "name": self.name,
+            "samples": len(self.rows),
+            "accuracy": interval(r["correct"] for r in self.rows),
+            "flipped": interval(r["flipped"] for r in done),
+            "transfer": interval(r["transfer"] for r in done if r["flipped"]),
+            "l1": interval(r["l1"] for r in done if r["flipped"]),
+            "changed_area": interval(r["changed_area"] for r in done if r["flipped"]),
+            "msi": interval(r["msi"] for r in self.rows),
+        }
+
+
+@dataclass
+class Summary:
+    """An audit in numbers.
+
+    Attributes:
+        samples, done, skipped, failed: counts of rows.
+        overall: of all samples; `by_class` by prediction, `by_slice` by column.
+        pairs: (prediction, counterfactual's prediction) to count, where the prediction changed.
+        errors: message to count.
+    """
+
+    samples: int
+    done: int
+    skipped: int
+    failed: int
+    overall: dict[str, Any]
+    by_class: list[dict[str, Any]]
+    by_slice: dict[str, list[dict[str, Any]]]
+    pairs: Counter[tuple[str, str]]
+    errors: Counter[str]
+    seconds: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "samples": self.samples,
+            "done": self.done,
+            "skipped": self.skipped,
+            "failed": self.failed,
+            **{k: v.record() for k, v in self.overall.items() if isinstance(v, Interval)},
+            "seconds": self.seconds,
+        }
+
+    def text(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"{self.samples} samples: {self.done} explained, {self.skipped} skipped, {self.failed} failed"]
+        names = {
+            "accuracy": "correct", "flipped": "flipped", "transfer": "flips that the judge confirms",
+        }  # fmt: skip
+        for key, name in names.items():
+            if (v := self.overall[key]).mean is not None:
+                between = "" if v.low is None else f"{v.low:.1%} to {v.high:.1%} "
+                lines.append(f"{name}: {v.mean:.1%} ({between}of {v.n})")
+        if self.seconds:
+            lines.append(f"{self.seconds['p50']:.2f} s for each counterfactual (p50)")
+        return "\n".join(lines)
+
+
+def summarise(results: Results) -> Summary:
+    """Read an audit's rows and count."""
+    rows = list(results.rows(COLUMNS))
+    state = Counter(r["status"] for r in rows)
+    classes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    slices: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["prediction"] is not None:
+            classes[row["prediction"]].append(row)
+        for column, value in (row["slices"] or {}).items():
+            slices[column][value].append(row)
+    return Summary(
+        samples=len(rows),
+        done=state["done"],
+        skipped=state["skipped"],
+        failed=state["failed"],
+        overall=Group("all", rows).table(),
+        by_class=_tables(classes),
+        by_slice={column: _tables(values) for column, values in sorted(slices.items())},
+        pairs=Counter(
+            (r["prediction"], r["counterfactual_prediction"])
+            for r in rows
+            if r["counterfactual_prediction"] is not None and r["counterfactual_prediction"] != r["prediction"]
+        ),
+        errors=Counter(),
+        seconds=_quantiles([r["seconds"] for r in rows if r["seconds"] is not None]),
+    )
+
+
+def _tables(groups: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    ordered = sorted(groups.items(), key=lambda item: (len(item[0]), item[0]))
+    return [Group(name, rows).table() for name, rows in ordered]
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    p20, p50, p80 = np.quantile(np.array(values, dtype=float), [0.2, 0.5, 0.8]).tolist()
+    return {"p20": round(p20, 4), "p50": round(p50, 4), "p80": round(p80, 4)}

@@ -1,0 +1,418 @@
+"""Audits on tiny models: rows, resuming after every kind of stop, refusals, failures, merging, the command line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from counterlens.engine.audit import results as results_module
+from counterlens.engine.audit.explaining import changes, open_auditor
+from counterlens.engine.audit.merge import estimate, merge
+from counterlens.engine.audit.results import TIMINGS, Results, locked, part_path
+from counterlens.engine.audit.run import Interrupted
+from counterlens.engine.audit.summary import interval, summarise
+from counterlens.engine.config import Config
+from counterlens.engine.engine import Engine
+from counterlens.engine.errors import CounterlensError, UsageError
+from counterlens.engine.images import as_saved, load_image
+from counterlens.engine.metrics.msi_score import msi
+from counterlens.engine.models.protocols import SoftmaxClassifier
+from tests.engine.test_audit_sources import picture, save
+
+SETTINGS = {
+    "steps": 4, "strength": 0.5, "guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 60,
+}  # fmt: skip
+COUNT, PART = 11, 4
+
+
+def make_engine(tiny, module: torch.nn.Module | None = None, **config: Any) -> Engine:
+    diffusion, classifier = tiny
+    explained = classifier if module is None else SoftmaxClassifier(module, classifier.labels)
+    tuned = {"realistic": SETTINGS, "audit": SETTINGS | {"angle": 90}}
+    return Engine(diffusion, explained, Config(**config), pack_settings=tuned)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    for i in range(COUNT - 1):
+        save(folder / str(i % 3) / f"{i}.png", i)
+    (folder / "1" / "broken.png").write_bytes(picture()[:50])
+    return folder
+
+
+def run(engine: Engine, source: Path, out: Path, **options: Any) -> Results:
+    options = {"part_size": PART, "insight": False, "report": False, "workers": 1} | options
+    return engine.audit(source, out, **options)
+
+
+def comparable(results: Results) -> list[dict[str, Any]]:
+    """Rows without timings, and the images' bytes."""
+    rows = []
+    for row in results.rows():
+        files = [row[k] for k in row if isinstance(row[k], str) and row[k].startswith("images/")]
+        row |= {f"bytes of {f}": (results.folder / f).read_bytes() for f in files}
+        rows.append({k: v for k, v in row.items() if k not in TIMINGS})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, source: Path, tmp_path_factory) -> Results:
+    return run(make_engine(tiny), source, tmp_path_factory.mktemp("unbroken"), judges={"other": tiny[1]})
+
+
+def test_rows_say_what_the_engine_says(tiny, source: Path, unbroken: Results) -> None:
+    rows = list(unbroken.rows())
+    assert [r["number"] for r in rows] == list(range(COUNT))
+    assert len({r["id"] for r in rows}) == COUNT
+    broken = next(r for r in rows if r["id"] == "1/broken.png")
+    assert (broken["status"], broken["image"], broken["flipped"]) == ("failed", None, None)
+    assert "cannot be read" in broken["error"] or "not an image" in broken["error"]
+    engine = make_engine(tiny)
+    part = [r for r in rows if r["part"] == 0]
+    images = torch.stack([load_image(source / r["id"], 16) for r in part])
+    direct = engine.counterfactual(images)
+    for i, row in enumerate(part):
+        record = direct.record(i)
+        assert row["prediction"] == record["source"]
+        assert row["label"] == row["id"][0]
+        assert row["correct"] == (row["label"] == row["prediction"])
+        for name in ("target", "flipped", "seed"):
+            assert row[name] == record[name]
+        for name in ("l1", "l2", "target_confidence"):
+            assert row[name] == pytest.approx(record[name], abs=1e-6)
+        assert torch.equal(load_image(unbroken.folder / row["counterfactual"], 16), as_saved(direct.images[i]))
+        assert torch.equal(load_image(unbroken.folder / row["image"], 16), images[i])
+        assert row["judges"] == {"other": row["counterfactual_prediction"]}
+        assert row["transfer"] == row["flipped"]
+        assert sum(row["change_grid"]) / 64 == pytest.approx(row["l1"], abs=1e-5)
+
+
+def test_the_folder_explains_itself(unbroken: Results) -> None:
+    manifest = json.loads((unbroken.folder / "manifest.json").read_text())
+    assert manifest["identity"]["source"]["samples"] == COUNT
+    assert manifest["identity"]["config"]["steps"] == 4
+    assert set(manifest["finished"]["parts"]) == {part_path(p) for p in range(3)}
+    assert manifest["sessions"][0]["versions"]["torch"] == torch.__version__
+    assert not list(unbroken.folder.rglob("*.partial"))
+
+
+def test_other_tools_read_it(unbroken: Results) -> None:
+    import pyarrow.dataset as ds
+
+    assert ds.dataset(unbroken.folder / "rows").count_rows() == COUNT
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    frame = pandas.read_parquet(unbroken.folder / "rows")
+    assert len(frame) == COUNT
+    assert frame.loc[frame.status == "done", "l1"].notna().all()
+
+
+@pytest.mark.parametrize("package", ["polars", "duckdb"])
+def test_other_databases_read_it(unbroken: Results, package: str) -> None:
+    module = pytest.importorskip(package, reason=f"needs {package}")
+    pattern = f"{unbroken.folder}/rows/*/*.parquet"
+    if package == "polars":
+        assert module.read_parquet(pattern).height == COUNT
+    else:
+        assert module.sql(f"select count(distinct id) from '{pattern}'").fetchall() == [(COUNT,)]
+
+
+def test_stopped_at_every_write_it_goes_on(tiny, source: Path, unbroken: Results, tmp_path: Path, monkeypatch) -> None:
+    """A crash before and after each of several files, also in the middle of a part; then the same command again."""
+
+    class Crash(BaseException):
+        pass
+
+    engine, judges = make_engine(tiny), {"other": tiny[1]}
+    real = results_module.write_atomically
+    for stop in (0, 1, 2, 7, 11, 12):
+        writes = 0
+
+        def crashing(data: bytes, path: Path, stop: int = stop) -> None:
+            nonlocal writes
+            if writes == stop:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_name(f".{path.name}.1.partial").write_bytes(data[: len(data) // 2])
+                raise Crash
+            writes += 1
+            real(data, path)
+
+        for module in ("results", "run"):
+            monkeypatch.setattr(f"counterlens.engine.audit.{module}.write_atomically", crashing)
+        out = tmp_path / str(stop)
+        with pytest.raises(Crash):
+            run(engine, source, out, judges=judges)
+        for module in ("results", "run"):
+            monkeypatch.setattr(f"counterlens.engine.audit.{module}.write_atomically", real)
+        assert comparable(run(engine, source, out, judges=judges)) == comparable(unbroken)
+
+
+def test_another_audit_is_not_mixed_in(tiny, source: Path, unbroken: Results, tmp_path: Path) -> None:
+    engine, out, judges = make_engine(tiny), unbroken.folder, {"other": tiny[1]}
+    before = comparable(unbroken)
+    for words, change in [
+        (r"config\.steps was 4, is 6", {"config": Config(steps=6)}),
+        (r"config\.seed was 0, is 1", {"config": Config(seed=1)}),
+        (r"options\.target was \"runner-up\", is \"3\"", {"target": "3"}),
+        (r"model\.judges\.other was .*, is none", {"judges": None}),
+        (r"shard was null, is \[1, 2\]", {"shard": (1, 2)}),
+    ]:
+        with pytest.raises(UsageError, match=f"holds another audit: .*{words}"):
+            run(engine, source, out, **({"judges": judges} | change))
+    other = SoftmaxClassifier(torch.nn.Sequential(tiny[1].module, torch.nn.Identity()), tiny[1].labels)
+    with pytest.raises(UsageError, match=r"model\.weights was"):
+        run(make_engine(tiny, other.module), source, out, judges=judges)
+    (tmp_path / "a.png").write_bytes(picture(1))
+    with pytest.raises(UsageError, match=r"source\.digest was"):
+        run(engine, tmp_path, out, judges=judges)
+    assert comparable(unbroken) == before
+
+
+def test_folders_that_are_no_audit_or_an_older_one(tiny, source: Path, unbroken: Results, tmp_path: Path) -> None:
+    engine = make_engine(tiny)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(UsageError, match=r"is no audit and holds 'thesis.txt'"):
+        run(engine, source, tmp_path)
+    old = tmp_path / "old"
+    old.mkdir()
+    manifest = json.dumps(unbroken.manifest | {"version": 0})
+    (old / "manifest.json").write_text(manifest)
+    with pytest.raises(UsageError, match="made as version 0 of the format, this is version 1; nothing was changed"):
+        run(engine, source, old)
+    assert (old / "manifest.json").read_text() == manifest
+    with pytest.raises(UsageError, match="no audit there"):
+        Results.open(source)
+
+
+def test_a_second_process_is_refused(tiny, source: Path, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(CounterlensError, match="is in use by another process"):
+        run(make_engine(tiny), source, tmp_path)
+
+
+def test_a_part_that_is_damaged_is_named(tiny, source: Path, tmp_path: Path) -> None:
+    engine = make_engine(tiny)
+    results = run(engine, source, tmp_path, limit=5)
+    path = tmp_path / part_path(1)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CounterlensError, match=r"part-000001\.parquet: cannot be read.*remove it"):
+        run(engine, source, tmp_path, limit=5)
+    path.unlink()
+    run(engine, source, tmp_path, limit=5)
+    assert len(list(results.rows())) == 5
+
+
+def test_a_full_disk(tiny, source: Path, unbroken: Results, tmp_path: Path) -> None:
+    """A limit on file sizes stands in for the disk: plan and manifest fit, a part does not; then there is room."""
+    engine, judges = make_engine(tiny), {"other": tiny[1]}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+        with pytest.raises(CounterlensError, match=r"part-000000\.parquet: cannot be written \(File too large\)"):
+            run(engine, source, tmp_path, judges=judges)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(tmp_path.rglob("*.partial"))
+    assert comparable(run(engine, source, tmp_path, judges=judges)) == comparable(unbroken)
+
+
+class Stubborn(torch.nn.Module):
+    """Raises on any batch with an image whose first pixel is `mark`."""
+
+    def __init__(self, inner: torch.nn.Module, mark: float) -> None:
+        super().__init__()
+        self.inner, self.mark = inner, mark
+
+    def forward(self, image: Tensor) -> Tensor:
+        if (image[:, 0, 0, 0] - self.mark).abs().min() < 1e-4:
+            raise RuntimeError("this image is not to my taste")
+        return self.inner(image)
+
+
+def test_the_culprit_of_a_failing_batch_is_found(tiny, source: Path, tmp_path: Path) -> None:
+    mark = load_image(source / "1" / "4.png", 16)[0, 0, 0].item()
+    rows = {r["id"]: r for r in run(make_engine(tiny, Stubborn(tiny[1].module, mark)), source, tmp_path).rows()}
+    assert rows["1/4.png"]["status"] == "failed"
+    assert rows["1/4.png"]["error"] == "RuntimeError: this image is not to my taste"
+    assert [i for i, r in rows.items() if r["status"] == "failed"] == ["1/4.png", "1/broken.png"]
+    assert all(r["l1"] > 0 for r in rows.values() if r["status"] == "done")
+
+
+def test_ctrl_c_finishes_the_running_part(tiny, source: Path, unbroken: Results, tmp_path: Path) -> None:
+    engine, judges, said = make_engine(tiny), {"other": tiny[1]}, []
+    pressed = threading.Event()
+
+    def press(progress: Any, part: float) -> None:
+        if part > 0 and not pressed.is_set():
+            pressed.set()
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=f"interrupted with 4 of {COUNT} samples done; the same command goes on"):
+        run(engine, source, tmp_path, judges=judges, on_progress=press, say=said.append)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "press Ctrl-C again" in said[0]
+    assert comparable(run(engine, source, tmp_path, judges=judges, say=said.append)) == comparable(unbroken)
+    assert said[1] == f"going on: 4 of {COUNT} samples are done"
+
+
+def test_shards_merge_to_the_same_rows(tiny, source: Path, unbroken: Results, tmp_path: Path) -> None:
+    engine, judges = make_engine(tiny), {"other": tiny[1]}
+    for n in (1, 2, 3):
+        run(engine, source, tmp_path / str(n), judges=judges, shard=(n, 3))
+    with pytest.raises(CounterlensError, match=r"1 of 3 parts are missing; run or finish shards 2/3"):
+        merge([tmp_path / "1", tmp_path / "3"], tmp_path / "all")
+    merged = merge([tmp_path / n for n in "123"], tmp_path / "all")
+    assert comparable(merged) == comparable(unbroken)
+    assert comparable(run(engine, source, tmp_path / "all", judges=judges)) == comparable(unbroken)
+    run(engine, source, tmp_path / "other", shard=(2, 3), target="3", judges=judges)
+    with pytest.raises(UsageError, match=r"options\.target was"):
+        merge([tmp_path / "1", tmp_path / "other"], tmp_path / "mixed")
+    with pytest.raises(UsageError, match="is one of the shards"):
+        merge([tmp_path / "1"], tmp_path / "1")
+    with pytest.raises(UsageError, match=r"^shard: "):
+        run(engine, source, tmp_path / "4", shard=(4, 3))
+
+
+def chosen(engine: Engine, source: Path, **options: Any) -> list[str]:
+    return [c.sample.id for c in open_auditor(engine, source, **options).plan()]
+
+
+def test_filters(tiny, source: Path, tmp_path: Path) -> None:
+    engine = make_engine(tiny)
+    everything = chosen(engine, source)
+    assert len(everything) == COUNT
+    assert chosen(engine, source, limit=3) == everything[:3]
+    drawn = chosen(engine, source, per_class=2)
+    assert [d[0] for d in drawn] == list("001122")
+    assert chosen(engine, source, per_class=2, sample_seed=1) != drawn
+    images = torch.stack([load_image(source / i, 16) for i in everything if "broken" not in i])
+    p = engine.probabilities(images).max(dim=1)
+    readable = [i for i in everything if "broken" not in i]
+    wrong = [i for i, label in zip(readable, p.indices.tolist(), strict=True) if int(i[0]) != label]
+    assert chosen(engine, source, only_misclassified=True) == wrong
+    limit = p.values.median().item()
+    below = [i for i, c in zip(readable, p.values.tolist(), strict=True) if c < limit]
+    assert chosen(engine, source, only_below=limit) == below
+    assert chosen(engine, source, only_below=limit, limit=2) == below[:2]
+    with pytest.raises(CounterlensError, match="passes the filters"):
+        chosen(engine, source, only_below=1e-6)
+
+
+def test_options_that_do_not_fit(tiny, source: Path, tmp_path: Path) -> None:
+    engine = make_engine(tiny)
+    for options, words in [
+        ({"limit": 0}, "^limit:"), ({"only_below": 2.0}, "^only_below:"), ({"budget_s": 0.0}, "^budget_s:"),
+        ({"image_format": "gif"}, "^image_format:"), ({"counterfactuals": False}, "^counterfactuals:"),
+        ({"target": "eleven"}, "^target: 'eleven'"), ({"colour": 1}, "^colour: no option"),
+        ({"judges": {"j": SoftmaxClassifier(tiny[1].module, ["a"])}}, "^judge: the labels of j"),
+    ]:  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            run(engine, source, tmp_path, **options)
+    save(tmp_path / "src" / "a.png")
+    with pytest.raises(UsageError, match=r"^only_misclassified: needs true labels; 1 of 1"):
+        chosen(engine, tmp_path / "src", only_misclassified=True)
+    save(tmp_path / "src" / "cats" / "a.png")
+    auditor = open_auditor(engine, tmp_path / "src")
+    assert auditor.notes == ["the folders (cats, ...) are no labels of the classifier; taken as groups"]
+    save(tmp_path / "src" / "3" / "a.png")
+    with pytest.raises(UsageError, match=r"^label: 'cats' .* is none of the classifier's labels"):
+        chosen(engine, tmp_path / "src")
+
+
+def test_wrong_predictions_are_led_to_the_truth_and_away(tiny, source: Path, tmp_path: Path) -> None:
+    rows = [r for r in run(make_engine(tiny), source, tmp_path, insight=True, limit=8).rows() if r["correct"] is False]
+    assert rows
+    labels = tiny[1].labels
+    for row in rows:
+        image = load_image(tmp_path / row["image"], 16)
+        towards = load_image(tmp_path / row["true_counterfactual"], 16)
+        assert (towards - image).abs().mean().item() == pytest.approx(row["true_l1"], abs=1e-6)
+        p = make_engine(tiny).probabilities(towards[None])[0]
+        assert row["true_flipped"] == (labels[int(p.argmax())] == row["label"])
+        assert row["true_grid"] == pytest.approx(changes(image, towards)["change_grid"], abs=1e-6)
+        if row["away_l1"] is not None:
+            assert row["away_prediction"] != row["prediction"]
+            candidates = [row["l1"]] if row["counterfactual_prediction"] != row["prediction"] else []
+            assert row["away_l1"] <= min([*candidates, 9.0])
+
+
+def test_estimate_writes_nothing(tiny, source: Path, tmp_path: Path) -> None:
+    auditor = open_auditor(make_engine(tiny), source, part_size=PART, insight=False)
+    e = estimate(auditor)
+    assert (e.samples, e.measured_on) == (COUNT, PART)
+    assert e.seconds > 0
+    assert e.bytes > COUNT * 500
+
+
+def test_intervals() -> None:
+    assert interval([]).mean is None
+    assert interval([None, 3.0]) == interval([3.0])
+    assert (interval([3.0]).low, interval([3.0]).n) == (None, 1)
+    v = interval([0.0] * 30 + [1.0] * 70)
+    assert (v.mean, v.n) == (0.7, 100)
+    assert 0.59 < v.low < 0.63 < 0.77 < v.high < 0.81  # 0.7 -+ 1.96 sqrt(0.21 / 100)
+    assert interval([1.0] * 20).low == pytest.approx(0.05 ** (1 / 20))
+    w = interval([float(i) for i in range(100)])
+    assert 43 < w.low < 45 < 54 < w.high < 56  # 49.5 -+ 1.96 * 28.9 / 10
+
+
+def test_summary_counts(unbroken: Results) -> None:
+    rows, s = list(unbroken.rows()), summarise(unbroken)
+    assert (s.samples, s.done, s.failed) == (COUNT, COUNT - 1, 1)
+    flips = [r["flipped"] for r in rows if r["flipped"] is not None]
+    assert s.overall["flipped"].mean == pytest.approx(sum(flips) / len(flips))
+    assert sum(g["samples"] for g in s.by_class) == COUNT - 1
+    moved = sum(1 for r in rows if r["counterfactual_prediction"] not in (None, r["prediction"]))
+    assert sum(s.pairs.values()) == moved
+    assert "1 failed" in s.text()
+
+
+def test_webp_and_paths(tiny, source: Path, tmp_path: Path) -> None:
+    results = run(make_engine(tiny), source, tmp_path, image_format="webp", limit=4)
+    row = next(results.rows())
+    assert row["counterfactual"] == "images/000/000000/000-counterfactual.webp"
+    assert (load_image(tmp_path / row["image"], 16) - load_image(source / row["id"], 16)).abs().max() == 0
+
+
+def test_saliency_and_its_scores(tiny, source: Path, tmp_path: Path, monkeypatch) -> None:
+    """Rows hold what `Engine.explain` returns; one image that it fails on is recorded."""
+    bad = load_image(source / "1" / "4.png", 16)
+
+    def explain(self: Engine, images: Tensor, *, method: str, config: Config) -> Any:
+        if any(torch.equal(x, bad) for x in images):
+            raise RuntimeError("no saliency for this one")
+        saliency = images.mean(dim=1)
+        return SimpleNamespace(saliency=saliency, msi=msi(self.classifier, images, saliency))
+
+    monkeypatch.setattr(Engine, "explain", explain, raising=False)
+    engine = make_engine(tiny)
+    results = run(engine, source, tmp_path, saliency="mean", counterfactuals=False)
+    rows = {r["id"]: r for r in results.rows()}
+    assert rows["1/4.png"]["error"] == "saliency: RuntimeError: no saliency for this one"
+    row = rows["0/0.png"]
+    image = load_image(source / "0" / "0.png", 16)
+    expected = msi(engine.classifier, image[None], image.mean(dim=0)[None])
+    assert row["msi"] == pytest.approx(expected.score.item(), abs=1e-5)
+    assert row["sufficient_area"] == pytest.approx(expected.sufficient_area.item())
+    assert row["deletion_curve"] == pytest.approx(expected.curves.remove[0].tolist(), abs=1e-5)
+    assert row["target"] is row["counterfactual"] is None
+    saved = load_image(tmp_path / row["saliency"], 16)
+    assert (saved - image.mean(dim=0)).abs().max() < 0.003
+    assert summarise(results).overall["msi"].n == COUNT - 2
+
+
+@pytest.mark.skipif(not hasattr(Engine, "explain"), reason="needs Engine.explain")
+def test_saliency_of_the_engine(tiny, source: Path, tmp_path: Path) -> None:
+    rows = list(run(make_engine(tiny), source, tmp_path, saliency="gradxinput", limit=2).rows())
+    assert all(r["msi"] is not None and r["saliency"] and r["flipped"] is not None for r in rows)
