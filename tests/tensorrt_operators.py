@@ -35,7 +35,7 @@ SUPPORTED: dict[str, set[int]] = {
 CONSTANT_INPUTS = {
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), (1,)),
     **dict.fromkeys(("Squeeze", "Unsqueeze", "CumSum"), (1,)),
-    "InstanceNormalization": (1, 2),  # and 3 to 5 axes
+    "InstanceNormalization": (1, 2),  # and 3 to 5 axes; read in the edition of TensorRT 8.4
 }
 SHAPES = {"Shape"}  # any input
 
