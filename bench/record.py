@@ -8,12 +8,15 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from counterlens.engine.metrics import bootstrap
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "triton", "numpy")
@@ -74,10 +77,6 @@ def time_calls(fn: Callable[[], object], *, seconds: float = 2.0, least: int = 1
     return {"p20": p20, "p50": p50, "p80": p80, "calls": len(times)}
 
 
-def interval(values: torch.Tensor, *, draws: int = 4000, seed: int = 0) -> dict[str, float]:
+def interval(values: torch.Tensor) -> dict[str, float]:
     """Mean of per-sample values with its 95 % bootstrap interval."""
-    values = values.double().flatten()
-    g = torch.Generator().manual_seed(seed)
-    means = values[torch.randint(len(values), (draws, len(values)), generator=g)].mean(dim=1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return {"mean": values.mean().item(), "low": low, "high": high, "n": len(values)}
+    return asdict(bootstrap(values.flatten()))

@@ -41,6 +41,8 @@ from .options import (
     open_engine,
     print_json,
     progress_bar,
+    saving_options,
+    source_fields,
     text_console,
 )
 from .profiling import cli as _profiling
@@ -176,16 +178,15 @@ def counterfactual(
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from .config import Config
-    from .data import collect, read_manifest, read_neighbours
+    from .data import collect, read_manifest
     from .images import make_folder
 
     items = collect(images or []) + (read_manifest(manifest) if manifest else [])
     if not items:
         raise UsageError("images: none given; name files or folders, or a --manifest")
     images = [item.path for item in items]
-    named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
     config = Config.make(
-        mode=mode, **named, preset=preset, steps=steps, strength=strength,
+        mode=mode, **source_fields(pack, classifier, model), preset=preset, steps=steps, strength=strength,
         guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
         filter=filter, gradient=gradient, noise=noise, speed=speed, solver=solver, spacing=spacing,
         guidance_decoder=guidance_decoder, distance=distance, guidance_start=guidance_start, guidance_end=guidance_end,
@@ -198,13 +199,9 @@ def counterfactual(
     if overwritten:
         raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
     out = make_folder(out)
-    saving: dict[str, Any] = {"checkpointing": checkpointing, "attention": attention}
-    if memory_budget is not None:
-        saving["memory_budget"] = memory_budget * 1e9
-    if tiny_decoder is not None:
-        saving["guidance_decoder"] = tiny_decoder
-    if neighbours is not None:
-        saving["neighbours"] = read_neighbours(neighbours)
+    saving = saving_options(
+        checkpointing, memory_budget, neighbours, attention=attention, guidance_decoder=tiny_decoder
+    )
     engine = open_engine(
         config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size, dtype=dtype,
@@ -406,10 +403,9 @@ def export(
     """
     from .config import Config
 
-    named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
     config = Config.make(
-        mode=mode, **named, preset=preset, filter=filter, gradient=gradient, speed=speed,
-        guidance_decoder=guidance_decoder, distance=distance,
+        mode=mode, **source_fields(pack, classifier, model), preset=preset, filter=filter, gradient=gradient,
+        speed=speed, guidance_decoder=guidance_decoder, distance=distance,
     )  # fmt: skip
     from .exporting import ALL, export_artefact
 

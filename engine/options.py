@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from .errors import UsageError
 
@@ -55,12 +55,32 @@ def print_json(record: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Progress]:
-    """A progress bar on stderr, shown on terminals only and gone when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+def progress_bar(title: str, total: int | None = None) -> Iterator[Progress]:
+    """A progress bar on stderr, shown on terminals only and gone when done; it counts to a total that is known."""
+    done = TaskProgressColumn() if total is None else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        progress.add_task(title, total=None)
+        progress.add_task(title, total=total)
         yield progress
+
+
+def source_fields(pack: str, classifier: str | None, model: str | None) -> dict[str, Any]:
+    """What a config says of its source: a pack's name and classifier, nothing of --model."""
+    return {} if model else {"pack": pack, "classifier": classifier or "clean"}
+
+
+def saving_options(
+    checkpointing: bool, memory_budget: float | None, neighbours: Path | None, **more: Any
+) -> dict[str, Any]:
+    """Options of `Engine` from those of a command; `more` as they are, those that were not given (None) left out."""
+    from .data import read_neighbours
+
+    given = {
+        "memory_budget": None if memory_budget is None else memory_budget * 1e9,
+        "neighbours": None if neighbours is None else read_neighbours(neighbours),
+        **more,
+    }
+    return {"checkpointing": checkpointing} | {name: value for name, value in given.items() if value is not None}
 
 
 def open_engine(

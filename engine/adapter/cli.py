@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..errors import CounterlensError, UsageError
-from ..options import JsonFlag, LabelsOption, PackOption, errors, print_json
+from ..options import JsonFlag, LabelsOption, PackOption, errors, print_json, progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,14 +44,6 @@ def register(parent: typer.Typer) -> None:
     parent.add_typer(app, name="adapter")
     parent.command()(saliency)
     parent.command()(evaluate)
-
-
-@contextmanager
-def _progress(title: str, total: int | None) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        progress.add_task(title, total=total)
-        yield progress
 
 
 def _open(
@@ -149,7 +138,7 @@ def train(
     out = make_folder(out)
     named = None if taps is None else [] if taps == "pixels" else taps.split(",")
     command = {"classifier": classifier, "pack": opened.name if opened else None}
-    with _progress("training", chosen.steps) as progress:
+    with progress_bar("training", chosen.steps) as progress:
 
         def show(step: int, total: int, loss: float, best: float) -> None:
             text = f"loss {loss:.3f}, best MSI {best:.3f}"
@@ -328,7 +317,7 @@ def _evaluate(
         names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
     trained = _adapter(opened, classifier, explained, quantity, adapter) if "lax" in chosen else None
     out = make_folder(out)
-    with _progress("methods", len(chosen)) as progress:
+    with progress_bar("methods", len(chosen)) as progress:
 
         def show(name: str) -> None:
             progress.update(progress.task_ids[0], description=name)

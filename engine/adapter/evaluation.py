@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import CounterlensError
 from ..metrics.imputation import road
 from ..metrics.inputs import Baseline
+from ..metrics.intervals import bootstrap
 from ..metrics.msi_score import MSI, msi
 from ..metrics.paths import Faithfulness, deletion, insertion
 from ..models.protocols import Classifier
@@ -137,19 +138,17 @@ def evaluate(
     return out
 
 
-def bootstrap(values: Tensor, *, seed: int = 0) -> dict[str, float]:
-    """Mean of per-image values with its 95 % bootstrap interval: mean, low, high, n."""
-    values = values.double().flatten()
-    g = torch.Generator().manual_seed(seed)
-    means = values[torch.randint(len(values), (DRAWS, len(values)), generator=g)].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return {"mean": values.mean().item(), "low": low, "high": high, "n": len(values)}
+def interval(values: Tensor) -> dict[str, float]:
+    """Mean of per-image values with its 95 % bootstrap interval: mean, low, high, n; NaN where a value is."""
+    if bool(values.isnan().any()):
+        return {"mean": torch.nan, "low": torch.nan, "high": torch.nan, "n": len(values)}
+    return asdict(bootstrap(values, draws=DRAWS))
 
 
 def summarise(scored: dict[str, Scored]) -> dict[str, dict[str, Any]]:
     """Method to metric to mean and interval, and milliseconds per image."""
     return {
-        name: {metric: bootstrap(v) for metric, v in s.values.items()} | {"ms_per_image": 1e3 * s.seconds}
+        name: {metric: interval(v) for metric, v in s.values.items()} | {"ms_per_image": 1e3 * s.seconds}
         for name, s in scored.items()
     }
 

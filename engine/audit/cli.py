@@ -28,6 +28,8 @@ from ..options import (
     errors,
     open_engine,
     print_json,
+    saving_options,
+    source_fields,
     text_console,
 )
 
@@ -98,14 +100,12 @@ def audit(
     Example: counterlens audit digits/labels.csv --slice marker --classifier shortcut --out audit
     """
     from ..config import Config
-    from ..data import read_neighbours
     from .explaining import open_auditor
     from .run import run_audit
 
-    named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
     config = Config.make(
         mode=mode,
-        **named,
+        **source_fields(pack, classifier, model),
         speed=speed,
         preset=preset,
         steps=steps,
@@ -115,11 +115,7 @@ def audit(
         seed=seed,
     )
     part = _shard(shard)
-    saving: dict[str, Any] = {"checkpointing": checkpointing}
-    if memory_budget is not None:
-        saving["memory_budget"] = memory_budget * 1e9
-    if neighbours is not None:
-        saving["neighbours"] = read_neighbours(neighbours)
+    saving = saving_options(checkpointing, memory_budget, neighbours)
     engine = open_engine(
         config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size, dtype=dtype,

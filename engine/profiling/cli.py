@@ -26,6 +26,7 @@ from ..options import (
     open_engine,
     print_json,
     progress_bar,
+    source_fields,
     text_console,
 )
 
@@ -73,9 +74,8 @@ def profile(
     from ..data import collect
     from ..images import load_image, make_folder
 
-    named: dict[str, str] = {} if model else {"pack": pack, "classifier": classifier or "clean"}
     config = Config.make(
-        mode=mode, **named, speed=speed, preset=preset, steps=steps, gradient=gradient,
+        mode=mode, **source_fields(pack, classifier, model), speed=speed, preset=preset, steps=steps, gradient=gradient,
         guidance_decoder=guidance_decoder, seed=seed,
     )  # fmt: skip
     items = collect(images or [])[:count]
