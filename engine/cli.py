@@ -403,6 +403,8 @@ def export(
     """
     from .config import Config
 
+    if what in ("adapter", "curve"):
+        raise UsageError(f"what: {what} has a command of its own: counterlens adapter export")
     config = Config.make(
         mode=mode, **source_fields(pack, classifier, model), preset=preset, filter=filter, gradient=gradient,
         speed=speed, guidance_decoder=guidance_decoder, distance=distance,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -204,4 +205,11 @@ class Config(BaseModel):
             )
         if settings.spacing == "official" and math.floor(settings.strength * settings.steps + 1e-9) < 1:
             raise UsageError(f"strength: {settings.strength:g} of {settings.steps} steps leaves no step to run")
+        if settings.solver != "ddim" and settings.spacing == "leading":
+            # Its last step spans most of the log-SNR, and a second-order solver extrapolates over it.
+            warnings.warn(
+                f"spacing: leading with solver {settings.solver} overshoots in its long last step, and few samples "
+                "flip; use spacing trailing, or solver ddim",
+                stacklevel=2,
+            )
         return settings

@@ -219,7 +219,7 @@ class Engine:
         self.runtime = "eager" if differentiated_by_autograd else runtime
         self.store = Store(store)
         self._runners: dict[tuple[object, ...], StepRunner] = {}
-        self._part_runner: dict[str, StepRunner] = {}
+        self._compiled_parts: dict[str, StepRunner] = {}
         self._weights_hashes: dict[int, str] = {}
         self.pullback: PullbackMode = "autograd" if differentiated_by_autograd else "functional"
         self.neighbours = {
@@ -229,9 +229,9 @@ class Engine:
         self._check_source(self.config)
         if memory_budget is not None:
             with self._prepared():
-                most = largest_batch(
-                    diffusion, classifier, self.settings(self.config), memory_budget, SLOTS, self.pullback
-                )
+                settings = self.settings(self.config)
+                decoder = self.guidance_decoder if settings.guidance_decoder == "tiny" else None
+                most = largest_batch(diffusion, classifier, settings, memory_budget, SLOTS, self.pullback, decoder)
             self.slots = tuple(s for s in SLOTS if s <= most)
 
     @classmethod
@@ -303,11 +303,11 @@ class Engine:
         """One runner for each part of the models that runs beside the steps; none where everything is eager."""
         if self.runtime in ("eager", "inductor"):
             return {}
-        if not self._part_runner:
+        if not self._compiled_parts:
             for what in PARTS.values():
                 spec = Spec(self.diffusion, self.classifier, what=what, weights=self._weights())
-                self._part_runner[what] = StepRunner(spec, self.runtime, self.store)
-        return self._part_runner
+                self._compiled_parts[what] = StepRunner(spec, self.runtime, self.store)
+        return self._compiled_parts
 
     def _parts(self, slots: int) -> dict[str, Callable[..., Tensor]]:
         """Encoder, decoder and UNet for encoding, inversion and decoding: compiled ones where the store has them."""

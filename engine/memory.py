@@ -18,7 +18,7 @@ from .config import Settings
 from .errors import UsageError
 from .guidance.pullback import PullbackMode, frozen
 from .guidance.step import GuidedStep
-from .models.protocols import Classifier, Diffusion
+from .models.protocols import Classifier, Decoder, Diffusion
 
 
 class PeakMemory(TorchDispatchMode):
@@ -85,17 +85,25 @@ def step_bytes(
     batch: int,
     settings: Settings,
     pullback: PullbackMode = "functional",
+    decoder: Decoder | None = None,
 ) -> int:
-    """Peak bytes of one guided step's tensors, the weights left out; runs the step once, on noise."""
+    """Peak bytes of one guided step's tensors, the weights left out; runs the step once, on noise.
+
+    `decoder` is the tiny one, where the settings ask for it.
+    """
     device = next(diffusion.modules()[0].parameters()).device
     size = diffusion.image_size
     z = torch.zeros(batch, *diffusion.latent_shape, device=device)
-    image = torch.full((batch, 3, size, size), 0.5, device=device)
+    image = z if settings.distance == "latent" else torch.full((batch, 3, size, size), 0.5, device=device)
     target = torch.zeros(batch, dtype=torch.long, device=device)
     timestep = torch.full((batch,), 101, device=device)
     condition = diffusion.condition(target)
-    step = GuidedStep(diffusion, classifier, filter_mode=settings.filter, gradient=settings.gradient, mode=pullback)
-    with frozen(*diffusion.modules(), classifier.module), torch.no_grad(), PeakMemory() as memory:
+    step = GuidedStep(
+        diffusion, classifier, filter_mode=settings.filter, gradient=settings.gradient, mode=pullback, decoder=decoder,
+        distance=settings.distance,
+    )  # fmt: skip
+    own = [] if decoder is None else [decoder.module]
+    with frozen(*diffusion.modules(), classifier.module, *own), torch.no_grad(), PeakMemory() as memory:
         step(
             z, timestep, timestep - 100, condition, image, target, guidance_scale=settings.guidance_scale,
             class_scale=settings.class_scale, distance_scale=settings.distance_scale, angle_deg=settings.angle,
@@ -115,6 +123,7 @@ def largest_batch(
     budget: float,
     slots: Sequence[int],
     pullback: PullbackMode = "functional",
+    decoder: Decoder | None = None,
 ) -> int:
     """The largest of `slots` whose guided step, weights included, fits into `budget` bytes.
 
@@ -123,9 +132,9 @@ def largest_batch(
     Raises:
         UsageError: one sample does not fit; the message says how much it needs.
     """
-    fixed = weight_bytes([*diffusion.modules(), classifier.module])
-    one = step_bytes(diffusion, classifier, 1, settings, pullback)
-    two = step_bytes(diffusion, classifier, 2, settings, pullback) if budget > fixed + one else one
+    fixed = weight_bytes([*diffusion.modules(), classifier.module, *([] if decoder is None else [decoder.module])])
+    one = step_bytes(diffusion, classifier, 1, settings, pullback, decoder)
+    two = step_bytes(diffusion, classifier, 2, settings, pullback, decoder) if budget > fixed + one else one
     fitting = [s for s in slots if fixed + one + (s - 1) * (two - one) <= budget]
     if not fitting:
         raise UsageError(

@@ -47,18 +47,18 @@ def register(parent: typer.Typer) -> None:
 
 
 def _open(
-    pack: str, classifier: str, images: Path | None, labels: str | None, size: int
+    pack: str, classifier: str, own: Path | None, labels: str | None, size: int, option: str = "--images"
 ) -> tuple[Any, Classifier, int, Any]:
-    """(the pack or None, the classifier, its image size, what hides pixels)."""
+    """(the pack or None, the classifier, its image size, what hides pixels); `own` is what the option was given."""
     from ..data import read_names
     from ..packs import Pack
 
     opened = Pack(pack)
     if classifier in opened.classifier_names():
         return opened, opened.classifier(classifier), 32, opened.mean_colour
-    if images is None:
+    if own is None:
         known = ", ".join(opened.classifier_names())
-        raise UsageError(f"classifier: {classifier!r} is not in pack {pack!r} ({known}); another one needs --images")
+        raise UsageError(f"classifier: {classifier!r} is not in pack {pack!r} ({known}); another one needs {option}")
     from ..models.image_classifiers import open_classifier
 
     names = read_names(labels) if labels else None
@@ -106,7 +106,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Steps of the optimiser, at most.", min=1)] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a step.", min=1)] = None,
     forward_batch: Annotated[int | None, typer.Option(help="Perturbed images in one pass: memory.", min=2)] = None,
-    alpha_min: AlphaOption = 0.5,
+    alpha_min: Annotated[float | None, typer.Option(help="Lowest threshold; the recipe's without it.")] = None,
     area: Annotated[float | None, typer.Option(help="Weight of the marked area.", min=0)] = None,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
@@ -159,6 +159,57 @@ def train(
         f"{record['steps']} steps, validation MSI {best:.3f}; {record['parameters']} parameters on "
         f"{', '.join(adapter.taps) or 'pixels'}; adapter and loss.png in {out}"
     )
+
+
+@app.command()
+def export(
+    out: Annotated[Path | None, typer.Option(help="Folder for a copy: adapter.onnx and curve.onnx.")] = None,
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = "clean",
+    quantity: QuantityOption = "class",
+    adapter: AdapterOption = None,
+    alpha_min: AlphaOption = 0.5,
+    steps: Annotated[int, typer.Option(help="Thresholds of the curve.", min=1)] = 16,
+    store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
+    force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
+    labels: LabelsOption = None,
+    image_size: SizeOption = 224,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compile an adapter, its frozen model included, and the perturbation curve of MSI to ONNX, checked against eager.
+
+    adapter.onnx takes image and target and gives saliency, scores and logits. curve.onnx takes image, baseline,
+    saliency and target and gives the probability of what is kept and of what is left at each threshold: [B, 2, K].
+
+    Example: counterlens adapter export --classifier shortcut --out compiled
+    """
+    import shutil
+
+    from counterlens.export.store import Store
+
+    from ..images import make_folder
+    from ..runtime.artefacts import FILES
+    from .exporting import build_artefacts
+
+    opened, explained, _, _ = _open(pack, classifier, adapter, labels, image_size, "--adapter")
+    trained = _adapter(opened, classifier, explained, quantity, adapter)
+    folder = None if out is None else make_folder(out)
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    with progress_bar("exporting"):
+        built = build_artefacts(trained, Store(store), alpha_min=alpha_min, steps=steps, force=force)
+    for what, artefact in built.items():
+        path = artefact.file(FILES["onnx"])
+        if folder is not None:
+            copy = folder / f"{what}.onnx"
+            try:
+                shutil.copyfile(path, copy)
+            except OSError as error:
+                raise CounterlensError(f"{copy}: cannot be written ({error.strerror or error})") from error
+            path = copy
+        if as_json:
+            print_json({**artefact.report, "path": str(path)})
+        parity = artefact.report["parity"]
+        console.print(f"{what}: worst error {parity['worst']:.1e} (allowed {parity['tolerance']:g}); {path}")
 
 
 def _saliency(

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from counterlens.export import export_onnx
+from counterlens.export.errors import ExportError
+from counterlens.export.onnx import OPSET
+from counterlens.export.store import Artefact, Store, sources_digest, weights_digest
 from counterlens.kernels.perturb.reference import perturb
 
 from ..guidance.pullback import frozen
 from ..metrics.msi_score import threshold_grid
 from ..models.protocols import Classifier
+from ..runtime import onnxruntime
+from ..runtime.artefacts import FILES
+from ..runtime.parity import TOLERANCE
+from ..runtime.spec import code_version, relative_errors
 from .lax import LAX
 from .quantities import LogOdds, Quantity, make_quantity
 from .taps import tapped
@@ -86,3 +94,71 @@ def export_curve(
         return export_onnx(
             function, inputs, path, input_names=["image", "baseline", "saliency", "target"], output_names=["values"]
         )
+
+
+def build_artefacts(
+    adapter: LAX, store: Store, *, alpha_min: float = 0.5, steps: int = 16, force: bool = False
+) -> dict[str, Artefact]:
+    """An adapter (`adapter`) and the curve of its classifier and quantity (`curve`) in a store, checked against eager.
+
+    Args:
+        adapter: trained.
+        store: where the artefacts are found again by model, weights and code.
+        alpha_min, steps: MSI's thresholds.
+        force: build again.
+
+    Raises:
+        UsageError: a number is out of range. ExportError: it cannot be exported, or ONNX Runtime does not agree.
+    """
+    if reasons := onnxruntime.missing():
+        raise ExportError(f"onnx: {'; '.join(reasons)}")
+    classifier, size, levels = adapter.classifier, adapter.image_size, threshold_grid(alpha_min, steps)
+    key = {
+        "target": "onnx", "opset": OPSET, "code": [code_version(), sources_digest([Path(__file__).parent])[:16]],
+        "weights": weights_digest([classifier.module]), "quantity": adapter.quantity.name, "image": size,
+    }  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    image, target = torch.rand((3, 3, size, size), generator=g), torch.arange(3) % len(classifier.labels)
+    given = [image, target]
+    asked = [image, torch.full_like(image, 0.4), torch.rand((3, size, size), generator=g), target]
+    heads = weights_digest([adapter.head])
+
+    def build_adapter(folder: Path) -> dict[str, Any]:
+        path = export_adapter(adapter, folder / FILES["onnx"])
+        return {"what": "adapter", "parity": _parity("adapter", saliency_function(adapter), path, given)}
+
+    def build_curve(folder: Path) -> dict[str, Any]:
+        path = export_curve(
+            classifier, size, folder / FILES["onnx"], alpha_min=alpha_min, steps=steps, quantity=adapter.quantity
+        )
+        function = curve_function(classifier, levels, adapter.quantity)
+        return {"what": "curve", "parity": _parity("curve", function, path, asked)}
+
+    with frozen(classifier.module, adapter.head):
+        return {
+            "adapter": store.get(
+                key | {"what": "adapter", "adapter": heads, "taps": adapter.taps}, build_adapter, force=force
+            ),
+            "curve": store.get(key | {"what": "curve", "levels": levels.tolist()}, build_curve, force=force),
+        }
+
+
+@torch.no_grad()
+def _parity(what: str, function: Callable[..., Any], path: Path, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """Worst error of ONNX Runtime at a batch that was not traced; ExportError above fp32's tolerance.
+
+    Relative to a sample's largest magnitude where that is above 1: tiny probabilities stay what they are.
+    """
+    result = function(*inputs)
+    expected = result if isinstance(result, tuple) else (result,)
+    got = onnxruntime.load(path)(*inputs)
+    worst = max(
+        (relative_errors(a, b) * b.flatten(1).abs().amax(1).clamp(max=1)).max().item()
+        for a, b in zip(got, expected, strict=True)
+    )
+    if not worst <= TOLERANCE["fp32"]:  # so that NaN fails
+        raise ExportError(
+            f"the compiled {what} does not agree with eager: error {worst:.2g} (at most "
+            f"{TOLERANCE['fp32']:g}); not used"
+        )
+    return {"samples": len(inputs[0]), "tolerance": TOLERANCE["fp32"], "worst": worst}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from counterlens.engine.adapter.exporting import export_adapter, export_curve
+from counterlens.engine.adapter.exporting import build_artefacts, export_adapter, export_curve
 from counterlens.engine.adapter.lax import new_adapter
+from counterlens.engine.cli import app
+from counterlens.engine.errors import UsageError
 from counterlens.engine.metrics.curves import perturbation_curve
 from counterlens.engine.metrics.msi_score import threshold_grid
 from counterlens.engine.models.classifiers import StridedClassifier
 from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.packs import Pack
+from counterlens.export.store import Store
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 SIZE = 16
@@ -47,3 +53,31 @@ def test_curve(classifier, tmp_path: Path) -> None:
     )
     assert torch.allclose(got[:, 0].double(), curves.keep, atol=1e-5)
     assert torch.allclose(got[:, 1].double(), curves.remove, atol=1e-5)
+
+
+def test_artefacts_are_checked_and_found_again(classifier, tmp_path: Path) -> None:
+    adapter, store = new_adapter(classifier, SIZE), Store(tmp_path)
+    built = build_artefacts(adapter, store, steps=4)
+    assert {name: a.report["what"] for name, a in built.items()} == {"adapter": "adapter", "curve": "curve"}
+    assert all(0 <= a.report["parity"]["worst"] <= 1e-4 for a in built.values())
+    again = build_artefacts(adapter, store, steps=4)
+    assert {n: a.folder for n, a in again.items()} == {n: a.folder for n, a in built.items()}
+    other = build_artefacts(new_adapter(classifier, SIZE, seed=1), store, steps=4)
+    assert other["adapter"].folder != built["adapter"].folder
+    assert other["curve"].folder == built["curve"].folder
+
+
+def test_command(classifier, tmp_path: Path) -> None:
+    """The pack's classifier with an adapter that was never trained: what is written can be opened."""
+    clean = Pack("digits").classifier("clean")
+    new_adapter(clean, 32).save(tmp_path / "adapter")
+    given = ["adapter", "export", "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(app, [*given, "--store", str(tmp_path / "store")])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["what"] for row in rows] == ["adapter", "curve"]
+    session = onnxruntime.InferenceSession(rows[1]["path"])
+    assert session.get_outputs()[0].shape[1:] == [2, 16]
+    result = CliRunner().invoke(app, ["adapter", "export", "--classifier", "nobody"])
+    assert isinstance(result.exception, UsageError)
+    assert "another one needs --adapter" in str(result.exception)

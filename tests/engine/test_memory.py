@@ -14,6 +14,7 @@ from counterlens.engine.guidance.pullback import frozen, pullback
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.memory import PeakMemory, checkpointed, largest_batch, step_bytes, weight_bytes
 from counterlens.engine.models.load import open_diffusion
+from counterlens.engine.packs import Pack
 from tests import tiny
 from tests.engine.test_classifiers import Plain
 
@@ -95,6 +96,15 @@ def test_the_batch_fits_the_budget(folders) -> None:
     assert limited.counterfactual(images, config=Config.make(steps=4, strength=0.5)).errors == [None] * 6
     with pytest.raises(UsageError, match=r"^memory_budget: one sample needs"):
         make_engine(folders["ldm"], memory_budget=1000)
+
+
+def test_the_tiny_decoder_takes_less_memory() -> None:
+    pack = Pack("digits")
+    engine = Engine.from_pack("digits", runtime="eager")
+    models = (engine.diffusion, engine.classifier)
+    full = engine.settings(Config(mode="realistic"))
+    tiny = engine.settings(Config(mode="realistic", guidance_decoder="tiny", distance="latent"))
+    assert step_bytes(*models, 4, tiny, decoder=pack.guidance_decoder()) < 0.8 * step_bytes(*models, 4, full)
 
 
 def test_half_precision_keeps_guidance_in_float32(folders) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from counterlens.engine import Config, Engine
 from counterlens.engine.errors import UsageError
 from counterlens.engine.guidance.schedule import SPACINGS, Schedule, make_schedule
 from counterlens.engine.guidance.solvers import SOLVERS, History, Solver, advance, coefficients, no_history
@@ -116,6 +118,15 @@ def test_spacings_cover_the_noised_part(spacing: Any) -> None:
         assert list(schedule.timesteps) == sorted(set(schedule.timesteps), reverse=True)
         if spacing != "leading":
             assert schedule.start == 399
+
+
+def test_second_order_with_leading_spacing_warns_once() -> None:
+    engine = Engine.from_pack("digits", runtime="eager")
+    with pytest.warns(UserWarning, match="leading with solver dpm"):
+        engine.settings(Config(mode="realistic", solver="dpm++", spacing="leading"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.settings(Config(mode="realistic", solver="ddim", spacing="leading"))
 
 
 def test_log_snr_is_evenly_spaced() -> None:
