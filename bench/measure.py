@@ -89,3 +89,11 @@ def open_engines(pack: str) -> tuple[Pack, dict[str, Engine], SoftmaxClassifier]
         for name in ("clean", "shortcut")
     }
     return opened, engines, opened.classifier("judge")
+
+
+def two_targets(engine: Engine, images: Tensor) -> tuple[Tensor, Tensor]:
+    """For each image the runner-up, and a random label that is neither that nor the prediction: [N], [N]."""
+    p = engine.probabilities(images)
+    first, second = p.topk(2, dim=1).indices.unbind(1)
+    draws = torch.rand(p.shape, generator=torch.Generator().manual_seed(0))
+    return second, draws.scatter(1, torch.stack([first, second], 1), -1).argmax(1)

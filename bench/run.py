@@ -25,7 +25,7 @@ import typer
 from torch import Tensor
 
 from bench.baselines.literal import literal_loop, literal_step
-from bench.measure import predictions
+from bench.measure import predictions, two_targets
 from bench.pareto import judge_features, kid, literal_settings
 from bench.record import RESULTS, environment, interval, write_result
 from bench.runtimes import interleaved
@@ -180,13 +180,8 @@ def counterfactual_suite(baseline: str, runtime: str, rounds: int, speeds: list[
 
 def test_pairs(engine: Engine, pack: Pack, count: int | None) -> tuple[Tensor, Tensor]:
     """Every test digit twice: images [2N, 3, H, W]; targets [2N], the runner-up and a random other label."""
-    samples = pack.samples("test", count=count, marker="random")
-    p = engine.probabilities(samples.images)
-    first, second = p.topk(2, dim=1).indices.unbind(1)
-    g = torch.Generator().manual_seed(0)
-    draws = torch.rand(p.shape, generator=g)
-    other = draws.scatter(1, torch.stack([first, second], 1), -1).argmax(1)
-    return torch.cat([samples.images, samples.images]), torch.cat([second, other])
+    images = pack.samples("test", count=count, marker="random").images
+    return torch.cat([images, images]), torch.cat(two_targets(engine, images))
 
 
 def cached_run(

@@ -95,8 +95,8 @@ SPEEDS: dict[str, dict[str, Any]] = {
     "exact": _EXACT,
     "balanced": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "trailing",
                           "steps": 8},
-    "fast": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "ddim", "spacing": "leading",
-                      "steps": 5},
+    "fast": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "trailing",
+                      "steps": 7},
 }  # fmt: skip
 
 
