@@ -126,7 +126,7 @@ def kill(images: Images = 300, kills: int = 20, seed: int = 0) -> None:
 
 
 @app.command()
-def lock(images: Images = 40) -> None:
+def lock(images: Images = 160) -> None:
     """Two processes on one folder at the same time."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
