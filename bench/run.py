@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench.baselines.literal import literal_loop, literal_step
 from bench.measure import predictions, two_targets
-from bench.pareto import judge_features, kid, literal_settings
+from bench.pareto import judge_features, kid, literal_settings, not_inferior
 from bench.record import RESULTS, environment, interval, write_result
 from bench.runtimes import interleaved
 from counterlens.engine import Config, Engine
@@ -245,11 +245,8 @@ def quality_suite(runtime: str, speeds: list[str], count: int | None, minutes: f
         row["kid"] = {"mean": kid(real, features), "low": low, "high": high}
         if name != "literal":
             row["minus_literal"] = {k: interval(v - values["literal"][k]) for k, v in values[name].items()}
-            row["not_inferior"] = {
-                "flip": row["minus_literal"]["flip"]["low"] >= -0.03,
-                "transfer": row["minus_literal"]["transfer"]["low"] >= -0.03,
-                "l1": row["minus_literal"]["l1"]["mean"] <= 0,
-                "kid": row["kid"]["mean"] <= out["rows"]["literal"]["kid"]["high"],
+            row["not_inferior"] = not_inferior(row["minus_literal"]) | {
+                "kid": row["kid"]["mean"] <= out["rows"]["literal"]["kid"]["high"]
             }
         out["rows"][name] = row
         say(name, {k: round(row[k]["mean"], 4) for k in ("flip", "transfer", "l1", "kid")}, row.get("not_inferior"))

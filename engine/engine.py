@@ -230,8 +230,9 @@ class Engine:
         if memory_budget is not None:
             with self._prepared():
                 settings = self.settings(self.config)
-                decoder = self.guidance_decoder if settings.guidance_decoder == "tiny" else None
-                most = largest_batch(diffusion, classifier, settings, memory_budget, SLOTS, self.pullback, decoder)
+                most = largest_batch(
+                    diffusion, classifier, settings, memory_budget, SLOTS, self.pullback, self._decoder(settings)
+                )
             self.slots = tuple(s for s in SLOTS if s <= most)
 
     @classmethod
@@ -250,9 +251,13 @@ class Engine:
         options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
         return cls(*models, config, pack_settings=settings, source=source, **options)
 
+    def _decoder(self, settings: Settings) -> TinyDecoder | None:
+        """What guidance differentiates through in place of the full decoder, where the settings ask for it."""
+        return self.guidance_decoder if settings.guidance_decoder == "tiny" else None
+
     def spec(self, settings: Settings, **fields: Any) -> Spec:
         """What is compiled for these settings; fields are those of `Spec` that the settings leave open."""
-        decoder = self.guidance_decoder if settings.guidance_decoder == "tiny" else None
+        decoder = self._decoder(settings)
         return Spec(
             self.diffusion,
             self.classifier,
