@@ -30,7 +30,7 @@ from .models.protocols import Classifier, Diffusion, probabilities
 from .models.tiny import TinyDecoder, check_decoder, open_decoder
 from .packs import Pack
 from .runtime.choice import RUNTIMES, Choice, StepRunner
-from .runtime.spec import Spec, flat
+from .runtime.spec import STEP, Spec, flat
 
 if TYPE_CHECKING:
     from .adapter.explain import Explanations
@@ -257,6 +257,8 @@ class Engine:
 
     def spec(self, settings: Settings, **fields: Any) -> Spec:
         """What is compiled for these settings; fields are those of `Spec` that the settings leave open."""
+        if fields.get("what", STEP) != STEP:  # a part is the same under all settings
+            return Spec(self.diffusion, self.classifier, weights=self._weights(), **fields)
         decoder = self._decoder(settings)
         return Spec(
             self.diffusion,
@@ -310,7 +312,7 @@ class Engine:
             return {}
         if not self._compiled_parts:
             for what in PARTS.values():
-                spec = Spec(self.diffusion, self.classifier, what=what, weights=self._weights())
+                spec = self.spec(self.settings(self.config), what=what)
                 self._compiled_parts[what] = StepRunner(spec, self.runtime, self.store)
         return self._compiled_parts
 

@@ -266,22 +266,12 @@ def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return (grad_wide * (y + sigmoid * (1 - y))).to(grad.dtype)
 
 
-@_decomposes(aten._softmax.default)
-def softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    wide = _wide(x)
-    shifted = (wide - wide.amax(dim, keepdim=True)).exp() if x.numel() else wide.exp()
-    out = shifted / shifted.sum(dim, keepdim=True)
-    return out if half_to_float else out.to(x.dtype)
-
-
 @_decomposes(aten._safe_softmax.default)
 def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Softmax in which a row of nothing but -inf gives zeros."""
+    """Softmax in which a row of nothing but -inf gives zeros; `trace` drops the choice where nothing is masked."""
     wide = _wide(x)
-    largest = wide.amax(dim, keepdim=True)
-    shifted = (wide - torch.where(largest == -math.inf, 0.0, largest)).exp()
-    total = shifted.sum(dim, keepdim=True)
-    return (shifted / torch.where(total == 0, 1.0, total)).to(dtype or x.dtype)
+    nothing = wide.amax(dim, keepdim=True) == -math.inf
+    return torch.where(nothing, 0.0, torch.softmax(wide, dim)).to(dtype or x.dtype)
 
 
 # Resampling: along each axis a matrix, taken from PyTorch's own operator on the unit vectors

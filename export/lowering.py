@@ -337,11 +337,16 @@ def sort(g: Builder, node: Node, x: Value, dim: int = -1, descending: bool = Fal
     return g.op("TopK", x, g.constant([size]), axis=dim, largest=int(descending), sorted=1, outputs=2)
 
 
-@_lowers(aten._log_softmax.default)
-def log_softmax(g: Builder, node: Node, x: Value, dim: int, half_to_float: bool) -> Value:
-    source = meta(node.args[0]).dtype
-    wide = source if source == torch.float64 else torch.float32
-    return g.cast(g.op("LogSoftmax", g.cast(x, source, wide), axis=dim), wide, meta(node).dtype)
+def _softmax(kind: str, operator: Any) -> None:
+    @_lowers(operator)
+    def lower(g: Builder, node: Node, x: Value, dim: int, half_to_float: bool) -> Value:
+        source = meta(node.args[0]).dtype
+        wide = source if source == torch.float64 else torch.float32
+        return g.cast(g.op(kind, g.cast(x, source, wide), axis=dim), wide, meta(node).dtype)
+
+
+_softmax("Softmax", aten._softmax.default)
+_softmax("LogSoftmax", aten._log_softmax.default)
 
 
 # Shapes

@@ -294,6 +294,10 @@ IDENTITIES = (
 )  # fmt: skip
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default)
 FROM_NOTHING = (aten.full.default, aten.arange.start_step, aten.zeros.default, aten.ones.default)
+SCALINGS = (
+    aten.reshape.default, aten.permute.default, aten.mul.Scalar, aten.mul.Tensor, aten.div.Scalar, aten.div.Tensor,
+    aten._to_copy.default,
+)  # fmt: skip
 RANDOM = (aten.rand.default, aten.randn.default, aten.bernoulli.p, aten.randperm.default)
 
 
@@ -307,6 +311,8 @@ def _simplify(graph: GraphModule) -> None:
             node.target = aten.reshape.default  # memory layout is the runtime's affair, and clones are gone
     graph.graph.eliminate_dead_code()
     _merge(graph)
+    _unmask(graph)
+    _share_matrices(graph)
     _fold(graph)
     _straighten(graph)
     _merge(graph)
@@ -425,6 +431,52 @@ def _output_of(node: Any) -> tuple[Any, int]:
         if isinstance(source, Node) and source.target is aten.native_group_norm.default:
             return source, index  # type: ignore[return-value]
     return None, -1
+
+
+def _unmask(graph: GraphModule) -> None:
+    """Drop the zeros for rows of nothing but -inf from softmaxes over products, which nothing masked."""
+    for node in graph.graph.nodes:
+        if node.target is not aten.where.self:
+            continue
+        nothing, _, soft = node.args
+        if not isinstance(soft, Node) or soft.target is not aten._softmax.default:
+            continue
+        largest = nothing.args[0] if nothing.target is aten.eq.Scalar and nothing.args[1] == -math.inf else None
+        if largest is None or largest.target is not aten.amax.default or largest.args[0] is not soft.args[0]:
+            continue
+        source = soft.args[0]
+        while source.target in SCALINGS and not any(isinstance(a, Node) for a in source.args[1:]):
+            source = source.args[0]  # type: ignore[assignment]
+        if source.target in (aten.bmm.default, aten.mm.default):
+            node.replace_all_uses_with(soft)
+
+
+def _share_matrices(graph: GraphModule) -> None:
+    """Write products of a batch with one matrix, repeated for each sample, as one product."""
+
+    def insert(target: Any, args: tuple[Any, ...], shape: Shape) -> Node:
+        new = graph.graph.call_function(target, args)
+        new.meta.update(val=target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"])), shape=shape)
+        return new
+
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.bmm.default or node.args[1].target is not aten.expand.default:
+            continue
+        rows, matrix = node.args[0], node.args[1].args[0]
+        batch, count, outer = node.meta["shape"]
+        inner = rows.meta["shape"][2]
+        if matrix.meta["shape"] not in ((1, inner, outer), (inner, outer)) or isinstance(count, Size):
+            continue
+        if isinstance(batch, Size) and batch.offset:
+            continue
+        flat = Size(batch.scale * count, 0) if isinstance(batch, Size) else batch * count
+        sizes = [-1 if isinstance(batch, Size) else batch, count, outer]
+        with graph.graph.inserting_before(node):
+            many = insert(aten.reshape.default, (rows, [-1, inner]), (flat, inner))
+            one = insert(aten.reshape.default, (matrix, [inner, outer]), (inner, outer))
+            product = insert(aten.mm.default, (many, one), (flat, outer))
+            node.replace_all_uses_with(insert(aten.reshape.default, (product, sizes), node.meta["shape"]))
+    graph.graph.eliminate_dead_code()
 
 
 def _regroups(node: Node) -> bool:

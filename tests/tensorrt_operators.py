@@ -25,7 +25,7 @@ SUPPORTED: dict[str, set[int]] = {
     **dict.fromkeys(
         ("CumSum", "Erf", "Exp", "Floor", "Gemm", "InstanceNormalization", "IsInf", "IsNaN", "LeakyRelu", "Log"), FLOATS
     ),
-    **dict.fromkeys(("LogSoftmax", "MatMul", "MaxPool", "Reciprocal", "Resize", "Round", "Sigmoid"), FLOATS),
+    **dict.fromkeys(("LogSoftmax", "MatMul", "MaxPool", "Reciprocal", "Resize", "Round", "Sigmoid", "Softmax"), FLOATS),
     **dict.fromkeys(("Sin", "Sinh", "Sqrt", "Tanh"), FLOATS),
     **dict.fromkeys(("Cast", "Concat", "Expand", "Gather", "GatherElements", "GatherND", "Identity"), ANY),
     **dict.fromkeys(("Reshape", "Shape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"), ANY),

@@ -16,6 +16,7 @@ from counterlens.engine import Engine
 from counterlens.engine.config import Config
 from counterlens.engine.engine import PARTS
 from counterlens.engine.errors import CounterlensError, UsageError
+from counterlens.engine.models.tiny import LatentResolutionDecoder, TinyDecoder
 from counterlens.engine.runtime import artefacts, onnxruntime, tensorrt
 from counterlens.engine.runtime.choice import StepRunner
 from counterlens.engine.runtime.compiled import CompiledStep, expected_inputs
@@ -101,6 +102,18 @@ def test_parts_beside_the_steps_are_compiled_where_the_store_has_them(tiny: Any,
         runs.append(one.counterfactual(images).images)
     close = (runs[0] - runs[1]).abs().flatten(1).amax(1) < 1e-4
     assert close.double().mean() >= 0.6
+
+
+def test_a_part_is_the_same_whatever_guidance_differentiates_through(tiny: Any, store: Store) -> None:
+    """Exported for one speed, found under another."""
+    channels, side, _ = tiny[0].latent_shape
+    module = LatentResolutionDecoder(channels, 8, 1, tiny[0].image_size // side)
+    decoder = TinyDecoder(module, "small", channels)
+    one = engine(tiny, store, guidance_decoder=decoder)
+    tiny_decoder, full = (one.settings(Config(guidance_decoder=name)) for name in ("tiny", "full"))
+    assert one.spec(tiny_decoder).key("onnx") != one.spec(full).key("onnx")
+    for what in PARTS.values():
+        assert one.spec(tiny_decoder, what=what).key("onnx") == one.spec(full, what=what).key("onnx")
 
 
 def test_without_artefacts_auto_is_eager_and_says_so(tiny: Any, tmp_path: Path) -> None:

@@ -64,6 +64,30 @@ def test_constants_are_computed_once() -> None:
     assert aten.exp.default not in targets
 
 
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_one_matrix_for_all_samples_is_one_product(dynamic_batch: bool) -> None:
+    weight = torch.randn(4, 5)
+    graph = trace(lambda x: x.transpose(1, 2) @ weight, [torch.randn(2, 4, 3)], dynamic_batch=dynamic_batch)
+    targets = [n.target for n in graph.graph.nodes if n.op == "call_function"]
+    assert targets.count(aten.mm.default) == 1
+    assert aten.bmm.default not in targets
+    x = torch.randn(5 if dynamic_batch else 2, 4, 3)
+    torch.testing.assert_close(graph(x), x.transpose(1, 2) @ weight)
+
+
+def test_attention_keeps_its_zeros_only_where_it_is_masked() -> None:
+    """A row that sees nothing attends to nothing: zeros in PyTorch, where a plain softmax gives NaN."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    mask = torch.tensor([[True, True, False], [False, False, False], [True, False, True]])
+    x = torch.randn(5, 1, 3, 4)
+    for masked in (False, True):
+        graph = trace(lambda x, m=mask if masked else None: attend(x, x, x, attn_mask=m), [torch.randn(2, 1, 3, 4)])
+        assert any(n.target is aten.where.self for n in graph.graph.nodes) == masked
+        expected = attend(x, x, x, attn_mask=mask if masked else None)
+        torch.testing.assert_close(graph(x), expected)
+    assert expected[:, 0, 1].abs().max() == 0
+
+
 def test_static_batch() -> None:
     graph = trace(lambda x: x / x.shape[0], [torch.ones(4, 2)], dynamic_batch=False)
     torch.testing.assert_close(graph(torch.ones(4, 2)), torch.full((4, 2), 0.25))
