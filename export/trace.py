@@ -446,7 +446,7 @@ def _unmask(graph: GraphModule) -> None:
             continue
         source = soft.args[0]
         while source.target in SCALINGS and not any(isinstance(a, Node) for a in source.args[1:]):
-            source = source.args[0]  # type: ignore[assignment]
+            source = source.args[0]
         if source.target in (aten.bmm.default, aten.mm.default):
             node.replace_all_uses_with(soft)
 
