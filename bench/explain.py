@@ -18,11 +18,11 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from bench.record import RESULTS, interval, write_result
+from bench.record import RESULTS, environment, interval, write_result
 from counterlens.engine.adapter.drawing import draw_methods
 from counterlens.engine.adapter.evaluation import METRICS, Scored, evaluate
 from counterlens.engine.adapter.lax import LAX, new_adapter
-from counterlens.engine.adapter.methods import explain_with, minmax, saliency_methods
+from counterlens.engine.adapter.methods import check_methods, explain_with, minmax, saliency_methods
 from counterlens.engine.adapter.packed import pack_adapter
 from counterlens.engine.adapter.recipes import HALVES, PACK_SCHEDULE, pack_images, train_adapter
 from counterlens.engine.adapter.training import Schedule, faithfulness
@@ -240,14 +240,19 @@ def main(
     Example: python -m bench.explain --sections truth,quality --record
     """
     chosen = SECTIONS if sections == "all" else tuple(sections.split(","))
+    again = METHODS if methods == "all" else check_methods(methods.split(","))
+    if "lax" not in again:
+        raise SystemExit("--methods: lax is what the others are compared with; name it as well")
     opened = Pack(pack)
     path = RESULTS / "explain.json"
     payload: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     payload.pop("environment", None)
+    # Sections are measured on different days and machines: each has its own environment.
+    environments = payload.setdefault("environments", {})
+    kept = environments.get("quality")
     if "truth" in chosen:
         payload["truth"] = truth_figures(opened, count, record)
     if "quality" in chosen:
-        again = METHODS if methods == "all" else methods.split(",")
         payload["quality"] = quality_figures(opened, count, again, payload.get("quality", {}))
     if "cost" in chosen:
         payload["cost"] = cost_figures(opened)
@@ -255,6 +260,9 @@ def main(
         payload["sanity"] = sanity_figures(opened, steps)
     if "memory" in chosen:
         payload["memory"] = memory_figures()
+    environments |= {section: environment() for section in chosen}
+    if "quality" in chosen and again != METHODS:
+        environments["quality"] |= {"methods": again, "others": (kept or {}).get("others", kept)}
     if record:
         write_result("explain", payload)
     print(json.dumps({k: payload[k] for k in chosen}, indent=1))

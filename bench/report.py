@@ -41,13 +41,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def provenance(result: dict[str, Any], name: str) -> str:
-    """Where the numbers come from."""
-    e = result["environment"]
-    return (
-        f"Recorded in `bench/results/{name}.json` at commit `{e['commit']}`, {e['date'][:10]}, {e['device']}, "
-        f"torch {e['versions']['torch']}."
-    )
+def provenance(result: dict[str, Any], name: str, section: str | None = None) -> str:
+    """Where the numbers come from; of one section of a result whose sections were measured one by one."""
+    e = result["environment"] if section is None else result["environments"][section]
+    text = f"Recorded in `bench/results/{name}.json` at {_place(e)}"
+    if others := e.get("others"):
+        return f"{text} ({', '.join(f'`{m}`' for m in e['methods'])}) and {_place(others)} (the others)."
+    return f"{text}."
+
+
+def _place(e: dict[str, Any]) -> str:
+    return f"commit `{e['commit']}`, {e['date'][:10]}, {e['device']}, torch {e['versions']['torch']}"
 
 
 def counterfactual_table() -> str:
@@ -188,7 +192,7 @@ def pointing_table() -> str:
     ]
     header = ["method", "`shortcut`: points at it", "top pixels in it", "`clean`: points at it", "top pixels in it"]
     n = truth["clean"]["lax"]["pointing"]["n"]
-    return f"{table(header, rows)}\n\n{n} test digits with a matching marker. {provenance(result, 'explain')}"
+    return f"{table(header, rows)}\n\n{n} test digits with a matching marker. {provenance(result, 'explain', 'truth')}"
 
 
 def faithfulness_table() -> str:
@@ -208,7 +212,9 @@ def faithfulness_table() -> str:
         rows.append([f"`{classifier}`: LAX is", *verdicts])
     n = part["methods"]["lax"]["msi"]["n"]
     text = f'{n} test digits, 95 % intervals. "Tied": the paired difference to the best other method includes 0.'
-    return f"{table(['classifier, method', *names.values()], rows)}\n\n{text} {provenance(result, 'explain')}"
+    return (
+        f"{table(['classifier, method', *names.values()], rows)}\n\n{text} {provenance(result, 'explain', 'quality')}"
+    )
 
 
 def costs_table() -> str:
@@ -219,7 +225,7 @@ def costs_table() -> str:
         for name, v in result["cost"].items()
     ]
     header = ["method, batch 64", "ms per image", "in forward passes of the classifier"]
-    return f"{table(header, rows)}\n\n{provenance(result, 'explain')}"
+    return f"{table(header, rows)}\n\n{provenance(result, 'explain', 'cost')}"
 
 
 def detector_table() -> str:

@@ -50,6 +50,7 @@ def assert_matches(
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "softmax along another than the last axis": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Softmax(1)), (3, 5)),
     "convolutions": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.GroupNorm(2, 8), nn.SiLU(),
