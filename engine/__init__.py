@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# A sample must have the same bits in every slot. Without this, MKL's products can differ in the last bit by a row's
+# place in the batch (an AMD EPYC, two threads). It is read at the first product, and costs no time.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
     from .config import Config
