@@ -69,21 +69,28 @@ def pointing(scores: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     return hit, inside.flatten(1).gather(1, top).double().mean(1)
 
 
-def truth_figures(pack: Pack, count: int | None, pictures: bool) -> dict[str, Any]:
-    """Do maps of "5 or more, or not" point at the marker: for the classifier that reads it, and for the other?"""
+def truth_figures(
+    pack: Pack, count: int | None, pictures: bool, methods: list[str], known: dict[str, Any]
+) -> dict[str, Any]:
+    """Do maps of "5 or more, or not" point at the marker: for the classifier that reads it, and for the other?
+
+    Rows of methods that are not run again are kept from `known`.
+    """
     samples = pack.samples("test", marker="matching", count=count)
     inside = marker_boxes(samples.markers)
     out: dict[str, Any] = {"chance": MARKER_SIZE**2 / 32**2}
     for name in CLASSIFIERS:
         classifier = pack.classifier(name)
         adapter = pack_adapter(pack, name, classifier, HALVES)
-        rows, maps, notes = {}, {}, {}
+        rows, maps, notes = dict(known.get(name, {}) if methods != METHODS else {}), {}, {}
         for method in METHODS:
+            images = samples.images if method in methods else samples.images[:10]  # those of the picture
             saliency, scores = explain_with(
-                method, classifier, samples.images, quantity=HALVES, adapter=adapter, baseline=pack.mean_colour
+                method, classifier, images, quantity=HALVES, adapter=adapter, baseline=pack.mean_colour
             )
-            hit, share = pointing(scores, inside)
-            rows[method] = {"pointing": interval(hit), "top_share": interval(share)}
+            hit, share = pointing(scores, inside[: len(images)])
+            if method in methods:
+                rows[method] = {"pointing": interval(hit), "top_share": interval(share)}
             maps[method] = minmax(saliency[:10])
             notes[method] = ["hit" if h else "" for h in hit[:10].tolist()]
             print(name, method, f"pointing {hit.mean():.3f}, top {share.mean():.3f}", flush=True)
@@ -231,7 +238,9 @@ def main(
     pack: Annotated[str, typer.Option(help="Pack or folder.")] = "digits",
     sections: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SECTIONS)}.")] = "all",
     count: Annotated[int | None, typer.Option(help="Test digits; all of them without it.")] = None,
-    methods: Annotated[str, typer.Option(help="Run only these again in `quality`; other rows are kept.")] = "all",
+    methods: Annotated[
+        str, typer.Option(help="Run only these again in `truth` and `quality`; the rest is kept.")
+    ] = "all",
     steps: Annotated[int | None, typer.Option(help="Of the training in `sanity`; the pack's without it.")] = None,
     record: Annotated[bool, typer.Option(help="Write bench/results/explain.json and pictures.")] = False,
 ) -> None:
@@ -249,9 +258,9 @@ def main(
     payload.pop("environment", None)
     # Sections are measured on different days and machines: each has its own environment.
     environments = payload.setdefault("environments", {})
-    kept = environments.get("quality")
+    before = dict(environments)
     if "truth" in chosen:
-        payload["truth"] = truth_figures(opened, count, record)
+        payload["truth"] = truth_figures(opened, count, record, again, payload.get("truth", {}))
     if "quality" in chosen:
         payload["quality"] = quality_figures(opened, count, again, payload.get("quality", {}))
     if "cost" in chosen:
@@ -261,8 +270,9 @@ def main(
     if "memory" in chosen:
         payload["memory"] = memory_figures()
     environments |= {section: environment() for section in chosen}
-    if "quality" in chosen and again != METHODS:
-        environments["quality"] |= {"methods": again, "others": (kept or {}).get("others", kept)}
+    for section in {"truth", "quality"} & set(chosen) if again != METHODS else ():
+        kept = before.get(section) or {}
+        environments[section] |= {"methods": again, "others": kept.get("others", kept)}
     if record:
         write_result("explain", payload)
     print(json.dumps({k: payload[k] for k in chosen}, indent=1))

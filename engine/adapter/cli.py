@@ -118,11 +118,12 @@ def train(
     Example: counterlens adapter train --pack digits --classifier shortcut --out my-adapter
     """
     from ..images import make_folder
-    from .recipes import pack_images, schedule_for, train_adapter
+    from .recipes import pack_images, schedule_for, taps_for, train_adapter
 
     opened, explained, size, _ = _open(pack, classifier, images, labels, image_size)
+    packed = classifier if opened else None
     chosen = schedule_for(
-        classifier if opened else None, quantity, steps=steps, batch=batch, forward_batch=forward_batch,
+        packed, quantity, steps=steps, batch=batch, forward_batch=forward_batch,
         alpha_min=alpha_min, area=area, baselines=tuple(baselines.split(",")) if baselines else None, seed=seed,
     )  # fmt: skip
     if images is not None:
@@ -136,7 +137,7 @@ def train(
         shown, held = pack_images(opened)
         colour = opened.mean_colour
     out = make_folder(out)
-    named = None if taps is None else [] if taps == "pixels" else taps.split(",")
+    named = taps_for(packed, quantity) if taps is None else [] if taps == "pixels" else taps.split(",")
     command = {"classifier": classifier, "pack": opened.name if opened else None}
     with progress_bar("training", chosen.steps) as progress:
 

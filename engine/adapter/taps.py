@@ -83,14 +83,15 @@ def tapped(module: nn.Module, taps: Sequence[str]) -> Iterator[list[Tensor]]:
 def choose_taps(classifier: Any, image: Tensor) -> list[str]:
     """Names worth tapping: of every resolution that the model passes through, the last module's, finest first.
 
-    From half the image's resolution on, where there is one: full resolution costs more than it tells. Where all have
-    one resolution (a vision transformer), three of them, spread over the depth.
+    From half the image's resolution on, where there is one; then also the last maps at the image's own, of which the
+    head takes little. Where all have one resolution (a vision transformer), three of them, spread over the depth.
 
     Args:
         classifier: see `engine.models.protocols.Classifier`.
         image: [1, 3, H, W] in [0, 1]; its values do not matter.
     """
     finished: dict[str, tuple[int, int]] = {}
+    whole: list[str] = []
     handles = []
 
     def note(name: str) -> Any:
@@ -98,7 +99,9 @@ def choose_taps(classifier: Any, image: Tensor) -> list[str]:
             first = output[0] if isinstance(output, tuple | list) and output else output
             if not isinstance(first, Tensor) or first.ndim not in (3, 4):
                 return
-            h, w = as_map(first, name).shape[2:]
+            channels, h, w = as_map(first, name).shape[1:]
+            if (h, w) == image.shape[2:] and channels > image.shape[1]:  # more than the image in other numbers
+                whole[:] = [name]
             if 2 <= h <= image.shape[2] and 2 <= w <= image.shape[3]:
                 finished.pop(name, None)
                 finished[name] = (h, w)
@@ -114,9 +117,9 @@ def choose_taps(classifier: Any, image: Tensor) -> list[str]:
         for handle in handles:
             handle.remove()
     half = {name: size for name, size in finished.items() if 2 * size[0] <= image.shape[2]}
-    finished = half or finished
+    finished, whole = (half, whole) if half else (finished, [])
     last = {size: name for name, size in finished.items()}
     if len(last) == 1 and len(finished) > 3:
         names = list(finished)
-        return [names[len(names) * i // 3 - 1] for i in (1, 2, 3)]
-    return [last[size] for size in sorted(last, reverse=True)][-LEVELS:]
+        return whole + [names[len(names) * i // 3 - 1] for i in (1, 2, 3)]
+    return whole + [last[size] for size in sorted(last, reverse=True)][-LEVELS:]

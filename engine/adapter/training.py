@@ -21,11 +21,14 @@ from counterlens.kernels.perturb import soft_perturb
 
 from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
+from ..metrics.imputation import impute
 from ..metrics.inputs import blur
 from .lax import LAX
 
 LARGEST = math.log(1e6)  # -log(1 - p) with 1 - p clamped at 1e-6
 BASELINES = ("mean", "blur", "colour", "noise", "image")
+IMPUTED = (0.08, 0.5)  # shares of the pixels; beyond that, hardly any answer survives
+IMPUTED_TOLERANCE = 1e-3
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 20.0
 
@@ -47,10 +50,13 @@ class Schedule:
         variation: weight of the map's total variation.
         ranks: weight of the same expectation with areas for thresholds, as in BaseScore_area; 0 leaves it out.
         rank_temperature: of its soft masks, likewise. rank_thresholds: its K.
+        imputed: weight of -log(1 - p) of the image without its most salient pixels, a share from `IMPUTED`, filled in
+            from their neighbours as in ROAD: what can be guessed from around it was not removed. 0 leaves it out.
         others: share of images whose target is a random label and not the prediction.
         baselines: what hides pixels, drawn for each image: `mean` (colour), `blur`, `colour` (random), `noise`,
             `image` (another one of the batch).
-        learning_rate: of AdamW, cosine to a fiftieth.
+        learning_rate: of AdamW, cosine to a fiftieth. weight_decay: likewise; a long training at a high rate needs it,
+            or the scores grow until nearly all of the map is saturated.
         every: steps between validations; after `patience` of them without a better MSI training stops.
         seed: of weights, batches and thresholds.
 
@@ -70,9 +76,11 @@ class Schedule:
     ranks: float = 1.0
     rank_temperature: tuple[float, float] = (0.3, 0.03)
     rank_thresholds: int = 3
+    imputed: float = 0.0
     others: float = 0.0
     baselines: tuple[str, ...] = ("mean",)
     learning_rate: float = 4e-3
+    weight_decay: float = 1e-4
     every: int = 50
     patience: int = 6
     seed: int = 0
@@ -179,6 +187,11 @@ def _anneal(ends: tuple[float, float], share: float) -> float:
     return ends[0] * (ends[1] / ends[0]) ** share
 
 
+def _at_shares(ordered: Tensor, shares: Tensor) -> Tensor:
+    """Of values [B, P] in ascending order, those that a share [B, K] of the others is below: [B, K]."""
+    return ordered.gather(1, (shares * (ordered.shape[1] - 1)).round().long().to(ordered.device))
+
+
 def _increasing(levels: Tensor) -> Tensor:
     """Levels [B, K] made strictly increasing in [0, 1] by steps of 1e-6 where they tie."""
     k = levels.shape[1]
@@ -208,21 +221,26 @@ def training_loss(
     saliency = torch.sigmoid(scores)
     levels = torch.cat([torch.full((b, 1), low, dtype=torch.float64), _draw(b, k - 1, low, 1, g)], 1)
     loss = _expectation(adapter, images, baseline, saliency, target, levels, temperature, schedule)
-    if schedule.ranks:
-        # The area form: thresholds at which a drawn share of the pixels is marked. Standardised, so that this term
-        # neither shifts nor stretches the scores: level and contrast are the value form's business.
-        flat = scores.flatten(1)
-        spread = torch.sigmoid((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True).clamp(min=1e-3))
-        spread = spread.reshape(scores.shape)
+    # Ranks: the map standardised, so that terms on them neither shift nor stretch the scores. Level and contrast are
+    # the value form's business.
+    flat = scores.flatten(1)
+    spread = torch.sigmoid((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True).clamp(min=1e-3))
+    spread = spread.reshape(scores.shape)
+    ordered, softness = spread.detach().flatten(1).double().sort(1).values, _anneal(schedule.rank_temperature, share)
+    if schedule.ranks:  # the area form: thresholds at which a drawn share of the pixels is marked
         shares = torch.cat(
             [torch.full((b, 1), low, dtype=torch.float64), _draw(b, schedule.rank_thresholds - 1, low, 1, g)], 1
         )
-        ordered = spread.detach().flatten(1).double().sort(1).values
-        place = (shares * (ordered.shape[1] - 1)).round().long().to(ordered.device)
-        by_area = ordered.gather(1, place)
+        by_area = _at_shares(ordered, shares)
         loss = loss + schedule.ranks * _expectation(
-            adapter, images, baseline, spread, target, by_area, _anneal(schedule.rank_temperature, share), schedule
+            adapter, images, baseline, spread, target, by_area, softness, schedule
         )
+    if schedule.imputed:
+        level = _at_shares(ordered, 1 - _draw(b, 1, *IMPUTED, g))[:, :, None].to(spread)  # [B, 1, 1]
+        hidden = impute(images, spread.detach() >= level, tolerance=IMPUTED_TOLERANCE)
+        without = torch.lerp(images, hidden, torch.sigmoid((spread - level) / softness)[:, None])
+        odds = adapter.quantity.log_odds(adapter.classifier.logits(without), target)
+        loss = loss + schedule.imputed * F.softplus(odds).clamp(max=LARGEST).mean()
     area = torch.sigmoid((saliency - low) / temperature).mean()
     variation = saliency.diff(dim=1).abs().mean() + saliency.diff(dim=2).abs().mean()
     return loss + schedule.area * area + schedule.variation * variation
@@ -280,7 +298,9 @@ def train(
     model = weights_digest([adapter.classifier.module])
     identity = repr((asdict(schedule), model, adapter.quantity.name, adapter.taps))
     head.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=schedule.learning_rate, weight_decay=1e-4, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
+    )
     path = None if folder is None else folder / CHECKPOINT
     if path is not None and path.exists():
         state = _read_checkpoint(path)

@@ -26,6 +26,8 @@ DAMPING = 0.8  # of Jacobi steps
 def impute(
     images: Tensor,  # [N, C, H, W]
     removed: Tensor,  # [N, H, W] bool
+    *,
+    tolerance: float = TOLERANCE,
 ) -> Tensor:
     """Fill removed pixels so that each is the weighted mean of its eight neighbours: [N, C, H, W].
 
@@ -48,7 +50,7 @@ def impute(
     right = holes[0] * neighbours(x - holes[0] * x)
     v, residual = torch.zeros_like(right), right
     direction, squared = torch.zeros_like(right), torch.zeros_like(right[..., :1, :1])
-    limit = TOLERANCE * right.abs().amax((2, 3), keepdim=True)
+    limit = tolerance * right.abs().amax((2, 3), keepdim=True)
     for _ in range(MOST_ITERATIONS):
         if bool((residual.abs().amax((2, 3), keepdim=True) <= limit).all()):
             break

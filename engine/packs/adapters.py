@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..adapter.lax import DESCRIPTION, WEIGHTS
 from ..adapter.packed import FOLDER
-from ..adapter.recipes import HALVES, pack_images, schedule_for, train_adapter
+from ..adapter.recipes import HALVES, pack_images, schedule_for, taps_for, train_adapter
 from . import Pack
 from .train import list_files
 
@@ -43,8 +43,9 @@ def main(
             out = work / folder
             out.mkdir(parents=True, exist_ok=True)
             train_adapter(
-                opened.classifier(name), images, validation, schedule, quantity=quantity, colour=opened.mean_colour,
-                out=out, on_step=lambda step, *_, t=task: progress.update(t, completed=step),
+                opened.classifier(name), images, validation, schedule, quantity=quantity,
+                taps=taps_for(name, quantity), colour=opened.mean_colour, out=out,
+                on_step=lambda step, *_, t=task: progress.update(t, completed=step),
                 described={"classifier": name, "pack": opened.name},
             )  # fmt: skip
             inside = opened.folder / FOLDER / folder

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from counterlens.engine.adapter.lax import LAX, new_adapter, open_adapter
+from counterlens.engine.adapter import training
+from counterlens.engine.adapter.lax import LAX, new_adapter, open_adapter, resize
 from counterlens.engine.adapter.quantities import make_quantity
 from counterlens.engine.adapter.recipes import train_adapter
 from counterlens.engine.adapter.taps import choose_taps, tapped
-from counterlens.engine.adapter.training import Schedule, faithfulness, train
+from counterlens.engine.adapter.training import Schedule, faithfulness, train, training_loss
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.memory import PeakMemory
+from counterlens.engine.metrics.imputation import impute
 from counterlens.engine.models.classifiers import StridedClassifier
 from counterlens.engine.models.protocols import SigmoidClassifier, SoftmaxClassifier
 
@@ -89,7 +91,7 @@ def test_logits_are_bit_identical_and_the_module_is_left_alone(classifier, image
 
 
 def test_taps_of_convolutions_and_tokens(classifier, images) -> None:
-    assert choose_taps(classifier, images[:1]) == ["features.4", "features.7", "features"]
+    assert choose_taps(classifier, images[:1]) == ["features.1", "features.4", "features.7", "features"]
     torch.manual_seed(0)
     vit = Tokens()
     with tapped(vit, ["block", "patch"]) as features, torch.no_grad():
@@ -109,6 +111,31 @@ def test_a_tap_that_is_not_there(classifier) -> None:
         new_adapter(classifier, SIZE, taps=["features.44"])
     with pytest.raises(UsageError, match=r"tap: 'head' gives \[1, 4\]"):
         new_adapter(classifier, SIZE, taps=["head"])
+
+
+def test_maps_at_full_resolution_are_factors_of_their_pixels(classifier, images) -> None:
+    adapter = new_adapter(classifier, SIZE)
+    head, target = adapter.head, torch.arange(12) % 4
+    features = [f[:12] for f in adapter.features(images)[1]]
+    assert features[0].shape[2:] == images.shape[2:]
+    with torch.no_grad():
+        before = head(images, features, target)
+        assert torch.equal(before, head(images, [2 * features[0], *features[1:]], target))  # nothing before training
+        torch.nn.init.normal_(head.detail.weight)
+        # As if the image's colours were these: the product is linear in them.
+        more = head.detail(head.code(target)).view(12, 3, -1) @ features[0].flatten(2)
+        expected = head(images + more.view_as(images), [0 * features[0], *features[1:]], target)
+        assert torch.allclose(head(images, features, target), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [((4, 4), (8, 8)), ((5, 7), (16, 9)), ((8, 8), (3, 3)), ((1, 1), (4, 4)), ((14, 13), (28, 29))]
+)
+def test_resize_is_bilinear_interpolation(size, wanted) -> None:
+    x = torch.randn(2, 3, *size)
+    expected = F.interpolate(x, size=wanted, mode="bilinear", align_corners=False)
+    assert torch.allclose(resize(x, wanted), expected, atol=1e-5)
 
 
 def test_pixels_alone_and_taps_differ_only_in_what_they_read(classifier, images) -> None:
@@ -163,6 +190,23 @@ def test_the_expectation_is_the_formula_whatever_the_forward_batch(classifier, i
         value, got = faithfulness(adapter, x, b, saliency.detach(), target, levels, tau, schedule)
         assert torch.allclose(value, expected.detach(), rtol=1e-6)
         assert torch.allclose(got, gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_removal_with_imputation_is_the_formula(classifier, images, monkeypatch) -> None:
+    monkeypatch.setattr(training, "IMPUTED", (0.25, 0.25))
+    adapter, grey, tau = new_adapter(classifier, SIZE), torch.full((3,), 0.5), 0.01
+    x, losses = images[:4], []
+    for weight in (0.0, 2.0):
+        schedule = dataclasses.replace(QUICK, steps=1, imputed=weight, rank_temperature=(tau, tau))
+        losses.append(training_loss(adapter, x, grey, 0, schedule, torch.Generator().manual_seed(3)).detach())
+    maps = adapter.explain(x)
+    flat = maps.scores.flatten(1)
+    unit = ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).sigmoid()
+    level = unit.sort(1).values[:, [191]]  # a quarter of 256 pixels, and the one at the limit, are as large
+    hidden = impute(x, (unit >= level).view(4, SIZE, SIZE))
+    m = ((unit - level) / tau).sigmoid().view(4, 1, SIZE, SIZE)
+    p = classifier.logits(x + m * (hidden - x)).softmax(1)[range(4), maps.target]
+    assert losses[1] - losses[0] == pytest.approx(-2 * (1 - p).log().mean().item(), rel=1e-3)
 
 
 def test_memory_depends_on_the_forward_batch_and_not_on_the_thresholds(classifier, images) -> None:
