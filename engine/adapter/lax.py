@@ -32,7 +32,7 @@ from .taps import choose_taps, tapped
 FORMAT, VERSION = "counterlens-adapter", 2
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 SHUFFLED = 4  # how much finer than its finest maps the head draws at most; beyond that, it is interpolated
-ONE_PRODUCT = 1 << 15  # entries of a matrix for rows and columns at once: more multiplications, but one product
+ONE_PRODUCT = 1 << 12  # entries of a matrix for rows and columns at once: more multiplications, but one product
 CODES = 32  # numbers that tell conditions apart, at most
 ENCODER = (16, 24, 32)  # channels of the head's own features where the model's are hidden, each at half the resolution
 
@@ -153,7 +153,7 @@ class Head(nn.Module):
             else:
                 below = torch.addcmul(bias[..., None], gain[..., None], self.mix[i](x))
                 y = resize(below, size).flatten(2).baddbmm_(weight, level)
-            x = F.relu(y).unflatten(2, size)
+            x = F.relu_(y).unflatten(2, size)
         assert x is not None
         weight, bias, _ = self.out(code)
         local = self.shuffle(torch.baddbmm(bias, weight, x.flatten(2)).unflatten(2, x.shape[2:]))
