@@ -36,6 +36,9 @@ def impute(
     float64, by conjugate gradients preconditioned with a multigrid cycle: holes of any size take about as many
     iterations. Where no pixel is known, the result is the image's mean colour.
 
+    Args:
+        tolerance: of the largest residual, relative to the right-hand side's largest value.
+
     Raises:
         CounterlensError: no solution within 1,000 iterations.
 
