@@ -1,5 +1,7 @@
 """Full-size models with random weights, one guided step each: memory and time by part, `python -m bench.real_models`.
 
+On a GPU: `python -m bench.real_models --model cin256-v2 --dtype fp16 --batch 8 --record`.
+
 Stable Diffusion 1.x and cin256-v2 from their published configurations, with ResNet-50 as the classifier. Random weights
 cost what trained ones cost.
 """
@@ -24,9 +26,11 @@ from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.memory import PeakMemory, checkpointed, weight_bytes
 from counterlens.engine.models.image_classifiers import Logits
 from counterlens.engine.models.ldm import ClassContextLatentDiffusion
+from counterlens.engine.models.placing import choose_device, full_precision, place
 from counterlens.engine.models.preprocessing import Preprocessing
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.models.stable_diffusion import StableDiffusion
+from counterlens.engine.runtime.spec import DTYPES
 
 LABELS = [f"class {i}" for i in range(1000)]
 IMAGE_SIZE = 256
@@ -84,7 +88,8 @@ def cin256() -> ClassContextLatentDiffusion:
     return model
 
 
-MODELS: dict[str, Callable[[], StableDiffusion | ClassContextLatentDiffusion]] = {
+Diffusions = StableDiffusion | ClassContextLatentDiffusion
+MODELS: dict[str, Callable[[], Diffusions]] = {
     "stable-diffusion-1.x": stable_diffusion,
     "cin256-v2": cin256,
 }
@@ -98,6 +103,12 @@ def resnet50() -> SoftmaxClassifier:
     return SoftmaxClassifier(Logits(Preprocessing(IMAGE_SIZE, crop=224), module), LABELS)
 
 
+def wait() -> None:
+    """For the device to have finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Clock:
     """Seconds by part, in order."""
 
@@ -107,13 +118,14 @@ class Clock:
     def __call__(self, name: str, fn: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         out = fn()
+        wait()
         self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - start
         return out
 
 
 @torch.no_grad()
 def by_part(
-    diffusion: StableDiffusion | ClassContextLatentDiffusion,
+    diffusion: Diffusions,
     classifier: SoftmaxClassifier,
     z: Tensor,
     mode: PullbackMode,
@@ -121,7 +133,7 @@ def by_part(
     """Seconds of each part of a guided step, in the order in which `GuidedStep` runs them."""
     clock = Clock()
     batch = len(z)
-    t, target = torch.full((batch,), 301), torch.zeros(batch, dtype=torch.long)
+    t, target = torch.full((batch,), 301, device=z.device), torch.zeros(batch, dtype=torch.long, device=z.device)
     condition, null = diffusion.condition(target), diffusion.null_condition(batch)
     clock("unet, conditional", lambda: diffusion.predict_noise(z, t, condition))
     eps, pull_unet = clock(
@@ -133,24 +145,39 @@ def by_part(
     for cotangent in (g, torch.sign(x0)):
         g = clock("decoder, backward (two)", lambda c=cotangent: pull_decoder(c))
         clock("unet, backward (two)", lambda g=g: pull_unet(g))
-    return {name: round(seconds, 3) for name, seconds in clock.parts.items()}
+    return {name: round(seconds, 5) for name, seconds in clock.parts.items()}
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Diffusions, SoftmaxClassifier]:
+    """A diffusion model in `dtype` and the classifier in float32 on a device, where their weights are drawn as well."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        diffusion, classifier = MODELS[name](), resnet50()
+    for module in diffusion.modules():
+        module.to(dtype)
+    classifier.module.to(device)
+    place(diffusion, device)
+    return diffusion, classifier
 
 
 @torch.no_grad()
-def measure(name: str, batch: int, checkpointing: bool) -> dict[str, Any]:
+def measure(name: str, batch: int, checkpointing: bool, device: torch.device, dtype: str) -> dict[str, Any]:
     """One model: seconds by part and of a whole step, and the peak of the tensors' memory."""
-    torch.manual_seed(0)
-    diffusion, classifier = MODELS[name](), resnet50()
+    diffusion, classifier = build(name, device, DTYPES[dtype])
     modules = [*diffusion.modules(), classifier.module]
-    z = torch.randn(batch, *diffusion.latent_shape)
-    image, target = torch.rand(batch, 3, IMAGE_SIZE, IMAGE_SIZE), torch.zeros(batch, dtype=torch.long)
-    t, settings = torch.full((batch,), 301), PRESETS["imagenet-class"]
+    z = torch.randn(batch, *diffusion.latent_shape, device=device)
+    image = torch.rand(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    target = torch.zeros(batch, dtype=torch.long, device=device)
+    t, settings = torch.full((batch,), 301, device=device), PRESETS["imagenet-class"]
     mode: PullbackMode = "autograd" if checkpointing else "functional"
     step = GuidedStep(diffusion, classifier, mode=mode)
     saving = checkpointed(diffusion.modules()) if checkpointing else nullcontext()
-    with frozen(*modules), saving:
+    cuda = device.type == "cuda"
+    with frozen(*modules), saving, full_precision():
         condition = diffusion.condition(target)
         # Recomputing is done block by block in the backward pass; parts would say little.
+        if cuda and not checkpointing:  # kernels are chosen in the first call
+            by_part(diffusion, classifier, z, mode)
         parts = {} if checkpointing else by_part(diffusion, classifier, z, mode)
 
         def take_step() -> Tensor:
@@ -159,21 +186,30 @@ def measure(name: str, batch: int, checkpointing: bool) -> dict[str, Any]:
                 class_scale=settings.class_scale, distance_scale=settings.distance_scale, angle_deg=settings.angle,
             )[0]  # fmt: skip
 
-        start = time.perf_counter()
         z_prev = take_step()
-        seconds = time.perf_counter() - start
+        times = []
+        for _ in range(5 if cuda else 1):
+            wait()
+            start = time.perf_counter()
+            take_step()
+            wait()
+            times.append(time.perf_counter() - start)
         with PeakMemory() as memory:
+            take_step()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
             take_step()
     return {
         "batch": batch,
         "image_size": IMAGE_SIZE,
-        "dtype": "float32",
+        "dtype": dtype,
         "checkpointing": checkpointing,
         "parameters": {type(m).__name__: sum(p.numel() for p in m.parameters()) for m in modules},
         "weights_gb": round(weight_bytes(modules) / 1e9, 3),
         "peak_of_step_gb": round(memory.peak / 1e9, 3),
         "peak_of_process_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
-        "seconds_of_step": round(seconds, 2),
+        "peak_of_device_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if cuda else None,
+        "seconds_of_step": round(sorted(times)[len(times) // 2], 5),
         "seconds_by_part": parts,
         "finite": bool(z_prev.isfinite().all()),
     }
@@ -183,20 +219,25 @@ def main(
     model: Annotated[str, typer.Option(help="stable-diffusion-1.x or cin256-v2.")],
     batch: Annotated[int, typer.Option(help="Samples in the step.")] = 1,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
-    record: Annotated[bool, typer.Option(help="Write bench/results/real-models-cpu.json.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the diffusion model: fp32, fp16 or bf16.")] = "fp32",
+    record: Annotated[bool, typer.Option(help="Write bench/results/real-models-cpu.json, or -cuda.")] = False,
 ) -> None:
     """Measure one full-size model in a process of its own, whose peak memory is then the model's.
 
     Example: python -m bench.real_models --model cin256-v2 --record
     """
-    row = measure(model, batch, checkpointing)
+    where = choose_device(device)
+    row = measure(model, batch, checkpointing, where, dtype)
     print(json.dumps({model: row}, indent=1))
     if record:
-        path = RESULTS / "real-models-cpu.json"
+        name = f"real-models-{where.type}"
+        path = RESULTS / f"{name}.json"
         payload: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         payload.pop("environment", None)
-        key = f"{model}, batch {batch}{', checkpointing' if checkpointing else ''}"
-        write_result("real-models-cpu", payload | {key: row})
+        kind = "" if dtype == "fp32" else f", {dtype}"
+        key = f"{model}, batch {batch}{kind}{', checkpointing' if checkpointing else ''}"
+        write_result(name, payload | {key: row})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,10 @@ from .audit import cli as _audit
 from .errors import CounterlensError, UsageError
 from .metrics import cli as _metrics
 from .options import (
+    RUNTIMES,
     ClassesOption,
     ClassifierOption,
+    DeviceOption,
     DistanceOption,
     GuidanceDecoderOption,
     HeadOption,
@@ -140,8 +142,10 @@ def counterfactual(
     neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
     image_size: ImageSizeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
+    device: DeviceOption = "auto",
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
     memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
+    runtime: Annotated[str, typer.Option(help=f"{RUNTIMES}.")] = "auto",
     attention: Annotated[str, typer.Option(help="Of UNet and VAE: sdpa, or xformers (CUDA).")] = "sdpa",
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
@@ -200,7 +204,13 @@ def counterfactual(
         raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
     out = make_folder(out)
     saving = saving_options(
-        checkpointing, memory_budget, neighbours, attention=attention, guidance_decoder=tiny_decoder
+        checkpointing,
+        memory_budget,
+        neighbours,
+        attention=attention,
+        guidance_decoder=tiny_decoder,
+        device=device,
+        runtime=runtime,
     )
     engine = open_engine(
         config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
@@ -411,8 +421,10 @@ def export(
     )  # fmt: skip
     from .exporting import ALL, export_artefact
 
+    # ONNX is the same from every device; AOTInductor and TensorRT compile for the one that they are on.
+    options = {"store": store, "device": "cpu" if format == "onnx" else "auto"}
     engine = open_engine(
-        config, pack, classifier, model, {"store": store}, labels=labels, prompts=prompts, classes=classes, head=head,
+        config, pack, classifier, model, options, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size,
     )  # fmt: skip
     for part in ALL if what == "all" else (what,):

@@ -26,9 +26,11 @@ from .guidance.spans import span
 from .images import as_saved, make_folder, save_png, to_uint8
 from .memory import checkpointed, largest_batch
 from .models.latent import ClassConditionalLatentDiffusion
+from .models.placing import choose_device, full_precision, place
 from .models.protocols import Classifier, Diffusion, probabilities
 from .models.tiny import TinyDecoder, check_decoder, open_decoder
 from .packs import Pack
+from .runtime import onnxruntime
 from .runtime.choice import RUNTIMES, Choice, StepRunner
 from .runtime.spec import STEP, Spec, flat
 
@@ -151,9 +153,10 @@ class Engine:
         pack_settings: tuned numbers of the modes `realistic` and `audit`; without them both are the published ImageNet
             setting for this kind of model, `audit` with the filter at 90 degrees.
         backend: of the kernels: `auto`, `triton`, `cpp` or `reference`.
-        runtime: how guided steps are executed: `eager`, `inductor`, `onnxruntime`, `aoti` or `tensorrt`, which runs or
-            raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`. Encoder, decoder
-            and UNet beside the steps are compiled where the store has them too (`counterlens export --what all`).
+        runtime: how guided steps are executed: `eager`, `cudagraphs`, `inductor`, `onnxruntime`, `aoti` or `tensorrt`,
+            which runs or raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`.
+            Encoder, decoder and UNet beside the steps are compiled where the store has them too (`counterlens export
+            --what all`).
         store: folder of compiled steps; the user's cache without one.
         speeds: what the speeds `exact`, `balanced` and `fast` change in a setting; `config.SPEEDS` without it.
         source: the pack and classifier that this is, where a config must not ask for another.
@@ -161,11 +164,13 @@ class Engine:
         memory_budget: bytes; the largest batch that fits is measured and used.
         attention: of UNet and VAE: `sdpa` (PyTorch's own) or `xformers` (CUDA, eager).
         neighbours: nearest labels of each label, nearest first, for targets `neighbour`.
+        device: where the models run, moved there in place: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`;
+            where they are without it. Images come in and go out on the CPU.
         guidance_decoder: what `guidance_decoder="tiny"` differentiates through: a folder or hub id of an
             `AutoencoderTiny`, or an open decoder.
 
     Raises:
-        UsageError: labels, preset, budget, neighbours or guidance decoder do not fit.
+        UsageError: labels, preset, budget, neighbours, device or guidance decoder do not fit.
     """
 
     def __init__(
@@ -185,6 +190,7 @@ class Engine:
         attention: str = "sdpa",
         neighbours: Mapping[str, Sequence[str]] | None = None,
         guidance_decoder: TinyDecoder | str | Path | None = None,
+        device: str | torch.device | None = None,
     ) -> None:
         if list(diffusion.labels) != list(classifier.labels):
             raise UsageError(
@@ -203,6 +209,11 @@ class Engine:
         if guidance_decoder is not None:
             check_decoder(guidance_decoder, diffusion)
         self.guidance_decoder = guidance_decoder
+        if device is not None:
+            there = choose_device(device)
+            place(diffusion, there)
+            for module in (classifier.module, *([] if guidance_decoder is None else [guidance_decoder.module])):
+                module.to(there)
         if runtime not in RUNTIMES:
             raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
         if checkpointing and runtime not in ("auto", "eager"):
@@ -241,6 +252,8 @@ class Engine:
     ) -> Engine:
         """Open an embedded pack (`digits`) or a pack's folder, verifying every file; options are those of `Engine`.
 
+        The device is `auto` without one.
+
         Raises:
             UsageError: there is no such pack or classifier. CounterlensError: a file is missing or was changed.
         """
@@ -248,7 +261,10 @@ class Engine:
         settings = {mode: pack.manifest["settings"][mode] for mode in ("realistic", "audit")}
         source = {"pack": name, "classifier": classifier}
         models = (pack.diffusion(), pack.classifier(classifier))
-        options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
+        options = {
+            "guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds"),
+            "device": _automatic(options),
+        } | options  # fmt: skip
         return cls(*models, config, pack_settings=settings, source=source, **options)
 
     def _decoder(self, settings: Settings) -> TinyDecoder | None:
@@ -289,7 +305,7 @@ class Engine:
     def frozen(self) -> Iterator[None]:
         """Hold all models in eval mode without parameter gradients: for a `sampler` and whatever runs beside it."""
         own = [] if self.guidance_decoder is None else [self.guidance_decoder.module]
-        with frozen(*self.diffusion.modules(), self.classifier.module, *own), self._prepared():
+        with frozen(*self.diffusion.modules(), self.classifier.module, *own), self._prepared(), full_precision():
             yield
 
     def sampler(self, config: Config | None = None, slots: int = 16) -> Sampler:
@@ -363,7 +379,7 @@ class Engine:
         with self.frozen():
             for slots in sorted({self.slots_for(b) for b in batches}):
                 for r in (runner, *self._part_runners().values()):
-                    missing = self.runtime == "auto" and str(slots) not in r.measurements() and r.found()
+                    missing = self.runtime == "auto" and str(slots) not in r.measurements() and r.ready()
                     if missing if measure is None else measure:
                         r.measure(slots)
                 self._parts(slots)
@@ -404,7 +420,7 @@ class Engine:
             image_size: for Stable Diffusion; its own without it.
             dtype: of the diffusion model's weights: float32, bfloat16 or float16. Guidance is summed in float32, and
                 the classifier stays in float32: gradients of log p fall below what float16 holds.
-            options: of `Engine`: backend, checkpointing, memory_budget, neighbours, guidance_decoder.
+            options: of `Engine`: backend, checkpointing, memory_budget, neighbours, guidance_decoder, device (`auto`).
 
         Raises:
             UsageError: parts or options do not fit. CounterlensError: files are missing or corrupt.
@@ -438,7 +454,7 @@ class Engine:
             pack = Pack(str(model))
             tuned = pack.manifest["settings"]
             options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
-        return cls(diffusion, explained, config, pack_settings=tuned, **options)
+        return cls(diffusion, explained, config, pack_settings=tuned, **{"device": _automatic(options)} | options)
 
     def settings(self, config: Config) -> Settings:
         """Every number of a run with this config.
@@ -485,10 +501,10 @@ class Engine:
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:
-        """The classifier's probabilities: [B, labels]; computed in padded batches like everything else."""
+        """The classifier's probabilities: [B, labels] on the CPU; computed in padded batches like everything else."""
         batches = _batches(len(images), self.slots)
-        with span("predictions"):
-            parts = [probabilities(self.classifier, images[rows])[:n] for rows, n in batches]
+        with span("predictions"), full_precision():
+            parts = [probabilities(self.classifier, images[rows].to(self.device))[:n].cpu() for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
     def check_target(self, target: str | int) -> int:
@@ -722,7 +738,7 @@ class Engine:
                 rows = [slot for slot, _ in sampler.stepped]
                 with torch.no_grad():
                     x0 = (self.diffusion.decode(sampler.z0)[rows] + 1) / 2
-                progress(sampler.ticks, total, x0.clamp(0, 1))
+                progress(sampler.ticks, total, x0.clamp(0, 1).cpu())
         return outcomes
 
     def _measure(
@@ -769,6 +785,11 @@ class Engine:
             errors=errors,
             labels=self.labels,
         )
+
+
+def _automatic(options: dict[str, Any]) -> str:
+    """The device where none is named: that of ONNX Runtime's package where it runs the steps."""
+    return "cpu" if options.get("runtime") == "onnxruntime" and onnxruntime.missing("cuda") else "auto"
 
 
 def _batches(count: int, slots: Sequence[int] = SLOTS) -> list[tuple[list[int], int]]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import CounterlensError, UsageError
-from ..options import JsonFlag, LabelsOption, PackOption, errors, print_json, progress_bar
+from ..options import DeviceOption, JsonFlag, LabelsOption, PackOption, errors, print_json, progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,22 +47,29 @@ def register(parent: typer.Typer) -> None:
 
 
 def _open(
-    pack: str, classifier: str, own: Path | None, labels: str | None, size: int, option: str = "--images"
-) -> tuple[Any, Classifier, int, Any]:
+    pack: str, classifier: str, own: Path | None, labels: str | None, size: int, device: str = "cpu",
+    option: str = "--images",
+) -> tuple[Any, Classifier, int, Any]:  # fmt: skip
     """(the pack or None, the classifier, its image size, what hides pixels); `own` is what the option was given."""
     from ..data import read_names
+    from ..models.placing import choose_device
     from ..packs import Pack
 
+    there = choose_device(device)
     opened = Pack(pack)
     if classifier in opened.classifier_names():
-        return opened, opened.classifier(classifier), 32, opened.mean_colour
+        explained = opened.classifier(classifier)
+        explained.module.to(there)
+        return opened, explained, 32, opened.mean_colour
     if own is None:
         known = ", ".join(opened.classifier_names())
         raise UsageError(f"classifier: {classifier!r} is not in pack {pack!r} ({known}); another one needs {option}")
     from ..models.image_classifiers import open_classifier
 
     names = read_names(labels) if labels else None
-    return None, open_classifier(classifier, image_size=size, labels=names), size, "blur"
+    described = open_classifier(classifier, image_size=size, labels=names)
+    described.module.to(there)
+    return None, described, size, "blur"
 
 
 def _load(folder: Path, size: int) -> tuple[list[str], Tensor]:
@@ -108,6 +115,7 @@ def train(
     forward_batch: Annotated[int | None, typer.Option(help="Perturbed images in one pass: memory.", min=2)] = None,
     alpha_min: Annotated[float | None, typer.Option(help="Lowest threshold; the recipe's without it.")] = None,
     area: Annotated[float | None, typer.Option(help="Weight of the marked area.", min=0)] = None,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -118,9 +126,10 @@ def train(
     Example: counterlens adapter train --pack digits --classifier shortcut --out my-adapter
     """
     from ..images import make_folder
+    from ..models.placing import choose_device
     from .recipes import pack_images, schedule_for, taps_for, train_adapter
 
-    opened, explained, size, _ = _open(pack, classifier, images, labels, image_size)
+    opened, explained, size, _ = _open(pack, classifier, images, labels, image_size, device)
     packed = classifier if opened else None
     chosen = schedule_for(
         packed, quantity, steps=steps, batch=batch, forward_batch=forward_batch,
@@ -136,6 +145,7 @@ def train(
     else:
         shown, held = pack_images(opened)
         colour = opened.mean_colour
+    shown, held = shown.to(choose_device(device)), held.to(choose_device(device))
     out = make_folder(out)
     named = taps_for(packed, quantity) if taps is None else [] if taps == "pixels" else taps.split(",")
     command = {"classifier": classifier, "pack": opened.name if opened else None}
@@ -192,7 +202,7 @@ def export(
     from ..runtime.artefacts import FILES
     from .exporting import build_artefacts
 
-    opened, explained, _, _ = _open(pack, classifier, adapter, labels, image_size, "--adapter")
+    opened, explained, _, _ = _open(pack, classifier, adapter, labels, image_size, option="--adapter")
     trained = _adapter(opened, classifier, explained, quantity, adapter)
     folder = None if out is None else make_folder(out)
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
@@ -215,8 +225,8 @@ def export(
 
 def _saliency(
     images: list[Path], method: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None,
-    target: str | None, labels: str | None, image_size: int, alpha_min: float, layer: str | None, seed: int,
-    as_json: bool,
+    target: str | None, labels: str | None, image_size: int, alpha_min: float, layer: str | None, device: str,
+    seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Overlay PNG, arrays and a record for each image; a file that cannot be read is reported and the others go on."""
     import torch
@@ -224,14 +234,16 @@ def _saliency(
 
     from ..data import collect
     from ..images import load_image, make_folder
+    from ..models.placing import choose_device
     from .drawing import save_overlay
     from .evaluation import score_maps
     from .methods import check_methods, explain_with
     from .quantities import make_quantity
 
     check_methods([method])
+    there = choose_device(device)
     paths = [item.path for item in collect(images)]
-    opened, explained, size, baseline = _open(pack, classifier, images[0], labels, image_size)
+    opened, explained, size, baseline = _open(pack, classifier, images[0], labels, image_size, device)
     question = make_quantity(explained, quantity)
     wanted = None
     if target is not None:
@@ -248,7 +260,7 @@ def _saliency(
         n = seen[path.stem] = seen.get(path.stem, 0) + 1
         name = path.stem if n == 1 else f"{path.stem}-{n}"
         try:
-            image = load_image(path, size)[None]
+            image = load_image(path, size)[None].to(there)
         except CounterlensError as error:
             failed += 1
             message = str(error).removeprefix(f"{path}: ")
@@ -258,7 +270,7 @@ def _saliency(
                 print_json({"image": str(path), "error": message})
             continue
         with torch.no_grad():
-            label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted])
+            label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted], device=there)
         saliency, scores = explain_with(
             method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
             seed=seed,
@@ -272,7 +284,7 @@ def _saliency(
             raise UsageError(f"out: {picture} is an input and would be overwritten; choose another folder")
         save_overlay(image[0], saliency[0], picture)
         try:
-            save_file({"saliency": saliency[0].contiguous(), "scores": scores[0].contiguous()}, arrays)
+            save_file({"saliency": saliency[0].cpu().contiguous(), "scores": scores[0].cpu().contiguous()}, arrays)
         except OSError as error:
             raise CounterlensError(f"{arrays}: cannot be written ({error.strerror or error})") from error
         record: dict[str, Any] = {
@@ -308,6 +320,7 @@ def saliency(
     image_size: SizeOption = 224,
     alpha_min: AlphaOption = 0.5,
     layer: LayerOption = None,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -316,8 +329,8 @@ def saliency(
     Example: counterlens saliency four.png --method lax --out where
     """
     _saliency(
-        images, method, out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, layer, seed,
-        as_json,
+        images, method, out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, layer, device,
+        seed, as_json,
     )  # fmt: skip
 
 
@@ -333,6 +346,7 @@ def explain(
     labels: LabelsOption = None,
     image_size: SizeOption = 224,
     alpha_min: AlphaOption = 0.5,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -341,17 +355,18 @@ def explain(
     Example: counterlens adapter explain four.png --classifier shortcut --out where
     """
     _saliency(
-        images, "lax", out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, None, seed,
-        as_json,
+        images, "lax", out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, None, device,
+        seed, as_json,
     )  # fmt: skip
 
 
 def _evaluate(
     methods: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None, images: Path | None,
     labels: str | None, image_size: int, split: str, count: int | None, marker: str, alpha_min: float,
-    layer: str | None, seed: int, as_json: bool,
+    layer: str | None, device: str, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     from ..images import make_folder, write_png
+    from ..models.placing import choose_device
     from .drawing import check_charts, draw_charts, draw_methods
     from .evaluation import METRICS, summarise, write_parquet
     from .evaluation import evaluate as compare
@@ -359,7 +374,7 @@ def _evaluate(
 
     chosen = check_methods([name.strip() for name in methods.split(",")])
     check_charts()
-    opened, explained, size, baseline = _open(pack, classifier, images, labels, image_size)
+    opened, explained, size, baseline = _open(pack, classifier, images, labels, image_size, device)
     if images is not None:
         names, shown = _load(images, size)
         ids = list(range(len(names)))
@@ -376,8 +391,8 @@ def _evaluate(
             progress.advance(progress.task_ids[0])
 
         scored = compare(
-            explained, shown, chosen, quantity=quantity, adapter=trained, alpha_min=alpha_min, baseline=baseline,
-            layer=layer, seed=seed, seeds=ids, on_method=show,
+            explained, shown.to(choose_device(device)), chosen, quantity=quantity, adapter=trained,
+            alpha_min=alpha_min, baseline=baseline, layer=layer, seed=seed, seeds=ids, on_method=show,
         )  # fmt: skip
     summary = summarise(scored)
     write_parquet(scored, names, explained.labels, out / "scores.parquet")
@@ -430,6 +445,7 @@ def evaluate(
     marker: MarkerOption = "random",
     alpha_min: AlphaOption = 0.5,
     layer: LayerOption = None,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -441,7 +457,7 @@ def evaluate(
     """
     _evaluate(
         methods, out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
-        layer, seed, as_json,
+        layer, device, seed, as_json,
     )  # fmt: skip
 
 
@@ -459,6 +475,7 @@ def evaluate_adapter(
     count: CountOption = None,
     marker: MarkerOption = "random",
     alpha_min: AlphaOption = 0.5,
+    device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -468,5 +485,5 @@ def evaluate_adapter(
     """
     _evaluate(
         "lax", out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
-        None, seed, as_json,
+        None, device, seed, as_json,
     )  # fmt: skip

@@ -117,14 +117,14 @@ def explain(
     before = engine.probabilities(images)
     wanted = before.argmax(1) if explained is None else engine.resolve_targets(explained, before)
     own = [image_seed(image, config.seed) for image in images] if seeds is None else list(seeds)
+    there = images.to(engine.device)
     saliency, scores = explain_with(
-        method, engine.classifier, images, wanted, quantity=question, baseline=baseline, adapter=found, seed=config.seed
+        method, engine.classifier, there, wanted, quantity=question, baseline=baseline, adapter=found, seed=config.seed
     )
     value = msi(
-        engine.classifier, images, saliency, wanted, alpha_min=alpha_min, area=False, quantity=question,
+        engine.classifier, there, saliency, wanted, alpha_min=alpha_min, area=False, quantity=question,
         baseline=baseline, seeds=own,
     )  # fmt: skip
     changed = engine.counterfactual(images, targets, seeds, config) if counterfactual else None
-    return Explanations(
-        images, saliency, scores, wanted, value.curves.full.to(torch.float32), value, changed, engine.labels, method
-    )
+    whole, maps = value.curves.full.to(torch.float32), (saliency.cpu(), scores.cpu())
+    return Explanations(images, *maps, wanted, whole, value, changed, engine.labels, method)

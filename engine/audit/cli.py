@@ -15,6 +15,7 @@ from ..errors import CounterlensError, UsageError
 from ..options import (
     ClassesOption,
     ClassifierOption,
+    DeviceOption,
     HeadOption,
     ImageSizeOption,
     JsonFlag,
@@ -80,6 +81,7 @@ def audit(
     neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
     image_size: ImageSizeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
+    device: DeviceOption = "auto",
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
     memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
     part_size: Annotated[int, typer.Option(help="Samples written at once, the unit of going on.", min=1)] = 64,
@@ -115,7 +117,7 @@ def audit(
         seed=seed,
     )
     part = _shard(shard)
-    saving = saving_options(checkpointing, memory_budget, neighbours)
+    saving = saving_options(checkpointing, memory_budget, neighbours, device=device)
     engine = open_engine(
         config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size, dtype=dtype,

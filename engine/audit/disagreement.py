@@ -169,9 +169,10 @@ def observe(
         for start in range(0, len(images), batch):
             some = images[start : start + batch]
             observer = Observer(engine.diffusion, engine.classifier, settings, engine.pullback)
-            z = walk(observer, some, torch.tensor(targets[start : start + batch]), [image_seed(x, seed) for x in some])
+            goal = torch.tensor(targets[start : start + batch], device=engine.device)
+            z = walk(observer, some.to(engine.device), goal, [image_seed(x, seed) for x in some])
             maps.append(observer.seen())
-            after.append(((engine.diffusion.decode(z) + 1) / 2).clamp(0, 1))
+            after.append(((engine.diffusion.decode(z) + 1) / 2).clamp(0, 1).cpu())
             on_batch(start + len(some), len(images))
     push, removed, evidence = (torch.cat(m).cpu().numpy() for m in zip(*maps, strict=True))
     return Evidence(push, removed, evidence), torch.cat(after)
@@ -346,7 +347,8 @@ def redrawn(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Encode and decode, and ask the classifier again: how often its answer stays, and the mean difference [H, W]."""
     with engine.frozen():
-        parts = [(engine.diffusion.decode(engine.diffusion.encode(x)) + 1) / 2 for x in images.split(BATCH)]
+        decode, encode = engine.diffusion.decode, engine.diffusion.encode
+        parts = [(decode(encode(x.to(engine.device))).cpu() + 1) / 2 for x in images.split(BATCH)]
     again = as_saved(torch.cat(parts))
     same = engine.probabilities(again).argmax(dim=1) == engine.probabilities(images).argmax(dim=1)
     lost = (again - images).abs().mean(dim=(0, 1)).numpy()

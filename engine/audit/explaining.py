@@ -449,6 +449,7 @@ class Auditor:
         if not done or not self.judges:
             return
         for name, judge in self.judges.items():
+            device = next((p.device for p in judge.module.parameters()), None)
             with frozen(judge.module):
                 # Always the same shape, so that a judge's answer does not depend on how many samples there are.
                 for start in range(0, len(done), 16):
@@ -456,7 +457,7 @@ class Auditor:
                     images = torch.stack([r["counterfactual"] for r in some])
                     padded = torch.cat([images, images[:1].expand(16 - len(images), -1, -1, -1)])
                     try:
-                        said = probabilities(judge, padded).argmax(dim=1)[: len(some)]
+                        said = probabilities(judge, padded.to(device)).argmax(dim=1)[: len(some)]
                     except FAILURES as error:
                         raise CounterlensError(f"judge: {name} fails ({type(error).__name__}: {error})") from error
                     for row, label in zip(some, said.tolist(), strict=True):

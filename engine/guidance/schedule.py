@@ -83,7 +83,7 @@ def make_schedule(
     else:
         if alphas_cumprod is None:
             raise UsageError("spacing: logsnr needs alphas_cumprod")
-        taus = _even_in_log_snr(alphas_cumprod[:noised].double(), steps)
+        taus = _even_in_log_snr(alphas_cumprod[:noised].double().cpu(), steps)
     if taus[-1] < 1 or any(a <= b for a, b in pairwise(taus)):
         raise UsageError(f"steps: {steps} with spacing {spacing} do not fit into {noised} timesteps; use fewer")
     return Schedule(timesteps=tuple(taus), timesteps_prev=(*taus[1:], 0), start=taus[0])

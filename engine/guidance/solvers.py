@@ -48,7 +48,7 @@ def coefficients(
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
-    levels = [float(alphas_cumprod[t]) for t in (*schedule.timesteps, schedule.timesteps_prev[-1])]
+    levels = alphas_cumprod[[*schedule.timesteps, schedule.timesteps_prev[-1]]].tolist()
     alpha, sigma = [math.sqrt(a) for a in levels], [math.sqrt(1 - a) for a in levels]
     log_snr = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
     count = len(schedule)

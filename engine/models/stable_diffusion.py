@@ -88,7 +88,7 @@ class StableDiffusion:
         self.labels: list[str] = []
         self.prompts: list[str] = []
         self._embeddings: dict[str, Tensor] = {}
-        self._null = self._embed("")  # computed here, so that it is a constant where a step is traced
+        self.null_condition(1)  # embedded here, so that it is a constant where a step is traced
 
     def describe(self, labels: Sequence[str], prompts: str | Sequence[str] = "imagenet") -> None:
         """Name the labels and how each is said in words (see `make_prompts`).
@@ -144,12 +144,12 @@ class StableDiffusion:
 
     def null_condition(self, batch: int) -> Tensor:
         """The empty prompt's embedding, `batch` times: [batch, tokens, width]."""
-        return self._null.expand(batch, -1, -1)
+        return self._embed("").expand(batch, -1, -1)
 
     @torch.no_grad()
     def _embed(self, prompt: str) -> Tensor:
-        if prompt not in self._embeddings:
+        device = next(self.text_encoder.parameters()).device
+        if prompt not in self._embeddings or self._embeddings[prompt].device != device:
             tokens = self.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            device = next(self.text_encoder.parameters()).device
             self._embeddings[prompt] = self.text_encoder(tokens.to(device)).last_hidden_state  # [1, tokens, width]
         return self._embeddings[prompt]

@@ -92,7 +92,8 @@ def check_decoder(decoder: TinyDecoder, diffusion: Diffusion) -> None:
             f"guidance_decoder: {decoder.name} was made for latents scaled by {mine:g}, the diffusion model's are "
             f"scaled by {theirs:g}; take one that was made for this model's VAE"
         )
-    size = list(decoder.decode(torch.zeros(1, channels, height, width)).shape)
+    device = next(decoder.module.parameters()).device
+    size = list(decoder.decode(torch.zeros(1, channels, height, width, device=device)).shape)
     if size != [1, 3, diffusion.image_size, diffusion.image_size]:
         raise UsageError(
             f"guidance_decoder: {decoder.name} makes images of {size[-1]} pixels, the diffusion model of "

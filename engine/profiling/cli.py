@@ -10,8 +10,10 @@ import typer
 
 from ..errors import CounterlensError, UsageError
 from ..options import (
+    RUNTIMES,
     ClassesOption,
     ClassifierOption,
+    DeviceOption,
     GuidanceDecoderOption,
     HeadOption,
     ImageSizeOption,
@@ -39,9 +41,7 @@ def profile(
     target: Annotated[str, typer.Option(help="Label, runner-up, ... as for counterfactual.")] = "runner-up",
     batch: Annotated[int, typer.Option(help="Images per call: 1 for latency, 16 for throughput.", min=1)] = 1,
     count: Annotated[int, typer.Option(help="At most so many images.", min=1)] = 16,
-    runtime: Annotated[
-        str, typer.Option(help="auto, eager, inductor, onnxruntime, aoti or tensorrt; parts are timed in eager.")
-    ] = "auto",
+    runtime: Annotated[str, typer.Option(help=f"{RUNTIMES}; parts are timed in eager.")] = "auto",
     mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
     speed: SpeedOption = None,
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
@@ -58,6 +58,7 @@ def profile(
     weights: WeightsOption = None,
     image_size: ImageSizeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
+    device: DeviceOption = "auto",
     store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for profile.html, profile.json and trace.json.")] = Path("profile"),
     seed: SeedOption = 0,
@@ -82,9 +83,10 @@ def profile(
     if model and not items:
         raise UsageError("images: none given; name files or folders (only a pack has its own)")
     out = make_folder(out)
+    options = {"runtime": runtime, "store": store, "device": device}
     engine = open_engine(
-        config, pack, classifier, model, {"runtime": runtime, "store": store}, labels=labels, prompts=prompts,
-        classes=classes, head=head, weights=weights, image_size=image_size, dtype=dtype,
+        config, pack, classifier, model, options, labels=labels, prompts=prompts, classes=classes, head=head,
+        weights=weights, image_size=image_size, dtype=dtype,
     )  # fmt: skip
     import torch
 

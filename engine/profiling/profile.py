@@ -16,7 +16,7 @@ from ..engine import Engine, Targets
 from ..errors import UsageError
 from ..guidance.schedule import ddim
 from ..guidance.spans import STEP_PARTS, listening
-from ..runtime.spec import flat
+from ..runtime.spec import DTYPES, flat
 from .costs import count_costs, measure_limits
 from .recorder import Recorder, Span
 
@@ -152,7 +152,7 @@ def profile(
     spec = engine.spec(settings)
     with engine.frozen():
         costs = count_costs(flat(spec.step()), spec.example(slots))
-    limits = measure_limits(device)
+    limits = measure_limits(device, DTYPES[spec.precision])
     total = sum(s.seconds for s in timed)
     parts = {}
     for name in STEP_PARTS:

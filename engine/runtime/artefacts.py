@@ -26,14 +26,17 @@ FILES = {"onnx": "model.onnx", "aoti": "model.pt2", "tensorrt": "model.engine"}
 Say = Callable[[str], None]
 
 
-def missing(target: str) -> list[str]:
-    """Why artefacts of this target cannot be built and checked here; empty when they can."""
+CPU = torch.device("cpu")
+
+
+def missing(target: str, device: torch.device = CPU) -> list[str]:
+    """Why artefacts of this target cannot be built and checked on this device; empty when they can."""
     if target == "onnx":
         try:
             import onnx  # noqa: F401
         except ImportError as error:
             return [f"onnx cannot be imported ({error}); pip install 'counterlens[cpu]'"]
-        return onnxruntime.missing()
+        return onnxruntime.missing(onnxruntime.provider_for(device))
     return tensorrt.missing() if target == "tensorrt" else []
 
 
@@ -69,7 +72,7 @@ def build(
         ExportError: something that is needed is missing, the function cannot be exported, or the result is wrong.
     """
     key = key_of(spec, target)
-    if reasons := missing(target):
+    if reasons := missing(target, spec.device):
         raise ExportError(f"{target}: {'; '.join(reasons)}")
     return (store or Store()).get(key, lambda folder: _build(spec, target, folder, say), force=force)
 
@@ -104,7 +107,8 @@ def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
             timed("building with TensorRT", "compile", lambda: tensorrt.build(model, path, spec))
             run = timed("loading it", "load", lambda: tensorrt.load(path))
         else:
-            run = timed("loading it", "load", lambda: onnxruntime.load(path))
+            provider = onnxruntime.provider_for(spec.device)
+            run = timed("loading it", "load", lambda: onnxruntime.load(path, provider=provider))
     parity = timed("comparing with eager", "check", lambda: check_parity(spec, run))
     inputs: dict[str, Tensor] = dict(zip(spec.inputs, example, strict=True))
     return {
@@ -126,15 +130,17 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def open_function(artefact: Artefact) -> Callable[..., tuple[Tensor, ...]]:
-    """An artefact as a function of its inputs in order. ExportError if it cannot run here."""
+def open_function(artefact: Artefact, device: torch.device = CPU) -> Callable[..., tuple[Tensor, ...]]:
+    """An artefact as a function of its inputs in order, on `device`. ExportError if it cannot run here."""
     target = artefact.report["target"]
     path = artefact.file(FILES[target])
-    return {"onnx": onnxruntime.load, "aoti": aoti.load, "tensorrt": tensorrt.load}[target](path)
+    if target == "onnx":
+        return onnxruntime.load(path, provider=onnxruntime.provider_for(device))
+    return {"aoti": aoti.load, "tensorrt": tensorrt.load}[target](path)
 
 
-def open_step(artefact: Artefact) -> CompiledStep:
-    """An artefact of the guided step, called like a GuidedStep. No model is loaded for it.
+def open_step(artefact: Artefact, device: torch.device = CPU) -> CompiledStep:
+    """An artefact of the guided step, called like a GuidedStep, on `device`. No model is loaded for it.
 
     Raises:
         ExportError: it is no guided step, or cannot run here.
@@ -142,7 +148,7 @@ def open_step(artefact: Artefact) -> CompiledStep:
     if artefact.report["what"] != STEP:
         raise ExportError(f"{artefact.folder}: holds the {artefact.report['what']}, not the guided step")
     return CompiledStep(
-        open_function(artefact),
+        open_function(artefact, device),
         runtime=artefact.report["target"],
         dtype=artefact.report["dtype"],
         expected=from_json(artefact.report["inputs"]),

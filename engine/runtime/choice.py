@@ -18,12 +18,13 @@ from counterlens.export.store import Artefact, Store
 from ..errors import UsageError
 from ..guidance.pullback import PullbackMode
 from ..guidance.step import GuidedStep
-from . import artefacts
+from . import artefacts, cudagraphs
 from .compiled import CompiledStep, expected_inputs
+from .cudagraphs import CudaGraphStep
 from .inductor import InductorStep
 from .spec import STEP, Spec, flat, machine
 
-RUNTIMES = ("auto", "eager", "inductor", "onnxruntime", "aoti", "tensorrt")
+RUNTIMES = ("auto", "eager", "cudagraphs", "inductor", "onnxruntime", "aoti", "tensorrt")
 TARGETS = {"onnxruntime": "onnx", "aoti": "aoti", "tensorrt": "tensorrt"}
 AnyStep = GuidedStep | CompiledStep
 
@@ -73,11 +74,11 @@ class StepRunner:
         """The runtime for a batch size, and why."""
         if self.runtime != "auto":
             return Choice(self.runtime, "asked for")
-        found = self.found()
-        if not found:
+        ready = self.ready()
+        if not ready:
             return Choice("eager", "no compiled step in the store; `counterlens export` builds one")
         measured = self.measurements().get(str(batch), {})
-        times = {name: seconds for name, seconds in measured.items() if name == "eager" or name in found}
+        times = {name: seconds for name, seconds in measured.items() if name == "eager" or name in ready}
         if set(times) <= {"eager"}:
             return Choice("eager", f"nothing was measured here for batch {batch}; Engine.warmup measures")
         best = min(times, key=lambda name: times[name])
@@ -94,10 +95,15 @@ class StepRunner:
     def part(self, batch: int) -> Callable[..., torch.Tensor]:
         """A part of the models for a batch size. Under a named runtime it is compiled only if the store has it."""
         name = self.choose(batch).runtime
-        if name in TARGETS and name not in self.found():
+        if name not in self.ready():
             name = "eager"
-        run = self._function(name if name in TARGETS else "eager")
+        run = self._function(name)
         return run if name == "eager" else lambda *inputs: run(*inputs)[0]
+
+    def ready(self) -> list[str]:
+        """Runtimes beside eager that need no building: artefacts in the store, and on a GPU CUDA graphs of eager."""
+        recordable = not cudagraphs.missing(self.spec.device) and self.pullback == "functional"
+        return [*self.found(), *(["cudagraphs"] if recordable else [])]
 
     def found(self) -> dict[str, Artefact]:
         """The artefacts of this step that are in the store and can run here, by runtime."""
@@ -106,17 +112,17 @@ class StepRunner:
             if not self.store.folder.exists():  # nothing to look for: large weights need not be hashed
                 return self._found
             for runtime, target in TARGETS.items():
-                if artefacts.missing(target):
+                if artefacts.missing(target, self.spec.device):
                     continue
                 if (artefact := self.store.find(artefacts.key_of(self.spec, target))) is not None:
                     self._found[runtime] = artefact
         return self._found
 
     def measure(self, batch: int, seconds: float = 1.0) -> dict[str, float]:
-        """Time eager and every artefact in the store for a batch size, in seconds a step, and remember it."""
+        """Time eager and whatever is `ready` for a batch size, in seconds a step, and remember it."""
         inputs = self.spec.example(batch)
         times = {}
-        for name in ("eager", *self.found()):
+        for name in ("eager", *self.ready()):
             times[name] = _median_time(self._function(name), inputs, seconds)
         path = self._calibration()
         known = self.measurements() | {str(batch): times}
@@ -145,8 +151,10 @@ class StepRunner:
                 self._functions[runtime] = flat(self._steps[runtime])
             elif runtime == "eager":
                 self._functions[runtime] = self.spec.function()
+            elif runtime == "cudagraphs":
+                self._functions[runtime] = CudaGraphStep(self.spec)
             else:
-                self._functions[runtime] = artefacts.open_function(self.found()[runtime])
+                self._functions[runtime] = artefacts.open_function(self.found()[runtime], self.spec.device)
         return self._functions[runtime]
 
     def _open(self, runtime: str) -> AnyStep:
@@ -154,14 +162,17 @@ class StepRunner:
             step = self.spec.step()
             step.backend, step.mode = self.backend, self.pullback
             return step
-        if runtime == "inductor":
-            inputs = dict(zip(self.spec.inputs, self.spec.example(1), strict=True))
-            self.say("compiling with torch.compile at the first step of each batch size")
-            return CompiledStep(
-                InductorStep(self.spec), runtime=runtime, dtype=self.spec.dtype, expected=expected_inputs(inputs)
-            )
+        if runtime in ("inductor", "cudagraphs"):
+            expected = expected_inputs(dict(zip(self.spec.inputs, self.spec.example(1), strict=True)))
+            run: Callable[..., Any]
+            if runtime == "inductor":
+                self.say("compiling with torch.compile at the first step of each batch size")
+                run = InductorStep(self.spec)
+            else:
+                run = CudaGraphStep(self.spec)
+            return CompiledStep(run, runtime=runtime, dtype=self.spec.dtype, expected=expected)
         artefact = artefacts.build(self.spec, TARGETS[runtime], self.store, say=self.say)
-        return artefacts.open_step(artefact)
+        return artefacts.open_step(artefact, self.spec.device)
 
 
 @torch.no_grad()

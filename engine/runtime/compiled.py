@@ -58,6 +58,7 @@ class CompiledStep:
     ) -> tuple[Tensor, ...]:
         """See `GuidedStep`."""
         scales = (guidance_scale, class_scale, distance_scale, angle_deg)
+        condition = condition.to(self.expected["condition"][0])  # a half-precision model's own is half
         given = (z, timestep, timestep_prev, condition, image, target, *(_per_sample(s, z) for s in scales))
         self._check(given)
         out = tuple(self.run(*given))

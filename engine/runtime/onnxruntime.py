@@ -19,6 +19,11 @@ PROVIDERS = {
 }
 
 
+def provider_for(device: torch.device) -> str:
+    """The provider that runs on a device."""
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
 def missing(provider: str = "cpu") -> list[str]:
     """Why ONNX Runtime cannot run with this provider here; empty when it can."""
     try:

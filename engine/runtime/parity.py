@@ -44,10 +44,14 @@ def check_parity(
             expected = result if isinstance(result, tuple) else (result,)
             got = run(*inputs)
             errors.append(relative_errors(got[0], expected[0]))
-            sides = (expected[2] - got[2]).abs() > 1e-6 if spec.what == STEP else torch.zeros(batch, dtype=torch.bool)
+            sides = (
+                (expected[2] - got[2]).abs() > 1e-6
+                if spec.what == STEP
+                else torch.zeros(batch, dtype=torch.bool, device=got[0].device)
+            )
             moved.append(sides)
     error, left_out = torch.cat(errors), torch.cat(moved)
-    tolerance = TOLERANCE[spec.dtype]
+    tolerance, slack = TOLERANCE[spec.precision], SLACK[spec.precision]
     worst = error[~left_out].max().item() if not left_out.all() else float("nan")
     report: dict[str, Any] = {
         "samples": len(error),
@@ -59,9 +63,9 @@ def check_parity(
         "worst_with_left_out": error.max().item(),
     }
     # `not <=` so that NaN fails.
-    if not worst <= tolerance or report["left_out"] > SLACK[spec.dtype]:
+    if not worst <= tolerance or report["left_out"] > slack:
         raise ExportError(
             f"the compiled {spec.what} does not agree with eager: relative error {worst:.2g} (at most {tolerance:g}), "
-            f"{report['left_out']:.0%} of samples filtered differently (at most {SLACK[spec.dtype]:.0%}); not used"
+            f"{report['left_out']:.0%} of samples filtered differently (at most {slack:.0%}); not used"
         )
     return report

@@ -109,6 +109,12 @@ class Spec:
         """Where the models are."""
         return next(p for m in self.modules for p in m.parameters()).device
 
+    @property
+    def precision(self) -> str:
+        """The coarsest of `dtype` and the data types of the weights as they are given: what parity can be asked of."""
+        held = {p.dtype for m in self.modules for p in m.parameters()} | {DTYPES[self.dtype]}
+        return next(name for name in ("bf16", "fp16", "fp32") if DTYPES[name] in held or name == "fp32")
+
     @cached_property
     def weights_hash(self) -> str:
         """SHA-256 of all weights."""

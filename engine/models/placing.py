@@ -1,0 +1,63 @@
+"""Which device the models run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from .protocols import Diffusion
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """A device by its name; `auto` is the first CUDA device, and the CPU where there is none.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = "sees no device" if torch.version.cuda else "is built without CUDA"
+        raise UsageError(f"device: {name} is not here: this PyTorch ({torch.__version__}) {built}; use cpu")
+    if (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise UsageError(f"device: {name} is not here: there are {torch.cuda.device_count()}, the first is cuda:0")
+    return device
+
+
+def place(diffusion: Diffusion, device: torch.device) -> None:
+    """Move a diffusion model, its noise levels and its null condition, in place."""
+    for module in diffusion.modules():
+        module.to(device)
+    # A step recorded or compiled on the device must find them there.
+    diffusion.alphas_cumprod = diffusion.alphas_cumprod.to(device)
+    diffusion.null_condition(1)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions of float32 in float32 on every device: cuDNN rounds them to TF32 by default, with 10 bits."""
+    cudnn: Any = torch.backends.cudnn  # its parts have no types
+    if cudnn.conv.fp32_precision != "tf32":
+        yield
+    elif cudnn.rnn.fp32_precision == "tf32":  # as it is from the start; the older switch keeps its readers working
+        cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            cudnn.allow_tf32 = True
+    else:
+        cudnn.conv.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            cudnn.conv.fp32_precision = "tf32"
