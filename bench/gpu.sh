@@ -38,7 +38,7 @@ part() {
         build) run build 180 bash -c "$(declare -f build); build" ;;
         tests) run tests 200 python3 -m pytest -q -n 10 -p no:cacheprovider tests/kernels --deselect \
             tests/kernels/test_compile_for_gpus.py ;;
-        gpu-tests) run gpu-tests 150 python3 -m pytest -q -p no:cacheprovider -m gpu tests ;;
+        gpu-tests) run gpu-tests 150 python3 -m pytest -q -p no:cacheprovider -m gpu $(grep -rl mark.gpu tests) ;;
         kernels) run kernels 120 python3 -m bench.kernels --op all --seconds 1 --record ;;
         step) run step 150 python3 -m bench.gpu --suite step --record ;;
         inductor) run inductor 300 python3 -m bench.gpu --suite step --batches 1 --inductor ;;
@@ -57,4 +57,4 @@ for group in "$@"; do
     wait
 done
 tar -czf "$OUT/results.tar.gz" bench/results/*cuda*.json bench/results/gpu-*.json 2>/dev/null
-tar -czf "$OUT/logs.tar.gz" -C "$OUT" --exclude '*.tar.gz' . && rm -f "$OUT"/*.log
+tar -czf "$OUT/logs.tar.gz" -C "$OUT" --exclude "*.tar.gz" --warning=no-file-changed . && rm -f "$OUT"/*.log

@@ -51,6 +51,11 @@ def in_graph(call: Callable[[], object], launches: int = 100) -> Callable[[], ob
     return graph.replay
 
 
+def on_device(contenders: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The same calls; on a GPU recorded as graphs, so that a time is the device's and none of Python's."""
+    return {name: in_graph(call, 1) for name, call in contenders.items()} if CUDA else contenders
+
+
 def memcpy(target: Tensor, source: Tensor, threads: int) -> Callable[[], object]:
     """The C library's memcpy of one buffer in equal parts, or the device's copy."""
     if CUDA:
@@ -158,7 +163,9 @@ def bench_perturb(seconds: float) -> dict[str, Any]:
 
     copy = memcpy(out, source, torch.get_num_threads())
     contenders = {"ours": ours, "memcpy": copy, "fill": lambda: out.fill_(1.0), "eager": eager}
-    times = take_turns(contenders, seconds)
+    times = take_turns(on_device(contenders), seconds)
+    if CUDA:
+        times["ours, called from Python"] = measure(ours, seconds / ROUNDS)
     written = out.numel() * out.element_size()
     moved = written + image.numel() * image.element_size() + saliency.numel() * 4
     rate, copy_rate = moved / times["ours"]["p50"], 2 * written / times["memcpy"]["p50"]
@@ -185,21 +192,26 @@ def bench_soft_perturb(seconds: float) -> dict[str, Any]:
     source = torch.rand_like(grad)
 
     def forward(backend: str) -> Callable[[], object]:
-        return lambda: soft_perturb(image, 0.5, saliency, thresholds, temperature=0.1, backend=backend)
+        return lambda: soft_perturb(image, 0.5, saliency.detach(), thresholds, temperature=0.1, backend=backend)
+
+    def alone() -> object:
+        """The backward kernel without autograd, whose stream is another one than the graph's."""
+        hidden, rows = torch.full((), 0.5, device=DEVICE).expand_as(image), thresholds.expand(n, -1).contiguous()
+        numbers = (0.1, [], [], False, "triton")
+        return torch.ops.counterlens.soft_perturb_backward(grad, image, hidden, saliency.detach(), rows, *numbers)
 
     def backward(result: Tensor) -> Callable[[], object]:
         return lambda: torch.autograd.grad(result, saliency, grad, retain_graph=True)
 
-    times = take_turns(
-        {
-            "ours": backward(results["ours"]),
-            "eager": backward(results["eager"]),
-            "forward": forward("auto"),
-            "eager_forward": forward("reference"),
-            "memcpy": memcpy(torch.zeros_like(grad), source, torch.get_num_threads()),
-        },
-        seconds,
-    )
+    contenders = {
+        "ours": alone if CUDA else backward(results["ours"]),
+        "forward": forward("auto"),
+        "eager_forward": forward("reference"),
+        "memcpy": memcpy(torch.zeros_like(grad), source, torch.get_num_threads()),
+    }
+    times = take_turns(on_device(contenders) | {"eager": backward(results["eager"])}, seconds)
+    if CUDA:
+        times["ours, called from Python"] = measure(backward(results["ours"]), seconds / ROUNDS)
     moved = 4 * (grad.numel() + image.numel() + 2 * saliency.numel())
     rate, copy_rate = moved / times["ours"]["p50"], 8 * grad.numel() / times["memcpy"]["p50"]
     return {

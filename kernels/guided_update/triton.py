@@ -56,6 +56,48 @@ def unit_vector(x, largest, square):
 
 
 @triton.jit
+def power_of_two(largest):
+    """The power of two that brings a magnitude to about 2^32, exactly; NaN for inf, and 2^127 at most."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    scale = (tl.minimum(286 - exponent, 254) << 23).to(tl.float32, bitcast=True)
+    return tl.where(exponent == 255, float("nan"), scale)
+
+
+@triton.jit
+def split_four(x):
+    """Four numbers from [2, 2], as two joins put them there."""
+    first, second = tl.split(x)
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    return a, b, c, d
+
+
+@triton.jit
+def whole_norms(direction, score, distance, kept):
+    """Of three whole samples [D, P] a power of two and the norm at that scale, and how many of `kept` [1, P] are 1.
+
+    All programs of a launch wait for each reduction over the tile: there are two, one for every maximum, one for every
+    sum.
+    """
+    most = tl.join(
+        tl.join(tl.max(tl.abs(direction), 0), tl.max(tl.abs(score), 0)),
+        tl.join(tl.max(tl.abs(distance), 0), tl.max(tl.abs(distance), 0)),
+    )
+    like_most, class_most, image_most, _ = split_four(tl.max(most, 0))
+    like, towards, image = power_of_two(like_most), power_of_two(class_most), power_of_two(image_most)
+    direction, score, distance = direction * like, score * towards, distance * image
+    squares = tl.join(
+        tl.join(tl.sum(direction * direction, 0), tl.sum(score * score, 0)),
+        tl.join(tl.sum(distance * distance, 0), tl.sum(kept, 0)),
+    )
+    like_square, class_square, image_square, count = split_four(tl.sum(squares, 0))
+    return (
+        like, tl.sqrt_rn(like_square), towards, or_one(tl.sqrt_rn(class_square)), image,
+        or_one(tl.sqrt_rn(image_square)), count,
+    )  # fmt: skip
+
+
+@triton.jit
 def combine(largest, square, valid):
     """`scaled_square` of the whole from those of its blocks."""
     whole = tl.max(tl.where(valid, largest, 0.0), 0)
@@ -93,27 +135,24 @@ def one_launch_kernel(
     score = -noise_level * load_tile(grad_class, g_b, g_c, g_h, g_w, b, channel, y, x, valid)
     cos, tan = scalar(cos_limit, b, T_COS), scalar(tan_limit, b, T_TAN)
     if MODE == GLOBAL:
-        score, kept_share = filter_whole_tile(score, direction, cos, tan)
+        score, within = filter_whole_tile(score, direction, cos, tan)
+        kept = tl.zeros_like(chunk).to(tl.float32) + within
     else:
         score, kept = filter_tile(score, direction, cos, tan, MODE)
-        kept_share = tl.sum(tl.sum((kept & (chunk < rows * columns)).to(tl.float32), 1), 0) / (rows * columns)
+    kept = tl.where(chunk < rows * columns, kept.to(tl.float32), 0.0)
     distance = noise_level * load_tile(grad_distance, d_b, d_c, d_h, d_w, b, channel, y, x, valid)
+    latents = load_tile(z, z_b, z_c, z_h, z_w, b, channel, y, x, valid)  # on its way while the norms are made
 
-    like_largest, like_square = scaled_square(direction)
-    length = like_largest * tl.sqrt_rn(like_square)
-    class_largest, class_square = scaled_square(score)
-    image_largest, image_square = scaled_square(distance)
-    towards_class = unit_vector(score, class_largest, class_square)
-    towards_image = unit_vector(distance, image_largest, image_square)
+    like, like_norm, towards, class_norm, image, image_norm, count = whole_norms(direction, score, distance, kept)
     before, clean = step(
-        load_tile(z, z_b, z_c, z_h, z_w, b, channel, y, x, valid), uncond, towards_class, towards_image, length, abar,
-        scalar(alphas_prev, b, T_PREV), scalar(guidance, b, T_GUIDANCE), scalar(class_scale, b, T_CLASS),
+        latents, uncond, score * towards * (1.0 / class_norm), distance * image * (1.0 / image_norm), like_norm / like,
+        abar, scalar(alphas_prev, b, T_PREV), scalar(guidance, b, T_GUIDANCE), scalar(class_scale, b, T_CLASS),
         scalar(distance_scale, b, T_DISTANCE),
     )  # fmt: skip
     at = ((b * channels + channel) * (rows * CHUNK) + y) * (columns * CHUNK) + x
     tl.store(z_prev + at, before.to(z_prev.dtype.element_ty), mask=valid)
     tl.store(z0 + at, clean.to(z0.dtype.element_ty), mask=valid)
-    tl.store(kept_fraction + b, kept_share)
+    tl.store(kept_fraction + b, count / (rows * columns))
 
 
 @triton.jit
@@ -231,7 +270,7 @@ def guided_update(
         latents = (z, eps_uncond, eps_cond, grad_class, grad_distance)
         one_launch_kernel[(b,)](
             *latents, z_prev, z0, kept_fraction, *scalars, *[s for x in latents for s in x.stride()],
-            c, rows, columns, **is_tensor, **tile, BLOCK=whole, num_warps=16 if tile["D_PAD"] * whole > 1024 else 4,
+            c, rows, columns, **is_tensor, **tile, BLOCK=whole, num_warps=8 if tile["D_PAD"] * whole > 1024 else 4,
         )  # fmt: skip
         return z_prev, z0, kept_fraction
 

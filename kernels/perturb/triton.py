@@ -30,9 +30,9 @@ def places(width, pixels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def soft_mask(saliency, threshold, temperature):
-    """sigmoid((saliency - threshold) / temperature)."""
-    return 1.0 / (1.0 + tl.exp((threshold - saliency) / temperature))
+def soft_mask(saliency, threshold, sharpness):
+    """sigmoid((saliency - threshold) * sharpness)."""
+    return 1.0 / (1.0 + tl.exp((threshold - saliency) * sharpness))
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def perturb_kernel(
 
 @triton.jit
 def soft_kernel(
-    image, baseline, saliency, limits, mean, std, out, temperature,
+    image, baseline, saliency, limits, mean, std, out, sharpness,
     image_n, image_c, image_h, image_w,
     baseline_n, baseline_c, baseline_h, baseline_w,
     saliency_n, saliency_h, saliency_w,
@@ -88,7 +88,7 @@ def soft_kernel(
         hidden = tl.div_rn(hidden - shift, scale)
     out += n * out_n + c * out_c
     for k in range(thresholds):
-        m = soft_mask(level, tl.load(limits + n * thresholds + k), temperature)
+        m = soft_mask(level, tl.load(limits + n * thresholds + k), sharpness)
         keep, remove = m * shown + (1.0 - m) * hidden, (1.0 - m) * shown + m * hidden
         tl.store(out + pixel, keep.to(out.dtype.element_ty), mask=valid)
         tl.store(out + out_side + pixel, remove.to(out.dtype.element_ty), mask=valid)
@@ -97,7 +97,7 @@ def soft_kernel(
 
 @triton.jit
 def soft_backward_kernel(
-    grad, image, baseline, saliency, limits, mean, std, grad_saliency, grad_image, temperature,
+    grad, image, baseline, saliency, limits, mean, std, grad_saliency, grad_image, sharpness,
     image_n, image_c, image_h, image_w,
     baseline_n, baseline_c, baseline_h, baseline_w,
     saliency_n, saliency_h, saliency_w,
@@ -119,20 +119,22 @@ def soft_backward_kernel(
         baseline += baseline_c
         scale = 1.0
         if NORMALISE:
-            scale = tl.load(std + c)
-        to_image = tl.zeros([BLOCK], tl.float32)
+            scale = 1.0 / tl.load(std + c)
+        # What does not depend on the threshold is multiplied in at the end.
+        slope, to_image = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         at = grad
         for k in range(thresholds):
-            m = soft_mask(level, tl.load(limits + n * thresholds + k), temperature)
+            m = soft_mask(level, tl.load(limits + n * thresholds + k), sharpness)
             keep = tl.load(at + pixel, mask=valid, other=0.0).to(tl.float32)
             remove = tl.load(at + grad_side + pixel, mask=valid, other=0.0).to(tl.float32)
-            to_saliency += (keep - remove) * contrast / scale * (m * (1.0 - m)) / temperature
+            slope += (keep - remove) * (m * (1.0 - m))
             if IMAGE:
-                to_image += (keep * m + remove * (1.0 - m)) / scale
+                to_image += keep * m + remove * (1.0 - m)
             at += grad_k
+        to_saliency += slope * (contrast * scale * sharpness)
         grad += grad_c
         if IMAGE:
-            tl.store(grad_image + pixel, to_image.to(grad_image.dtype.element_ty), mask=valid)
+            tl.store(grad_image + pixel, (to_image * scale).to(grad_image.dtype.element_ty), mask=valid)
             grad_image += pixels
     tl.store(grad_saliency + n * pixels + pixel, to_saliency.to(grad_saliency.dtype.element_ty), mask=valid)
 
@@ -181,7 +183,7 @@ def soft_perturb(
     out = torch.empty((n, 2, thresholds.shape[1], c, h, w), dtype=image.dtype, device=image.device)
     soft_kernel[(n, triton.cdiv(h * w, block), c)](
         image, baseline, saliency, thresholds, constants(tuple(mean), image.device),
-        constants(tuple(std), image.device), out, temperature, *image.stride(), *baseline.stride(),
+        constants(tuple(std), image.device), out, 1 / temperature, *image.stride(), *baseline.stride(),
         *saliency.stride(), *out.stride()[:4], w, h * w, thresholds.shape[1], NORMALISE=len(mean) > 0, BLOCK=block,
         num_warps=4,
     )  # fmt: skip
@@ -206,7 +208,7 @@ def soft_perturb_backward(
     grad_image = torch.empty((n, c, h, w) if image_wanted else 0, dtype=image.dtype, device=image.device)
     soft_backward_kernel[(n, triton.cdiv(h * w, block))](
         grad, image, baseline, saliency, thresholds, constants(tuple(mean), image.device),
-        constants(tuple(std), image.device), grad_saliency, grad_image, temperature, *image.stride(),
+        constants(tuple(std), image.device), grad_saliency, grad_image, 1 / temperature, *image.stride(),
         *baseline.stride(), *saliency.stride(), *grad.stride()[:4], c, w, h * w, thresholds.shape[1],
         NORMALISE=len(mean) > 0, IMAGE=image_wanted, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -28,7 +28,7 @@ LATENTS = ("z", "eps_uncond", "eps_cond", "grad_class", "grad_distance", "z_prev
 LATENTS += ("filtered",)
 FLOAT32 = ("kept_fraction", "partials", "limits", "mean", "std", "probability", "insertion", "deletion", "thresholds")
 IMAGES = ("image", "baseline", "out", "grad", "grad_image", "logits")
-NUMBERS = ("guidance", "class_scale", "distance_scale", "cos_limit", "tan_limit", "temperature")
+NUMBERS = ("guidance", "class_scale", "distance_scale", "cos_limit", "tan_limit", "sharpness")
 TENSORS = {"T_ALPHAS": True, "T_PREV": True} | dict.fromkeys(
     ("T_GUIDANCE", "T_CLASS", "T_DISTANCE", "T_COS", "T_TAN"), False
 )
@@ -49,7 +49,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, str], int]]
                 wide = tile | {"D": channels, "D_PAD": channels}
                 label = f"guided_update {mode} {dtype} {channels} channels"
                 one = wide | TENSORS | {"BLOCK": guided.ONE_LAUNCH // channels}
-                yield f"{label}, one launch", guided.one_launch_kernel, one, types, 16
+                yield f"{label}, one launch", guided.one_launch_kernel, one, types, 8
                 if mode == "global":
                     continue
                 block = wide | {"BLOCK": guided.BLOCK_ELEMENTS // channels}
