@@ -163,7 +163,7 @@ def step_suite(dtype: str, batches: list[int], rounds: int, inductor: bool) -> d
 
 
 @torch.no_grad()
-def counterfactual_suite(dtype: str, rounds: int) -> dict[str, Any]:
+def counterfactual_suite(dtype: str, rounds: int, record: bool) -> dict[str, Any]:
     """Whole counterfactuals under `fast`, at batch 1 and 16, against the literal schedule; memory and roofline."""
     device = torch.device("cuda")
     diffusion, classifier = build(MODEL, device, DTYPES[dtype])
@@ -232,6 +232,8 @@ def counterfactual_suite(dtype: str, rounds: int) -> dict[str, Any]:
             latency[kind].append(time.perf_counter() - started)
     out["latency_batch_1"] = {k: quantiles(v, (0.5, 0.95, 0.99)) for k, v in latency.items()}
     say(out["latency_batch_1"])
+    if record:  # counting operations for the roofline takes minutes
+        write_result("gpu-counterfactual", out)
     out["roofline"] = {}
     for kind in kinds:
         for batch in (1, 16):
@@ -294,7 +296,7 @@ def main(
     if suite == "step":
         result = step_suite(dtype, [int(b) for b in batches.split(",")], rounds, inductor)
     elif suite == "counterfactual":
-        result = counterfactual_suite(dtype, rounds)
+        result = counterfactual_suite(dtype, rounds, record)
     elif suite == "digits":
         result = digits_suite()
     else:

@@ -194,10 +194,11 @@ def bench_soft_perturb(seconds: float) -> dict[str, Any]:
     def forward(backend: str) -> Callable[[], object]:
         return lambda: soft_perturb(image, 0.5, saliency.detach(), thresholds, temperature=0.1, backend=backend)
 
+    hidden, rows = torch.full((), 0.5, device=DEVICE).expand_as(image), thresholds.expand(n, -1).contiguous()
+    numbers = (0.1, [], [], False, "triton")
+
     def alone() -> object:
         """The backward kernel without autograd, whose stream is another one than the graph's."""
-        hidden, rows = torch.full((), 0.5, device=DEVICE).expand_as(image), thresholds.expand(n, -1).contiguous()
-        numbers = (0.1, [], [], False, "triton")
         return torch.ops.counterlens.soft_perturb_backward(grad, image, hidden, saliency.detach(), rows, *numbers)
 
     def backward(result: Tensor) -> Callable[[], object]:

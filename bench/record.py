@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
         ["git", "status", "--porcelain", "--", ":(top,exclude)bench/results"], cwd=root, capture_output=True, text=True
     )
     # A copy of the tree without its history is told which commit it is of.
-    known = commit.stdout.strip() or os.environ.get("COMMIT", "unknown")
+    known, plus = commit.stdout.strip(), "+" if changed.stdout.strip() else ""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "commit": known + ("+" if changed.stdout.strip() else ""),
+        "commit": os.environ.get("COMMIT", known + plus),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -128,6 +128,69 @@ def kernel_table() -> str:
     )
 
 
+def gpu_kernel_table() -> str:
+    """The Triton kernels on a GPU: time in a CUDA graph, against eager torch, against the device's copy."""
+    rows = []
+    for name in ("consensus", "guided_update", "perturb", "soft_perturb", "curve"):
+        result = load(f"kernels-{name}-cuda")
+        calls = result.get("calls_per_sample", 1)
+        times = " / ".join(f"{1e6 * result['seconds']['ours'][q] / calls:.3g}" for q in ("p20", "p50", "p80"))
+        share = f"{100 * result['share_of_memcpy']:.0f} %" if "share_of_memcpy" in result else ""
+        called = result["seconds"].get("ours, called from Python")
+        shape = "x".join(map(str, result["shape"]))
+        what = f"`{name}`" + (f", {result['pass']}" if "pass" in result else "")
+        if name in ("consensus", "curve"):  # not in a graph
+            called, times = result["seconds"]["ours"], ""
+        rows.append([
+            what, shape, times, f"{1e6 * called['p50']:.0f}" if called else "",
+            f"{result['speedup_over_eager']:.1f}x", share,
+        ])  # fmt: skip
+    header = [
+        "kernel (Triton)", "shape", "us in a CUDA graph, p20 / p50 / p80", "us called from Python",
+        "against eager torch", "of the copy's bandwidth",
+    ]  # fmt: skip
+    e = load("kernels-guided_update-cuda")["environment"]
+    return (
+        f"{table(header, rows)}\n\nRecorded in `bench/results/kernels-*-cuda.json` at commit `{e['commit']}`, "
+        f"{e['date'][:10]}, {e['device']}, torch {e['versions']['torch']}, Triton {e['versions']['triton']}."
+    )
+
+
+def gpu_table() -> str:
+    """Stable Diffusion 1.x size on a GPU: counterfactuals under `fast` against the literal schedule."""
+    result = load("gpu-counterfactual")
+    rows = []
+    for name, seconds in result["seconds_per_counterfactual"].items():
+        gain = result["times_literal"][name]["same batch"]
+        rows.append([name, f"{seconds['p50']:.3g} s", "" if name.startswith("literal") else f"{gain:.0f}x"])
+    header = ["a counterfactual at 256x256, half precision", "p50", "times literal at the same batch"]
+    tails = "; ".join(
+        f"{name} {v['p50']:.2f}, {v['p95']:.2f}, {v['p99']:.2f} s" for name, v in result["latency_batch_1"].items()
+    )
+    return (
+        f"{table(header, rows)}\n\nLatency at batch 1, CUDA graphs, p50, p95 and p99: {tails}. "
+        f"{provenance(result, 'gpu-counterfactual')}"
+    )
+
+
+def gpu_step_table() -> str:
+    """Stable Diffusion 1.x size on a GPU: one guided step in every runtime."""
+    result = load("gpu-step")
+    batches = [row["batch"] for row in result["rows"]]
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["seconds"]))
+    rows = []
+    for name in names:
+        cells = []
+        for row in result["rows"]:
+            seconds, gain = row["seconds"].get(name), row["times_literal"].get(name)
+            cells.append("" if seconds is None else f"{1e3 * seconds['p50']:.0f} ms ({gain:.2f}x)")
+        rows.append([name, *cells])
+    header = ["guided step at 256x256, half precision", *(f"batch {b} (times literal)" for b in batches)]
+    notes = {f"{k} ({v.split(': ', 1)[1].rstrip(': ')})" for row in result["rows"] for k, v in row["notes"].items()}
+    text = f"Not run: {'; '.join(sorted(notes))}. " if notes else ""
+    return f"{table(header, rows)}\n\n{text}{provenance(result, 'gpu-step')}"
+
+
 def real_models_table() -> str:
     """Full-size models with random weights: one guided step, by part."""
     result = load("real-models-cpu")
@@ -355,6 +418,9 @@ TABLES = {
     "runtimes": runtimes_table,
     "real": real_models_table,
     "kernels": kernel_table,
+    "gpukernels": gpu_kernel_table,
+    "gpu": gpu_table,
+    "gpusteps": gpu_step_table,
     "counterfactuals": counterfactual_table,
     "truth": truth_table,
     "pack": pack_table,

@@ -24,7 +24,20 @@ def not_supported_reasons(modules: Sequence[nn.Module]) -> list[str]:
         reasons.append(f"the models are on {parameters[0].device}, xformers needs CUDA")
     if any(p.dtype == torch.float64 for p in parameters):
         reasons.append("the weights are float64, xformers takes float16, bfloat16 and float32")
-    return reasons
+    return reasons or _operator_reasons(parameters[0])
+
+
+def _operator_reasons(like: torch.Tensor) -> list[str]:
+    """Why the xformers that is installed has no operator for tensors like this one; empty when it has."""
+    import xformers.ops
+
+    probe = torch.zeros(1, 64, 8, 40, device=like.device, dtype=like.dtype, requires_grad=True)
+    try:
+        xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
+    except NotImplementedError as error:
+        first = str(error).strip().splitlines()[0]
+        return [f"xformers {xformers.__version__} has no operator here ({first}); `python -m xformers.info` says why"]
+    return []
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..metrics.inputs import Baseline
 from ..metrics.msi_score import MSI, msi
+from ..models.placing import full_precision
 from ..packs import Pack
 from .lax import LAX, open_adapter
 from .methods import check_methods, explain_with
@@ -118,13 +119,15 @@ def explain(
     wanted = before.argmax(1) if explained is None else engine.resolve_targets(explained, before)
     own = [image_seed(image, config.seed) for image in images] if seeds is None else list(seeds)
     there = images.to(engine.device)
-    saliency, scores = explain_with(
-        method, engine.classifier, there, wanted, quantity=question, baseline=baseline, adapter=found, seed=config.seed
-    )
-    value = msi(
-        engine.classifier, there, saliency, wanted, alpha_min=alpha_min, area=False, quantity=question,
-        baseline=baseline, seeds=own,
-    )  # fmt: skip
+    with full_precision():
+        saliency, scores = explain_with(
+            method, engine.classifier, there, wanted, quantity=question, baseline=baseline, adapter=found,
+            seed=config.seed,
+        )  # fmt: skip
+        value = msi(
+            engine.classifier, there, saliency, wanted, alpha_min=alpha_min, area=False, quantity=question,
+            baseline=baseline, seeds=own,
+        )  # fmt: skip
     changed = engine.counterfactual(images, targets, seeds, config) if counterfactual else None
     whole, maps = value.curves.full.to(torch.float32), (saliency.cpu(), scores.cpu())
     return Explanations(images, *maps, wanted, whole, value, changed, engine.labels, method)

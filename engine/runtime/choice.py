@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from counterlens.export.errors import ExportError
 from counterlens.export.store import Artefact, Store
 
 from ..errors import UsageError
@@ -123,7 +124,12 @@ class StepRunner:
         inputs = self.spec.example(batch)
         times = {}
         for name in ("eager", *self.ready()):
-            times[name] = _median_time(self._function(name), inputs, seconds)
+            try:
+                times[name] = _median_time(self._function(name), inputs, seconds)
+            except ExportError as error:
+                if name != "cudagraphs":
+                    raise
+                self.say(f"{error}")  # nothing was asked for: it is no candidate, and eager is
         path = self._calibration()
         known = self.measurements() | {str(batch): times}
         path.parent.mkdir(parents=True, exist_ok=True)

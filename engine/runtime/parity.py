@@ -37,6 +37,7 @@ def check_parity(
     eager = spec.function()
     errors: list[Tensor] = []
     moved: list[Tensor] = []
+    own = 0.0
     for batch in batches:
         for seed in range(max(1, SAMPLES // batch // len(batches))):
             inputs = spec.example(batch, seed)
@@ -44,19 +45,23 @@ def check_parity(
             expected = result if isinstance(result, tuple) else (result,)
             got = run(*inputs)
             errors.append(relative_errors(got[0], expected[0]))
-            sides = (
-                (expected[2] - got[2]).abs() > 1e-6
-                if spec.what == STEP
-                else torch.zeros(batch, dtype=torch.bool, device=got[0].device)
-            )
+            sides = torch.zeros(batch, dtype=torch.bool, device=got[0].device)
+            if spec.what == STEP:
+                sides = (expected[2] - got[2]).abs() > 1e-6
+            if got[0].is_cuda:
+                # Some backward kernels add up in any order: eager does not agree with itself better than this.
+                again = eager(*inputs)
+                again = again if isinstance(again, tuple) else (again,)
+                own = max(own, relative_errors(again[0], expected[0]).max().item())
             moved.append(sides)
     error, left_out = torch.cat(errors), torch.cat(moved)
-    tolerance, slack = TOLERANCE[spec.precision], SLACK[spec.precision]
+    tolerance, slack = max(TOLERANCE[spec.precision], 2 * own), SLACK[spec.precision]
     worst = error[~left_out].max().item() if not left_out.all() else float("nan")
     report: dict[str, Any] = {
         "samples": len(error),
         "batches": list(batches),
         "tolerance": tolerance,
+        "eager_with_itself": own,
         "worst": worst,
         "median": error.median().item(),
         "left_out": left_out.double().mean().item(),

@@ -45,7 +45,10 @@ def perturb_kernel(
     width, pixels, thresholds,
     NORMALISE: tl.constexpr, ABOVE: tl.constexpr, BELOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (n, i, c) reads its pixels of sample n, channel c once and writes them for every threshold and side."""
+    """Program (n, i, c) reads its pixels of sample n, channel c once and writes them for every threshold and side.
+
+    Stores are streaming ones, which leave the caches first: nothing here reads the output again.
+    """
     n, c = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     pixel, y, x, valid = places(width, pixels, BLOCK)
     level = tl.load(key + n * key_n + y * key_h + x * key_w, mask=valid, other=0)
@@ -60,9 +63,9 @@ def perturb_kernel(
     for k in range(thresholds):
         inside = level >= tl.load(limits + n * thresholds + k)
         if ABOVE:
-            tl.store(out + pixel, tl.where(inside, shown, hidden), mask=valid)
+            tl.store(out + pixel, tl.where(inside, shown, hidden), mask=valid, cache_modifier=".cs")
         if BELOW:
-            tl.store(out + out_side + pixel, tl.where(inside, hidden, shown), mask=valid)
+            tl.store(out + out_side + pixel, tl.where(inside, hidden, shown), mask=valid, cache_modifier=".cs")
         out += out_k  # a step at a time: k * out_k would need 64 bits
 
 

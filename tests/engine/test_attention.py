@@ -97,6 +97,8 @@ def test_xformers_itself_on_a_gpu(tiny: Any) -> None:
     for module in modules:
         module.cuda()
     try:
+        if reasons := not_supported_reasons(diffusion.modules()):
+            pytest.skip(f"needs an xformers that was built for this PyTorch: {'; '.join(reasons)}")
         inputs = Spec(*tiny).example(2)
         expected = flat(GuidedStep(diffusion, classifier, mode="autograd"))(*inputs)
         with memory_efficient_attention(diffusion.modules()):
