@@ -39,7 +39,7 @@ SECTIONS = ("truth", "quality", "cost", "sanity", "memory")
 METHODS = list(saliency_methods)
 CLASSIFIERS = ("clean", "shortcut")
 ALPHA_MIN = {c: load_alpha_min(RESULTS / f"calibration-{c}" / "calibration.json") for c in CLASSIFIERS}  # frozen
-ROUNDS = 5  # of the cost table, methods interleaved
+ROUNDS, SHORT_ROUNDS = 5, 25  # of the cost table, the second of what takes milliseconds
 
 
 def predict(classifier: SoftmaxClassifier, images: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def cost_figures(pack: Pack) -> dict[str, Any]:
     classifier = pack.classifier("clean")
     images = pack.samples("test", count=64, marker="random").images
     adapter, target = pack_adapter(pack, "clean", classifier), predict(classifier, images)
-    times: dict[str, list[float]] = {"forward": [], **{m: [] for m in METHODS}}
+    times: dict[str, list[tuple[float, float]]] = {"forward": [], **{m: [] for m in METHODS}}  # itself, a forward
 
     def once(name: str) -> None:
         if name == "forward":
@@ -152,20 +152,23 @@ def cost_figures(pack: Pack) -> dict[str, Any]:
         else:
             explain_with(name, classifier, images, target, baseline=pack.mean_colour)
 
-    for name in times:
-        once(name)
-    for _ in range(ROUNDS):
-        for name, values in times.items():
-            # Short calls are repeated: a single one would measure the clock.
-            repeats = 20 if name in ("forward", "lax") else 1
-            start = time.perf_counter()
-            for _ in range(repeats):
-                once(name)
-            values.append((time.perf_counter() - start) / repeats)
-    out: dict[str, Any] = {}
-    forward = torch.tensor(times["forward"])
+    def timed(name: str, repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            once(name)
+        return (time.perf_counter() - start) / repeats
+
+    # Every method beside a forward pass of its own: this machine's speed changes within a minute. Short calls are
+    # repeated (a single one would measure the clock), and more often.
     for name, values in times.items():
-        v = torch.tensor(values)
+        short = name in ("forward", "lax")
+        once("forward")
+        once(name)
+        for _ in range(SHORT_ROUNDS if short else ROUNDS):
+            values.append((timed(name, 10 if short else 1), timed("forward", 10)))
+    out: dict[str, Any] = {}
+    for name, values in times.items():
+        v, forward = torch.tensor(values).unbind(1)
         ratio = (v / forward).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         ms = (1e3 * v / len(images)).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         out[name] = {

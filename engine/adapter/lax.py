@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from counterlens.export.store import file_digest, weights_digest
+from counterlens.kernels.dispatch import exporting
 
 from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
@@ -32,7 +34,7 @@ from .taps import choose_taps, tapped
 FORMAT, VERSION = "counterlens-adapter", 2
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 SHUFFLED = 4  # how much finer than its finest maps the head draws at most; beyond that, it is interpolated
-ONE_PRODUCT = 1 << 12  # entries of a matrix for rows and columns at once: more multiplications, but one product
+ONE_PRODUCT = 1 << 14  # entries of a matrix for rows and columns at once: more multiplications, but one product
 CODES = 32  # numbers that tell conditions apart, at most
 ENCODER = (16, 24, 32)  # channels of the head's own features where the model's are hidden, each at half the resolution
 
@@ -45,16 +47,28 @@ def resize(
 
     Faster on small maps than `F.interpolate`, which reorders them to channels last and back.
     """
-    rows, columns = (_linear(n, m, x) for n, m in zip(x.shape[2:], size, strict=True))
-    if rows.numel() * columns.numel() <= ONE_PRODUCT:
-        return (x.flatten(2) @ torch.kron(rows, columns).T).unflatten(2, tuple(size))
-    return rows @ (x @ columns.T)
+    # Made by a traced graph, the weights belong to it, and must not be kept.
+    make = _weights.__wrapped__ if exporting() or torch.compiler.is_compiling() else _weights
+    weights = make(*x.shape[2:], *size, x.dtype, x.device)
+    if len(weights) == 1:
+        return (x.flatten(2) @ weights[0]).unflatten(2, tuple(size))
+    return weights[0] @ (x @ weights[1])
 
 
-def _linear(n: int, m: int, like: Tensor) -> Tensor:
+@lru_cache(maxsize=64)
+def _weights(h: int, w: int, to_h: int, to_w: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """What `resize` multiplies maps with: [h * w, to_h * to_w], or where that is large, [to_h, h] and [w, to_w]."""
+    with torch.inference_mode(False):
+        rows, columns = _linear(h, to_h, dtype, device), _linear(w, to_w, dtype, device)
+        if rows.numel() * columns.numel() <= ONE_PRODUCT:
+            return (torch.kron(rows, columns).T.contiguous(),)
+        return rows, columns.T.contiguous()
+
+
+def _linear(n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Weights [m, n] of linear interpolation from n to m places."""
-    places = ((torch.arange(m, dtype=like.dtype, device=like.device) + 0.5) * (n / m) - 0.5).clamp(0, n - 1)
-    return (1 - (places[:, None] - torch.arange(n, dtype=like.dtype, device=like.device)).abs()).clamp(min=0)
+    places = ((torch.arange(m, dtype=dtype, device=device) + 0.5) * (n / m) - 0.5).clamp(0, n - 1)
+    return (1 - (places[:, None] - torch.arange(n, dtype=dtype, device=device)).abs()).clamp(min=0)
 
 
 class Projection(nn.Module):
@@ -72,13 +86,16 @@ class Projection(nn.Module):
 
     def forward(
         self,
-        code: Tensor,  # [B, codes]
+        code: Tensor,  # [N, codes]
+        condition: Tensor,  # [B] places in `code`
     ) -> tuple[Tensor, Tensor, Tensor]:
         own = self.own(code).unflatten(1, (-1, self.shared.in_channels + 2))
         gain, shift, weight = 1 + own[..., :1], own[..., 1:2], own[..., 2:]
         assert self.shared.bias is not None
         matrix = gain * (weight + self.shared.weight[:, :, 0, 0])
-        return matrix, torch.addcmul(shift, gain, self.shared.bias[:, None]), gain  # [B, width, C], [B, width, 1] twice
+        shift = torch.addcmul(shift, gain, self.shared.bias[:, None])
+        matrix, shift, gain = (x.index_select(0, condition) for x in (matrix, shift, gain))
+        return matrix, shift, gain  # [B, width, C], [B, width, 1] twice
 
 
 class Head(nn.Module):
@@ -143,10 +160,12 @@ class Head(nn.Module):
         features: Sequence[Tensor],  # [B, C, h, w] each, finest first
         condition: Tensor,  # [B]
     ) -> Tensor:
-        code, levels, factors = self.code(condition), self._levels(image, features), image
+        code, levels, factors = self.code.weight, self._levels(image, features), image
+        if len(code) > CODES:  # too many to make everyone's matrices: those of each sample
+            code, condition = self.code(condition), torch.arange(len(condition), device=condition.device)
         x: Tensor | None = None
         for i in reversed(range(len(levels))):
-            weight, bias, gain = self.project[i](code)
+            weight, bias, gain = self.project[i](code, condition)
             level, size = levels[i].flatten(2), levels[i].shape[2:]  # [B, C, h * w]
             if x is None:
                 y = torch.baddbmm(bias, weight, level)
@@ -155,12 +174,12 @@ class Head(nn.Module):
                 y = resize(below, size).flatten(2).baddbmm_(weight, level)
             x = F.relu_(y).unflatten(2, size)
         assert x is not None
-        weight, bias, _ = self.out(code)
+        weight, bias, _ = self.out(code, condition)
         local = self.shuffle(torch.baddbmm(bias, weight, x.flatten(2)).unflatten(2, x.shape[2:]))
         if local.shape[2:] != image.shape[2:]:
             local = resize(local, image.shape[2:])  # [B, 4, H, W]
         if self.detail is not None:
-            matrix = self.detail(code).unflatten(1, (3, -1))  # [B, 3, detail]
+            matrix = self.detail(code).index_select(0, condition).unflatten(1, (3, -1))  # [B, 3, detail]
             factors = torch.baddbmm(image.flatten(2), matrix, features[0].flatten(2)).view_as(image)
         return local[:, 0] + (local[:, 1:] * factors).sum(1)  # [B, H, W]
 
