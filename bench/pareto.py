@@ -218,7 +218,7 @@ def main(
     """
     torch.set_num_threads(1)
     pack = Pack("digits")
-    engine, judge = Engine.from_pack("digits", runtime="eager"), pack.classifier("judge")
+    engine, judge = Engine.from_pack("digits", runtime="eager", device="cpu"), pack.classifier("judge")
     samples = pack.samples("validation", count=count, marker="random")
     targets = torch.stack(two_targets(engine, samples.images), 1).flatten()
     images = samples.images.repeat_interleave(2, dim=0)

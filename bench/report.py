@@ -186,8 +186,12 @@ def gpu_step_table() -> str:
             cells.append("" if seconds is None else f"{1e3 * seconds['p50']:.0f} ms ({gain:.2f}x)")
         rows.append([name, *cells])
     header = ["guided step at 256x256, half precision", *(f"batch {b} (times literal)" for b in batches)]
-    notes = {f"{k} ({v.split(': ', 1)[1].rstrip(': ')})" for row in result["rows"] for k, v in row["notes"].items()}
-    text = f"Not run: {'; '.join(sorted(notes))}. " if notes else ""
+    notes: dict[str, list[int]] = {}
+    for row in result["rows"]:
+        for k, v in row["notes"].items():
+            notes.setdefault(f"{k} ({v.split(': ', 1)[1].rstrip(': ')})", []).append(row["batch"])
+    said = [f"{note} at batch {', '.join(map(str, b))}" for note, b in notes.items()]
+    text = f"Not run: {'; '.join(said)}. " if said else ""
     return f"{table(header, rows)}\n\n{text}{provenance(result, 'gpu-step')}"
 
 

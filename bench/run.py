@@ -65,7 +65,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def open_engine(runtime: str, config: Config) -> Engine:
     """The digits engine under one runtime; compiled steps and parts are built into build/bench-store."""
-    engine = Engine.from_pack("digits", config=config, runtime=runtime, store=STORE)
+    engine = Engine.from_pack("digits", config=config, runtime=runtime, store=STORE, device="cpu")
     if runtime == "onnxruntime":
         for what in ("unet", "vae-encoder", "vae-decoder"):
             compiled_part(engine, what)

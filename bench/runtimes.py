@@ -138,7 +138,7 @@ def main(
 
     Example: python -m bench.runtimes --targets onnx,aoti
     """
-    engine = Engine.from_pack("digits", config=Config(), runtime="eager")
+    engine = Engine.from_pack("digits", config=Config(), runtime="eager", device="cpu")
     opened = Store(store)
     rows = [r for g in gradients.split(",") for r in measure(engine, opened, g, targets.split(","), rounds)]
     started = start_up(opened)

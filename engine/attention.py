@@ -31,9 +31,10 @@ def _operator_reasons(like: torch.Tensor) -> list[str]:
     """Why the xformers that is installed has no operator for tensors like this one; empty when it has."""
     import xformers.ops
 
-    probe = torch.zeros(1, 64, 8, 40, device=like.device, dtype=like.dtype, requires_grad=True)
     try:
-        xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
+        with torch.inference_mode(False), torch.enable_grad():
+            probe = torch.zeros(1, 64, 8, 40, device=like.device, dtype=like.dtype, requires_grad=True)
+            xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
     except NotImplementedError as error:
         first = str(error).strip().splitlines()[0]
         return [f"xformers {xformers.__version__} has no operator here ({first}); `python -m xformers.info` says why"]

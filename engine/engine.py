@@ -26,7 +26,7 @@ from .guidance.spans import span
 from .images import as_saved, make_folder, save_png, to_uint8
 from .memory import checkpointed, largest_batch
 from .models.latent import ClassConditionalLatentDiffusion
-from .models.placing import choose_device, full_precision, place
+from .models.placing import choose_device, computing_on, place
 from .models.protocols import Classifier, Diffusion, probabilities
 from .models.tiny import TinyDecoder, check_decoder, open_decoder
 from .packs import Pack
@@ -261,10 +261,8 @@ class Engine:
         settings = {mode: pack.manifest["settings"][mode] for mode in ("realistic", "audit")}
         source = {"pack": name, "classifier": classifier}
         models = (pack.diffusion(), pack.classifier(classifier))
-        options = {
-            "guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds"),
-            "device": _automatic(options),
-        } | options  # fmt: skip
+        options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
+        options["device"] = _device(options)
         return cls(*models, config, pack_settings=settings, source=source, **options)
 
     def _decoder(self, settings: Settings) -> TinyDecoder | None:
@@ -305,7 +303,8 @@ class Engine:
     def frozen(self) -> Iterator[None]:
         """Hold all models in eval mode without parameter gradients: for a `sampler` and whatever runs beside it."""
         own = [] if self.guidance_decoder is None else [self.guidance_decoder.module]
-        with frozen(*self.diffusion.modules(), self.classifier.module, *own), self._prepared(), full_precision():
+        modules = (*self.diffusion.modules(), self.classifier.module, *own)
+        with computing_on(self.device), frozen(*modules), self._prepared():
             yield
 
     def sampler(self, config: Config | None = None, slots: int = 16) -> Sampler:
@@ -407,6 +406,8 @@ class Engine:
     ) -> Engine:
         """Explain a classifier with a public diffusion model; everything is checked before the first step.
 
+        All modules, a classifier's of your own too, are moved to the device: CUDA where there is one, else the CPU.
+
         Args:
             model: folder in diffusers' layout, hub id (`owner/name`), or a pack (`digits`).
             classifier: see `models.image_classifiers.open_classifier`; or your own module.
@@ -454,7 +455,7 @@ class Engine:
             pack = Pack(str(model))
             tuned = pack.manifest["settings"]
             options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
-        return cls(diffusion, explained, config, pack_settings=tuned, **{"device": _automatic(options)} | options)
+        return cls(diffusion, explained, config, pack_settings=tuned, **options | {"device": _device(options)})
 
     def settings(self, config: Config) -> Settings:
         """Every number of a run with this config.
@@ -503,7 +504,7 @@ class Engine:
     ) -> Tensor:
         """The classifier's probabilities: [B, labels] on the CPU; computed in padded batches like everything else."""
         batches = _batches(len(images), self.slots)
-        with span("predictions"), full_precision():
+        with span("predictions"), computing_on(self.device):
             parts = [probabilities(self.classifier, images[rows].to(self.device))[:n].cpu() for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
@@ -787,9 +788,12 @@ class Engine:
         )
 
 
-def _automatic(options: dict[str, Any]) -> str:
-    """The device where none is named: that of ONNX Runtime's package where it runs the steps."""
-    return "cpu" if options.get("runtime") == "onnxruntime" and onnxruntime.missing("cuda") else "auto"
+def _device(options: dict[str, Any]) -> str | torch.device:
+    """The device that options of `Engine` name, or `auto`: the CPU for an ONNX Runtime that knows no other."""
+    named = options.get("device") or "auto"
+    if named == "auto" and options.get("runtime") == "onnxruntime" and onnxruntime.missing("cuda"):
+        return "cpu"
+    return named
 
 
 def _batches(count: int, slots: Sequence[int] = SLOTS) -> list[tuple[list[int], int]]:

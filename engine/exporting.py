@@ -13,6 +13,7 @@ from .engine import PARTS, SLOTS, Engine
 from .errors import CounterlensError
 from .guidance.pullback import frozen
 from .images import make_folder
+from .models.placing import computing_on
 from .runtime import artefacts
 from .runtime.choice import TARGETS, StepRunner
 from .runtime.spec import STEP
@@ -46,7 +47,7 @@ def export_artefact(
         CounterlensError: the copy cannot be written.
     """
     spec = engine.spec(engine.settings(engine.config), what=what, dtype=dtype)
-    with frozen(*spec.modules):
+    with computing_on(spec.device), frozen(*spec.modules):
         before = engine.store.path(artefacts.key_of(spec, target)).exists()
         artefact = artefacts.build(spec, target, engine.store, force=force, say=say)
         measured: dict[str, dict[str, float]] = {}

@@ -126,7 +126,7 @@ def train(
     Example: counterlens adapter train --pack digits --classifier shortcut --out my-adapter
     """
     from ..images import make_folder
-    from ..models.placing import choose_device
+    from ..models.placing import choose_device, computing_on
     from .recipes import pack_images, schedule_for, taps_for, train_adapter
 
     opened, explained, size, _ = _open(pack, classifier, images, labels, image_size, device)
@@ -155,10 +155,11 @@ def train(
             text = f"loss {loss:.3f}, best MSI {best:.3f}"
             progress.update(progress.task_ids[0], completed=step, total=total, description=text)
 
-        adapter, history = train_adapter(
-            explained, shown, held, chosen, quantity=quantity, taps=named, colour=colour, out=out, on_step=show,
-            described=command,
-        )  # fmt: skip
+        with computing_on(choose_device(device)):
+            adapter, history = train_adapter(
+                explained, shown, held, chosen, quantity=quantity, taps=named, colour=colour, out=out, on_step=show,
+                described=command,
+            )  # fmt: skip
     best = max(value for _, value in history.validations)
     record = {
         "out": str(out), "taps": adapter.taps, "quantity": adapter.quantity.name, "steps": len(history.losses),
@@ -234,7 +235,7 @@ def _saliency(
 
     from ..data import collect
     from ..images import load_image, make_folder
-    from ..models.placing import choose_device
+    from ..models.placing import choose_device, computing_on
     from .drawing import save_overlay
     from .evaluation import score_maps
     from .methods import check_methods, explain_with
@@ -269,13 +270,16 @@ def _saliency(
             if as_json:
                 print_json({"image": str(path), "error": message})
             continue
-        with torch.no_grad():
-            label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted], device=there)
-        saliency, scores = explain_with(
-            method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
-            seed=seed,
-        )  # fmt: skip
-        scored = score_maps(explained, image, saliency, scores, label, question, alpha_min=alpha_min, baseline=baseline)
+        with computing_on(there):
+            with torch.no_grad():
+                label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted], device=there)
+            saliency, scores = explain_with(
+                method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
+                seed=seed,
+            )  # fmt: skip
+            scored = score_maps(
+                explained, image, saliency, scores, label, question, alpha_min=alpha_min, baseline=baseline
+            )
         curves = scored.msi.curves
         assert curves.keep is not None
         assert curves.remove is not None
@@ -366,7 +370,7 @@ def _evaluate(
     layer: str | None, device: str, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     from ..images import make_folder, write_png
-    from ..models.placing import choose_device
+    from ..models.placing import choose_device, computing_on
     from .drawing import check_charts, draw_charts, draw_methods
     from .evaluation import METRICS, summarise, write_parquet
     from .evaluation import evaluate as compare
@@ -390,16 +394,17 @@ def _evaluate(
             progress.update(progress.task_ids[0], description=name)
             progress.advance(progress.task_ids[0])
 
-        scored = compare(
-            explained, shown.to(choose_device(device)), chosen, quantity=quantity, adapter=trained,
-            alpha_min=alpha_min, baseline=baseline, layer=layer, seed=seed, seeds=ids, on_method=show,
-        )  # fmt: skip
+        with computing_on(choose_device(device)):
+            scored = compare(
+                explained, shown.to(choose_device(device)), chosen, quantity=quantity, adapter=trained,
+                alpha_min=alpha_min, baseline=baseline, layer=layer, seed=seed, seeds=ids, on_method=show,
+            )  # fmt: skip
     summary = summarise(scored)
     write_parquet(scored, names, explained.labels, out / "scores.parquet")
     first = next(iter(scored.values()))
     captions = [explained.labels[int(t)] for t in first.target[:SHOWN]]
     notes = {name: [f"MSI {v:.2f}" for v in s.values["msi"][:SHOWN].tolist()] for name, s in scored.items()}
-    maps = {name: minmax(s.saliency[:SHOWN]) for name, s in scored.items()}
+    maps = {name: minmax(s.saliency[:SHOWN]).cpu() for name, s in scored.items()}
     write_png(draw_methods(shown[:SHOWN], captions, maps, notes), out / "methods.png")
     lines: dict[str, dict[str, Any]] = {"keep": {}, "remove": {}, "msi": {}}
     for name, s in scored.items():

@@ -125,17 +125,25 @@ def evaluate(
     out = {}
     for name in check_methods(methods):
         on_method(name)
+        _wait(images)
         started = time.perf_counter()
         saliency, scores = explain_with(
             name, classifier, images, target, quantity=explained, baseline=baseline, adapter=adapter, layer=layer,
             seed=seed, batch=batch,
         )  # fmt: skip
+        _wait(images)
         seconds = (time.perf_counter() - started) / max(1, len(images))
         out[name] = score_maps(
             classifier, images, saliency, scores, target, explained, alpha_min=alpha_min, baseline=baseline,
             seeds=seeds, seconds=seconds, batch=batch,
         )  # fmt: skip
     return out
+
+
+def _wait(images: Tensor) -> None:
+    """For the images' device, whose work goes on behind Python's back."""
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
 
 
 def interval(values: Tensor) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..metrics.inputs import Baseline
 from ..metrics.msi_score import MSI, msi
-from ..models.placing import full_precision
+from ..models.placing import computing_on
 from ..packs import Pack
 from .lax import LAX, open_adapter
 from .methods import check_methods, explain_with
@@ -83,6 +83,8 @@ def find_adapter(engine: Engine, adapter: LAX | str | Path | None, quantity: str
     from ..errors import UsageError
 
     if isinstance(adapter, LAX):
+        for module in (adapter.head, adapter.classifier.module):
+            module.to(engine.device)
         return adapter
     if adapter is not None:
         return open_adapter(adapter, engine.classifier, None if isinstance(quantity, str) else quantity)
@@ -119,7 +121,7 @@ def explain(
     wanted = before.argmax(1) if explained is None else engine.resolve_targets(explained, before)
     own = [image_seed(image, config.seed) for image in images] if seeds is None else list(seeds)
     there = images.to(engine.device)
-    with full_precision():
+    with computing_on(engine.device):
         saliency, scores = explain_with(
             method, engine.classifier, there, wanted, quantity=question, baseline=baseline, adapter=found,
             seed=config.seed,

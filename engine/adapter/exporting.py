@@ -112,6 +112,9 @@ def build_artefacts(
     """
     if reasons := onnxruntime.missing():
         raise ExportError(f"onnx: {'; '.join(reasons)}")
+    placed = next((p.device for p in adapter.classifier.module.parameters()), torch.device("cpu"))
+    if placed.type != "cpu":
+        raise ExportError(f"onnx: the classifier is on {placed}; artefacts are made and checked on the CPU, move it")
     classifier, size, levels = adapter.classifier, adapter.image_size, threshold_grid(alpha_min, steps)
     key = {
         "target": "onnx", "opset": OPSET, "code": [code_version(), sources_digest([Path(__file__).parent])[:16]],

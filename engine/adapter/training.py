@@ -358,7 +358,7 @@ def train(
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CounterlensError(f"{path}: not a checkpoint that can be read ({str(error).splitlines()[0]})") from error
 

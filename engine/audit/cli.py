@@ -13,6 +13,7 @@ from rich.progress import Progress as Bar
 
 from ..errors import CounterlensError, UsageError
 from ..options import (
+    RUNTIMES,
     ClassesOption,
     ClassifierOption,
     DeviceOption,
@@ -82,6 +83,7 @@ def audit(
     image_size: ImageSizeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
     device: DeviceOption = "auto",
+    runtime: Annotated[str, typer.Option(help=f"{RUNTIMES}.")] = "auto",
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
     memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
     part_size: Annotated[int, typer.Option(help="Samples written at once, the unit of going on.", min=1)] = 64,
@@ -117,7 +119,7 @@ def audit(
         seed=seed,
     )
     part = _shard(shard)
-    saving = saving_options(checkpointing, memory_budget, neighbours, device=device)
+    saving = saving_options(checkpointing, memory_budget, neighbours, device=device, runtime=runtime)
     engine = open_engine(
         config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size, dtype=dtype,

@@ -187,6 +187,8 @@ class Auditor:
         if self.options.saliency is not None and not hasattr(engine, "explain"):
             raise UsageError("saliency: this engine has no `explain`")
         config |= {"runtime": engine.runtime_choice(engine.slots[-1], self.config).runtime, "slots": engine.slots[-1]}
+        if engine.device.type != "cpu":  # whose results are not the CPU's, bit by bit
+            config["device"] = engine.device.type
         source = {"kind": self.source.kind, "samples": len(self.source.samples), "digest": self.source.digest()}
         identity = {"model": model, "config": config, "options": asdict(self.options), "source": source}
         identity = json.loads(json.dumps(identity))

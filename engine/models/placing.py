@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +41,14 @@ def place(diffusion: Diffusion, device: torch.device) -> None:
     # A step recorded or compiled on the device must find them there.
     diffusion.alphas_cumprod = diffusion.alphas_cumprod.to(device)
     diffusion.null_condition(1)
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Make a device the current one, where kernels are launched and recorded, and compute in `full_precision`."""
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, full_precision():
+        yield
 
 
 @contextmanager

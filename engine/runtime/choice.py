@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from . import artefacts, cudagraphs
 from .compiled import CompiledStep, expected_inputs
 from .cudagraphs import CudaGraphStep
 from .inductor import InductorStep
+from .parity import check_parity
 from .spec import STEP, Spec, flat, machine
 
 RUNTIMES = ("auto", "eager", "cudagraphs", "inductor", "onnxruntime", "aoti", "tensorrt")
@@ -70,6 +72,7 @@ class StepRunner:
         self._steps: dict[str, AnyStep] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
         self._found: dict[str, Artefact] | None = None
+        self._refused: dict[int, str] = {}  # batch sizes for which `auto` could not record a CUDA graph, and why
 
     def choose(self, batch: int) -> Choice:
         """The runtime for a batch size, and why."""
@@ -79,27 +82,46 @@ class StepRunner:
         if not ready:
             return Choice("eager", "no compiled step in the store; `counterlens export` builds one")
         measured = self.measurements().get(str(batch), {})
-        times = {name: seconds for name, seconds in measured.items() if name == "eager" or name in ready}
+        usable = {"eager", *ready} - ({"cudagraphs"} if batch in self._refused else set())
+        times = {name: seconds for name, seconds in measured.items() if name in usable}
         if set(times) <= {"eager"}:
-            return Choice("eager", f"nothing was measured here for batch {batch}; Engine.warmup measures")
+            why = f"nothing was measured here for batch {batch}; Engine.warmup measures"
+            return Choice("eager", self._refused.get(batch, why))
         best = min(times, key=lambda name: times[name])
         listed = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in sorted(times.items()))
         return Choice(best, f"fastest measured here for batch {batch}: {listed}")
 
     def step(self, batch: int) -> AnyStep:
         """The step for a batch size, called like a GuidedStep; what a named runtime needs is built now."""
-        name = self.choose(batch).runtime
+        name = self._chosen(batch)
         if name not in self._steps:
             self._steps[name] = self._open(name)
         return self._steps[name]
 
     def part(self, batch: int) -> Callable[..., torch.Tensor]:
         """A part of the models for a batch size. Under a named runtime it is compiled only if the store has it."""
-        name = self.choose(batch).runtime
+        name = self._chosen(batch)
         if name not in self.ready():
             name = "eager"
         run = self._function(name)
         return run if name == "eager" else lambda *inputs: run(*inputs)[0]
+
+    def _chosen(self, batch: int) -> str:
+        """The runtime for a batch size; if `auto` takes CUDA graphs, one is recorded now, while it can still change."""
+        name = self.choose(batch).runtime
+        if name == "cudagraphs" and self.runtime == "auto":
+            self._function(name)
+            try:
+                self._graphs.record(batch)
+            except ExportError as error:
+                self._refused[batch] = str(error)
+                name = self.choose(batch).runtime
+        return name
+
+    @cached_property
+    def _graphs(self) -> CudaGraphStep:
+        eager = None if self.spec.what != STEP else flat(self._open("eager"))
+        return CudaGraphStep(self.spec, eager)
 
     def ready(self) -> list[str]:
         """Runtimes beside eager that need no building: artefacts in the store, and on a GPU CUDA graphs of eager."""
@@ -129,7 +151,7 @@ class StepRunner:
             except ExportError as error:
                 if name != "cudagraphs":
                     raise
-                self.say(f"{error}")  # nothing was asked for: it is no candidate, and eager is
+                self._refused[batch] = str(error)  # nothing was asked for: it is no candidate, and eager is
         path = self._calibration()
         known = self.measurements() | {str(batch): times}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,12 +162,17 @@ class StepRunner:
 
     def measurements(self) -> dict[str, dict[str, float]]:
         """Batch size to runtime to seconds a step, as measured on this machine."""
+        if not self.store.folder.exists():  # large weights need not be hashed
+            return {}
         path = self._calibration()
         return json.loads(path.read_text()) if path.exists() else {}
 
     def _calibration(self) -> Any:
         threads = torch.get_num_threads()
-        key = json.dumps(self.spec.key("any") | {"machine": machine(), "threads": threads}, sort_keys=True)
+        where = {"machine": machine(), "threads": threads}
+        if self.spec.device.type != "cpu":
+            where["device"] = self.spec.device.type
+        key = json.dumps(self.spec.key("any") | where, sort_keys=True)
         return self.store.folder / "measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
     def _function(self, runtime: str) -> Callable[..., Any]:
@@ -158,7 +185,7 @@ class StepRunner:
             elif runtime == "eager":
                 self._functions[runtime] = self.spec.function()
             elif runtime == "cudagraphs":
-                self._functions[runtime] = CudaGraphStep(self.spec)
+                self._functions[runtime] = self._graphs
             else:
                 self._functions[runtime] = artefacts.open_function(self.found()[runtime], self.spec.device)
         return self._functions[runtime]
@@ -175,10 +202,13 @@ class StepRunner:
                 self.say("compiling with torch.compile at the first step of each batch size")
                 run = InductorStep(self.spec)
             else:
-                run = CudaGraphStep(self.spec)
+                run = self._graphs
             return CompiledStep(run, runtime=runtime, dtype=self.spec.dtype, expected=expected)
         artefact = artefacts.build(self.spec, TARGETS[runtime], self.store, say=self.say)
-        return artefacts.open_step(artefact, self.spec.device)
+        opened = artefacts.open_step(artefact, self.spec.device)
+        if runtime == "onnxruntime" and self.spec.device.type != "cpu":  # one file for all, checked where it was built
+            check_parity(self.spec, flat(opened))
+        return opened
 
 
 @torch.no_grad()

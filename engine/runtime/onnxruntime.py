@@ -62,7 +62,10 @@ def load(path: Path, *, provider: str = "cpu", threads: int | None = None) -> Ca
     chosen: list[Any] = [PROVIDERS[provider]]
     if provider != "cpu":
         stream = str(torch.cuda.current_stream().cuda_stream)
-        chosen = [(PROVIDERS[provider], {"user_compute_stream": stream})]
+        options_there: dict[str, Any] = {"user_compute_stream": stream, "device_id": torch.cuda.current_device()}
+        if provider == "cuda":
+            options_there["use_tf32"] = 0  # float32 is float32
+        chosen = [(PROVIDERS[provider], options_there)]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
     except (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf) as error:

@@ -39,7 +39,7 @@ def check_parity(
     moved: list[Tensor] = []
     own = 0.0
     for batch in batches:
-        for seed in range(max(1, SAMPLES // batch // len(batches))):
+        for seed in range(max(2, SAMPLES // batch // len(batches))):
             inputs = spec.example(batch, seed)
             result = eager(*inputs)
             expected = result if isinstance(result, tuple) else (result,)
@@ -50,9 +50,12 @@ def check_parity(
                 sides = (expected[2] - got[2]).abs() > 1e-6
             if got[0].is_cuda:
                 # Some backward kernels add up in any order: eager does not agree with itself better than this.
-                again = eager(*inputs)
-                again = again if isinstance(again, tuple) else (again,)
-                own = max(own, relative_errors(again[0], expected[0]).max().item())
+                result = eager(*inputs)
+                again = result if isinstance(result, tuple) else (result,)
+                spread = relative_errors(again[0], expected[0])
+                if spec.what == STEP:  # a location that changes sides says nothing about rounding
+                    spread = spread[(again[2] - expected[2]).abs() <= 1e-6]
+                own = max([own, *spread.tolist()])
             moved.append(sides)
     error, left_out = torch.cat(errors), torch.cat(moved)
     tolerance, slack = max(TOLERANCE[spec.precision], 2 * own), SLACK[spec.precision]

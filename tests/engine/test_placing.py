@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from counterlens.engine import Config, Engine
+from counterlens.engine.adapter.packed import pack_adapter
 from counterlens.engine.errors import UsageError
 from counterlens.engine.models.placing import choose_device, full_precision
 from counterlens.engine.packs import Pack
+from counterlens.engine.runtime.choice import StepRunner
 from counterlens.engine.runtime.cudagraphs import CudaGraphStep
 from counterlens.engine.runtime.spec import Spec
 from counterlens.export.errors import ExportError
+from counterlens.export.store import Store
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CONFIG = Config(mode="realistic", speed="fast")
@@ -96,3 +99,43 @@ def test_what_waits_for_the_device_cannot_be_recorded() -> None:
     step = CudaGraphStep(spec, lambda image: image * image.mean().item())
     with pytest.raises(ExportError, match="cudagraphs: cannot be recorded"):
         step(*spec.example(1))
+
+
+class Refusing:
+    """Stands for a recorder whose batch 2 cannot be recorded."""
+
+    def record(self, batch: int) -> None:
+        if batch == 2:
+            raise ExportError("cudagraphs: cannot be recorded (it waits)")
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        self.record(len(inputs[0]))
+        return (inputs[0],)
+
+
+def test_auto_goes_on_in_eager_where_nothing_can_be_recorded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("counterlens.engine.runtime.cudagraphs.missing", lambda device: [])
+    engine = Engine.from_pack(device="cpu", config=CONFIG)
+    spec = Spec(engine.diffusion, engine.classifier, what="vae-decoder", weights="w")
+    runner = StepRunner(spec, "auto", Store(tmp_path))
+    runner.__dict__["_graphs"] = Refusing()
+    assert "nothing was measured here for batch 2; Engine.warmup measures" in runner.choose(2).why
+    assert set(runner.measure(1, seconds=0.01)) == {"eager", "cudagraphs"}
+    assert set(runner.measure(2, seconds=0.01)) == {"eager"}
+    assert runner.choose(2).why == "cudagraphs: cannot be recorded (it waits)"
+    (path,) = (tmp_path / "measured").iterdir()
+    path.write_text('{"1": {"eager": 2.0, "cudagraphs": 1.0}, "2": {"eager": 2.0, "cudagraphs": 1.0}}')
+    later = StepRunner(spec, "auto", Store(tmp_path))  # another process, which finds the measurements
+    later.__dict__["_graphs"] = Refusing()
+    assert [later.choose(batch).runtime for batch in (1, 2)] == ["cudagraphs", "cudagraphs"]
+    z = torch.rand(2, *engine.diffusion.latent_shape)
+    assert torch.equal(later.part(1)(z[:1]), z[:1])  # what the stand-in gives back
+    torch.testing.assert_close(later.part(2)(z), engine.diffusion.decode(z))
+    assert later.choose(2).why == "cudagraphs: cannot be recorded (it waits)"
+
+
+def test_an_adapter_goes_where_the_engine_is(images: Tensor) -> None:
+    engine = Engine.from_pack(device="cpu", config=CONFIG)
+    pack = Pack("digits")
+    adapter = pack_adapter(pack, "clean", pack.classifier("clean"))
+    assert torch.equal(engine.explain(images, adapter=adapter).saliency, engine.explain(images).saliency)
