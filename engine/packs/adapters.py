@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..adapter.lax import DESCRIPTION, WEIGHTS
 from ..adapter.packed import FOLDER
 from ..adapter.recipes import HALVES, pack_images, schedule_for, taps_for, train_adapter
+from ..models.placing import choose_device
 from . import Pack
 from .train import list_files
 
@@ -28,13 +29,16 @@ ADAPTERS = {
 def main(
     pack: Annotated[str, typer.Option(help="Pack, or its folder.")],
     work: Annotated[Path, typer.Option(help="Folder for checkpoints and loss plots.")],
+    device: Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Train the adapters of `clean` and `shortcut`, for labels and for "5 or more", and put them into the pack.
 
+    Those for labels take about an hour each on one core.
+
     Example: python -m counterlens.engine.packs.adapters --pack digits --work run
     """
-    opened = Pack(pack)
-    images, validation = pack_images(opened)
+    opened, there = Pack(pack), choose_device(device)
+    images, validation = (x.to(there) for x in pack_images(opened))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         for folder, (name, quantity) in ADAPTERS.items():
@@ -42,8 +46,10 @@ def main(
             task = progress.add_task(folder, total=schedule.steps)
             out = work / folder
             out.mkdir(parents=True, exist_ok=True)
+            classifier = opened.classifier(name)
+            classifier.module.to(there)
             train_adapter(
-                opened.classifier(name), images, validation, schedule, quantity=quantity,
+                classifier, images, validation, schedule, quantity=quantity,
                 taps=taps_for(name, quantity), colour=opened.mean_colour, out=out,
                 on_step=lambda step, *_, t=task: progress.update(t, completed=step),
                 described={"classifier": name, "pack": opened.name},
