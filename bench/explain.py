@@ -205,7 +205,7 @@ def sanity_figures(pack: Pack, steps: int | None) -> dict[str, Any]:
     random = randomised(classifier)
     kept = replace(adapter, classifier=random).explain(images, target).scores
     schedule = PACK_SCHEDULE if steps is None else replace(PACK_SCHEDULE, steps=steps)
-    retrained, history = train_adapter(random, *pack_images(pack), schedule, colour=pack.mean_colour)
+    retrained, history = train_adapter(random, *pack_images(pack, schedule), schedule, colour=pack.mean_colour)
     again = retrained.explain(images, target).scores
     same: LAX = replace(adapter)
     top = {"kept": kept, "retrained": again, "itself": same.explain(images, target).scores}

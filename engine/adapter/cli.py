@@ -143,7 +143,7 @@ def train(
         (_, shown), (_, held) = _load(images, size), _load(validation, size)
         colour = shown.mean((0, 2, 3))
     else:
-        shown, held = pack_images(opened)
+        shown, held = pack_images(opened, chosen, quantity)
         colour = opened.mean_colour
     shown, held = shown.to(choose_device(device)), held.to(choose_device(device))
     out = make_folder(out)

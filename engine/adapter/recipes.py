@@ -18,15 +18,18 @@ from .lax import LAX, new_adapter
 from .quantities import LogOdds, Quantity
 from .training import History, Schedule, train
 
-RENDERINGS = 4  # of each training digit
+# Of each training digit. With 4, a long training's maps of those very images were better than of others; short ones,
+# of groups of labels, do with them.
+RENDERINGS, FEW_RENDERINGS = 64, 4
 VALIDATED = 96  # images that early stopping looks at
 SMOOTHED = 20  # steps of a running mean in loss.png
 MARKERS = ("random", "matching")
 HALVES = "0,1,2,3,4/5,6,7,8,9"  # "5 or more": what the pack's shortcut decides
 # Chosen on the training and validation splits.
 PACK_SCHEDULE = Schedule(
-    steps=3500, learning_rate=5e-3, weight_decay=0.1, thresholds=2, rank_thresholds=3, ranks=4.0, imputed=1.0, area=3.0,
-    temperature=(0.2, 0.05), alpha_min=0.4, baselines=("mean", "mean", "mean", "blur"), every=250, patience=14,
+    steps=10000, learning_rate=5e-3, weight_decay=0.1, thresholds=2, rank_thresholds=3, ranks=4.0, imputed=2.5,
+    area=3.0, temperature=(0.2, 0.05), alpha_min=0.4, baselines=("mean", "mean", "mean", "blur"), every=500,
+    patience=60,
 )  # fmt: skip
 # The mean colour is "less than 5" to both classifiers: nothing has to be shown for that answer. Random colours and
 # noise, which are neither, hide pixels as well. Marker and digit both tell the half, and either is enough: removal
@@ -57,12 +60,16 @@ def taps_for(packed: str | None, quantity: str) -> list[str] | None:
     return None if packed is None or quantity == "class" else HALVES_TAPS
 
 
-def pack_images(pack: Pack) -> tuple[Tensor, Tensor]:
+def pack_images(pack: Pack, schedule: Schedule, quantity: str = "class") -> tuple[Tensor, Tensor]:
     """Images for training [N, 3, 32, 32], fresh renderings of the training split, and of the validation split.
 
-    Three quarters carry a marker: half of them follow the rule `random`, half `matching`.
+    Three quarters carry a marker: half of them follow the rule `random`, half `matching`. Not many more are rendered
+    than training looks at.
     """
-    shown = [pack.samples("train", marker=MARKERS[s % 2], seed=1 + s).images for s in range(RENDERINGS)]
+    digits = int((pack.digits["split"] == 0).sum())
+    most = RENDERINGS if quantity == "class" else FEW_RENDERINGS
+    count = min(most, max(len(MARKERS), schedule.steps * schedule.batch // digits))
+    shown = [pack.samples("train", marker=MARKERS[s % 2], seed=1 + s).images for s in range(count)]
     held = [pack.samples("validation", marker=rule, count=VALIDATED // 2).images for rule in MARKERS]
     return torch.cat(shown), torch.cat(held)
 

@@ -38,11 +38,11 @@ def main(
     Example: python -m counterlens.engine.packs.adapters --pack digits --work run
     """
     opened, there = Pack(pack), choose_device(device)
-    images, validation = (x.to(there) for x in pack_images(opened))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         for folder, (name, quantity) in ADAPTERS.items():
             schedule = schedule_for(name, quantity)
+            images, validation = (x.to(there) for x in pack_images(opened, schedule, quantity))
             task = progress.add_task(folder, total=schedule.steps)
             out = work / folder
             out.mkdir(parents=True, exist_ok=True)
