@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from bench.record import RESULTS, environment, interval, write_result
+from bench.record import RESULTS, environment, interval, keep_memory, write_result
 from counterlens.engine.adapter.drawing import draw_methods
 from counterlens.engine.adapter.evaluation import METRICS, Scored, evaluate
 from counterlens.engine.adapter.lax import LAX, new_adapter
@@ -138,6 +138,7 @@ def against_best(scored: dict[str, Scored], metric: str) -> dict[str, Any]:
 
 def cost_figures(pack: Pack) -> dict[str, Any]:
     """Milliseconds per image at batch 64, and in forward passes of the classifier, timed in turns."""
+    keep_memory()
     classifier = pack.classifier("clean")
     images = pack.samples("test", count=64, marker="random").images
     adapter, target = pack_adapter(pack, "clean", classifier), predict(classifier, images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -77,6 +78,17 @@ def time_calls(fn: Callable[[], object], *, seconds: float = 2.0, least: int = 1
         times.append(time.perf_counter() - start)
     p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
     return {"p20": p20, "p50": p50, "p80": p80, "calls": len(times)}
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed: a call that gives tens of megabytes back each time pays for them anew each time.
+
+    Whether it does depends on what else the process happens to hold, and moves a short call's time by a third.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            library.mallopt(parameter, 1 << 30)
 
 
 def interval(values: torch.Tensor) -> dict[str, float]:
