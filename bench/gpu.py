@@ -9,7 +9,6 @@ the CPU. Results go to bench/results/gpu-SUITE.json.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from bench.baselines.literal import literal_step
 from bench.real_models import IMAGE_SIZE, LABELS, build, wait
-from bench.record import environment, write_result
+from bench.record import environment, quantiles, say, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.attention import memory_efficient_attention, not_supported_reasons
 from counterlens.engine.config import PRESETS
@@ -38,16 +37,6 @@ from counterlens.export.store import Store
 MODEL = "stable-diffusion-1.x"
 LITERAL_STEPS = 171
 Call = Callable[[], Any]
-
-
-def say(*words: object) -> None:
-    print(*words, file=sys.stderr, flush=True)
-
-
-def quantiles(seconds: list[float], levels: tuple[float, ...] = (0.2, 0.5, 0.8)) -> dict[str, float]:
-    """Quantiles of times by name: p20, p50, ..."""
-    values = torch.tensor(seconds, dtype=torch.float64)
-    return {f"p{round(100 * q)}": values.quantile(q).item() for q in levels}
 
 
 def in_turns(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:

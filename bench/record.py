@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -64,6 +65,17 @@ def write_result(name: str, payload: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
     return path
+
+
+def say(*words: object) -> None:
+    """For people: stderr, because stdout may belong to a machine."""
+    print(*words, file=sys.stderr, flush=True)
+
+
+def quantiles(seconds: list[float], levels: tuple[float, ...] = (0.2, 0.5, 0.8)) -> dict[str, float]:
+    """Quantiles of times by name: p20, p50, ..."""
+    values = torch.tensor(seconds, dtype=torch.float64)
+    return {f"p{round(100 * q)}": values.quantile(q).item() for q in levels}
 
 
 def time_calls(fn: Callable[[], object], *, seconds: float = 2.0, least: int = 10) -> dict[str, float]:

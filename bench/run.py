@@ -27,7 +27,7 @@ from torch import Tensor
 from bench.baselines.literal import literal_loop, literal_step
 from bench.measure import predictions, two_targets
 from bench.pareto import judge_features, kid, literal_settings, not_inferior
-from bench.record import RESULTS, environment, interval, write_result
+from bench.record import RESULTS, environment, interval, quantiles, say, write_result
 from bench.runtimes import interleaved
 from counterlens.engine import Config, Engine
 from counterlens.engine.config import Settings
@@ -43,17 +43,6 @@ STORE = Path("build/bench-store")
 CACHE = Path("build/bench-quality")  # counterfactuals of the quality suite, so that it can be stopped and go on
 LITERAL_STEPS = 171
 Figures = dict[str, dict[str, Any]]
-
-
-def say(*words: object) -> None:
-    """For people: stderr, because stdout may belong to a machine."""
-    print(*words, file=sys.stderr, flush=True)
-
-
-def quantiles(seconds: list[float], levels: tuple[float, ...] = (0.2, 0.5, 0.8)) -> dict[str, float]:
-    """Quantiles of times by name: p20, p50, ..."""
-    values = torch.tensor(seconds, dtype=torch.float64)
-    return {f"p{round(100 * q)}": values.quantile(q).item() for q in levels}
 
 
 def timed(call: Callable[[], Any]) -> float:

@@ -204,14 +204,9 @@ def counterfactual(
         raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
     out = make_folder(out)
     saving = saving_options(
-        checkpointing,
-        memory_budget,
-        neighbours,
-        attention=attention,
-        guidance_decoder=tiny_decoder,
-        device=device,
+        checkpointing, memory_budget, neighbours, attention=attention, guidance_decoder=tiny_decoder, device=device,
         runtime=runtime,
-    )
+    )  # fmt: skip
     engine = open_engine(
         config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size, dtype=dtype,

@@ -147,7 +147,8 @@ def train(
     else:
         shown, held = pack_images(opened, chosen, quantity)
         colour = opened.mean_colour
-    shown, held = shown.to(choose_device(device)), held.to(choose_device(device))
+    there = choose_device(device)
+    shown, held = shown.to(there), held.to(there)
     out = make_folder(out)
     named = taps_for(packed, quantity) if taps is None else [] if taps == "pixels" else taps.split(",")
     command = {"classifier": classifier, "pack": opened.name if opened else None}
@@ -157,7 +158,7 @@ def train(
             text = f"loss {loss:.3f}, best MSI {best:.3f}"
             progress.update(progress.task_ids[0], completed=step, total=total, description=text)
 
-        with computing_on(choose_device(device)):
+        with computing_on(there):
             adapter, history = train_adapter(
                 explained, shown, held, chosen, quantity=quantity, taps=named, colour=colour, out=out, on_step=show,
                 described=command,
@@ -380,6 +381,7 @@ def _evaluate(
 
     chosen = check_methods([name.strip() for name in methods.split(",")])
     check_charts()
+    there = choose_device(device)
     opened, explained, size, baseline = _open(pack, classifier, images, labels, image_size, device)
     if images is not None:
         names, shown = _load(images, size)
@@ -396,9 +398,9 @@ def _evaluate(
             progress.update(progress.task_ids[0], description=name)
             progress.advance(progress.task_ids[0])
 
-        with computing_on(choose_device(device)):
+        with computing_on(there):
             scored = compare(
-                explained, shown.to(choose_device(device)), chosen, quantity=quantity, adapter=trained,
+                explained, shown.to(there), chosen, quantity=quantity, adapter=trained,
                 alpha_min=alpha_min, baseline=baseline, layer=layer, seed=seed, seeds=ids, on_method=show,
             )  # fmt: skip
     summary = summarise(scored)

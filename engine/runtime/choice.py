@@ -110,7 +110,6 @@ class StepRunner:
         """The runtime for a batch size; if `auto` takes CUDA graphs, one is recorded now, while it can still change."""
         name = self.choose(batch).runtime
         if name == "cudagraphs" and self.runtime == "auto":
-            self._function(name)
             try:
                 self._graphs.record(batch)
             except ExportError as error:
@@ -120,8 +119,7 @@ class StepRunner:
 
     @cached_property
     def _graphs(self) -> CudaGraphStep:
-        eager = None if self.spec.what != STEP else flat(self._open("eager"))
-        return CudaGraphStep(self.spec, eager)
+        return CudaGraphStep(self.spec, self._function("eager"))
 
     def ready(self) -> list[str]:
         """Runtimes beside eager that need no building: artefacts in the store, and on a GPU CUDA graphs of eager."""

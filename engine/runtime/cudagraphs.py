@@ -60,11 +60,11 @@ class Recorded:
 class CudaGraphStep:
     """Records on the first call with a batch size, and checks the graph against eager before its result is used."""
 
-    def __init__(self, spec: Spec, function: Callable[..., Any] | None = None) -> None:
+    def __init__(self, spec: Spec, function: Callable[..., Any]) -> None:
         if reasons := missing(spec.device):
             raise ExportError(f"cudagraphs: {'; '.join(reasons)}")
         self.spec = spec
-        self.function = spec.function() if function is None else function
+        self.function = function
         self.reports: dict[int, dict[str, Any]] = {}
         self._recorded: dict[int, Recorded] = {}
 

@@ -135,7 +135,7 @@ def test_auto_goes_on_in_eager_where_nothing_can_be_recorded(tmp_path: Any, monk
 
 
 def test_an_adapter_goes_where_the_engine_is(images: Tensor) -> None:
-    engine = Engine.from_pack(device="cpu", config=CONFIG)
+    engine = Engine.from_pack(config=CONFIG)  # on a GPU where there is one
     pack = Pack("digits")
     adapter = pack_adapter(pack, "clean", pack.classifier("clean"))
     assert torch.equal(engine.explain(images, adapter=adapter).saliency, engine.explain(images).saliency)
