@@ -40,6 +40,9 @@ HeadOption = Annotated[Path | None, typer.Option(help="Safetensors file: linear 
 WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")]
 ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
 RUNTIMES = "auto, eager, cudagraphs, inductor, onnxruntime, aoti or tensorrt"
+ForwardOption = Annotated[
+    str, typer.Option(help="Of the metrics' forward passes: eager, or onnxruntime (compiled for the CPU).")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
 SpeedOption = Annotated[str | None, typer.Option(help="exact, balanced or fast: how the setting is computed.")]
 GuidanceDecoderOption = Annotated[str | None, typer.Option(help="full, or tiny: a small one, for gradients only.")]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import CounterlensError, UsageError
-from ..options import DeviceOption, JsonFlag, LabelsOption, PackOption, errors, print_json, progress_bar
+from ..options import DeviceOption, ForwardOption, JsonFlag, LabelsOption, PackOption, errors, print_json, progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -370,10 +370,11 @@ def explain(
 def _evaluate(
     methods: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None, images: Path | None,
     labels: str | None, image_size: int, split: str, count: int | None, marker: str, alpha_min: float,
-    layer: str | None, device: str, seed: int, as_json: bool,
+    layer: str | None, runtime: str, device: str, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     from ..images import make_folder, write_png
     from ..models.placing import choose_device, computing_on
+    from ..runtime.forward import forward_by
     from .drawing import check_charts, draw_charts, draw_methods
     from .evaluation import METRICS, summarise, write_parquet
     from .evaluation import evaluate as compare
@@ -391,6 +392,7 @@ def _evaluate(
         shown, ids = drawn.images, drawn.ids
         names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
     trained = _adapter(opened, classifier, explained, quantity, adapter) if "lax" in chosen else None
+    forward = forward_by(runtime, explained, size)
     out = make_folder(out)
     with progress_bar("methods", len(chosen)) as progress:
 
@@ -400,7 +402,7 @@ def _evaluate(
 
         with computing_on(there):
             scored = compare(
-                explained, shown.to(there), chosen, quantity=quantity, adapter=trained,
+                explained, shown.to(there), chosen, quantity=quantity, adapter=trained, forward=forward,
                 alpha_min=alpha_min, baseline=baseline, layer=layer, seed=seed, seeds=ids, on_method=show,
             )  # fmt: skip
     summary = summarise(scored)
@@ -454,6 +456,7 @@ def evaluate(
     marker: MarkerOption = "random",
     alpha_min: AlphaOption = 0.5,
     layer: LayerOption = None,
+    runtime: ForwardOption = "eager",
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
@@ -466,7 +469,7 @@ def evaluate(
     """
     _evaluate(
         methods, out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
-        layer, device, seed, as_json,
+        layer, runtime, device, seed, as_json,
     )  # fmt: skip
 
 
@@ -484,6 +487,7 @@ def evaluate_adapter(
     count: CountOption = None,
     marker: MarkerOption = "random",
     alpha_min: AlphaOption = 0.5,
+    runtime: ForwardOption = "eager",
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
@@ -494,5 +498,5 @@ def evaluate_adapter(
     """
     _evaluate(
         "lax", out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
-        None, device, seed, as_json,
+        None, runtime, device, seed, as_json,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Saliency methods side by side, by metrics that none of them was made for but one."""
+"""Saliency methods side by side, by the same metrics on the same images."""
 
 from __future__ import annotations
 
@@ -97,6 +97,7 @@ def evaluate(
     *,
     quantity: str | LogOdds | Quantity = "class",
     adapter: LAX | None = None,
+    forward: Classifier | None = None,
     alpha_min: float = 0.5,
     baseline: Baseline = "mean",
     layer: str | None = None,
@@ -110,6 +111,7 @@ def evaluate(
     Args:
         methods: names in `methods.saliency_methods`.
         target: explained labels; the predictions without it.
+        forward: the classifier as `runtime.forward.compile_classifier` made it, for the metrics; the same without it.
         alpha_min: of MSI, frozen before methods are compared.
         seeds: of ties, one per image.
         on_method: told the name of each method before it runs.
@@ -134,8 +136,8 @@ def evaluate(
         _wait(images)
         seconds = (time.perf_counter() - started) / max(1, len(images))
         out[name] = score_maps(
-            classifier, images, saliency, scores, target, explained, alpha_min=alpha_min, baseline=baseline,
-            seeds=seeds, seconds=seconds, batch=batch,
+            classifier if forward is None else forward, images, saliency, scores, target, explained,
+            alpha_min=alpha_min, baseline=baseline, seeds=seeds, seconds=seconds, batch=batch,
         )  # fmt: skip
     return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from counterlens.export import export_onnx
-from counterlens.export.errors import ExportError
 from counterlens.export.onnx import OPSET
 from counterlens.export.store import Artefact, Store, sources_digest, weights_digest
 from counterlens.kernels.perturb.reference import perturb
@@ -18,9 +17,8 @@ from counterlens.kernels.perturb.reference import perturb
 from ..guidance.pullback import frozen
 from ..metrics.msi_score import threshold_grid
 from ..models.protocols import Classifier
-from ..runtime import onnxruntime
 from ..runtime.artefacts import FILES
-from ..runtime.parity import TOLERANCE
+from ..runtime.forward import compare, require_onnx
 from ..runtime.spec import code_version
 from .lax import LAX
 from .quantities import LogOdds, Quantity, make_quantity
@@ -110,11 +108,7 @@ def build_artefacts(
     Raises:
         UsageError: a number is out of range. ExportError: it cannot be exported, or ONNX Runtime does not agree.
     """
-    if reasons := onnxruntime.missing():
-        raise ExportError(f"onnx: {'; '.join(reasons)}")
-    placed = next((p.device for p in adapter.classifier.module.parameters()), torch.device("cpu"))
-    if placed.type != "cpu":
-        raise ExportError(f"onnx: the classifier is on {placed}; artefacts are made and checked on the CPU, move it")
+    require_onnx(adapter.classifier.module)
     classifier, size, levels = adapter.classifier, adapter.image_size, threshold_grid(alpha_min, steps)
     key = {
         "target": "onnx", "opset": OPSET, "code": [code_version(), sources_digest([Path(__file__).parent])[:16]],
@@ -128,14 +122,14 @@ def build_artefacts(
 
     def build_adapter(folder: Path) -> dict[str, Any]:
         path = export_adapter(adapter, folder / FILES["onnx"])
-        return {"what": "adapter", "parity": _parity("adapter", saliency_function(adapter), path, given)}
+        return {"what": "adapter", "parity": compare("adapter", saliency_function(adapter), path, given)}
 
     def build_curve(folder: Path) -> dict[str, Any]:
         path = export_curve(
             classifier, size, folder / FILES["onnx"], alpha_min=alpha_min, steps=steps, quantity=adapter.quantity
         )
         function = curve_function(classifier, levels, adapter.quantity)
-        return {"what": "curve", "parity": _parity("curve", function, path, asked)}
+        return {"what": "curve", "parity": compare("curve", function, path, asked)}
 
     with frozen(classifier.module, adapter.head):
         return {
@@ -144,24 +138,3 @@ def build_artefacts(
             ),
             "curve": store.get(key | {"what": "curve", "levels": levels.tolist()}, build_curve, force=force),
         }
-
-
-@torch.no_grad()
-def _parity(what: str, function: Callable[..., Any], path: Path, inputs: Sequence[Tensor]) -> dict[str, Any]:
-    """Worst error of ONNX Runtime at a batch that was not traced; ExportError above fp32's tolerance.
-
-    Relative to a sample's largest magnitude where that is above 1: tiny probabilities stay what they are.
-    """
-    result = function(*inputs)
-    expected = result if isinstance(result, tuple) else (result,)
-    got = onnxruntime.load(path)(*inputs)
-    worst = max(
-        ((a - b).abs().flatten(1).amax(1) / b.abs().flatten(1).amax(1).clamp(min=1)).max().item()
-        for a, b in zip(got, expected, strict=True)
-    )
-    if not worst <= TOLERANCE["fp32"]:  # so that NaN fails
-        raise ExportError(
-            f"the compiled {what} does not agree with eager: error {worst:.2g} (at most "
-            f"{TOLERANCE['fp32']:g}); not used"
-        )
-    return {"samples": len(inputs[0]), "tolerance": TOLERANCE["fp32"], "worst": worst}

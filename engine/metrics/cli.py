@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from ..options import ForwardOption
 
 # torch and everything that needs it are imported inside the commands: --help must answer at once.
 
@@ -33,6 +34,7 @@ def calibrate(
         str, typer.Option(help="Values of alpha_min to choose from.")
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
     steps: Annotated[int, typer.Option(help="Thresholds of MSI.", min=1)] = 16,
+    runtime: ForwardOption = "eager",
     seed: Annotated[int, typer.Option(help="Of the samples' rendering.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout.")] = False,
 ) -> None:
@@ -51,6 +53,7 @@ def calibrate(
 
     from ..images import make_folder
     from ..packs import Pack
+    from ..runtime.forward import forward_by
     from .calibration import calibrate as choose
     from .reference_maps import gradient_maps, read_maps
 
@@ -63,8 +66,8 @@ def calibrate(
     )
     folder = make_folder(out)
     result = choose(
-        model, samples.images, saliency, candidates=values, steps=steps, baseline=opened.mean_colour,
-        seeds=samples.ids,
+        forward_by(runtime, model, size), samples.images, saliency, candidates=values, steps=steps,
+        baseline=opened.mean_colour, seeds=samples.ids,
     )  # fmt: skip
     path = folder / "calibration.json"
     content = result.save(

@@ -92,6 +92,18 @@ def test_evaluate_writes_its_table_curves_and_pictures(untrained: Path, tmp_path
     assert json.loads(again.stdout)["msi"] == records[0]["msi"]
 
 
+def test_metrics_through_onnx_runtime(untrained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'counterlens[cpu]'")
+    scores = []
+    for runtime in ("eager", "onnxruntime"):
+        command = ("adapter", "evaluate", "--adapter", untrained, "--count", 3, "--out", tmp_path / runtime, "--json")
+        result = run(*command, "--runtime", runtime)
+        assert result.returncode == 0, result.stderr
+        scores.append(json.loads(result.stdout))
+    for metric in ("msi", "insertion", "deletion", "road"):
+        assert scores[0][metric] == pytest.approx(scores[1][metric], abs=1e-4)
+
+
 def test_train_on_a_folder_and_go_on(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     # The pack's classifier by name, on images from a folder.
@@ -120,6 +132,7 @@ def test_usage_errors(digits: Path, tmp_path: Path) -> None:
         (["saliency", file, "--method", "rise", "--out", file.parent], 2, ["out", "overwritten"]),
         (["evaluate", "--methods", "lax,magic", *out], 2, ["method", "magic"]),
         (["evaluate", "--classifier", "vgg", *out], 2, ["classifier", "vgg"]),
+        (["evaluate", "--methods", "rise", "--runtime", "aoti", *out], 2, ["runtime", "eager or onnxruntime", "aoti"]),
         (["adapter", "train", "--taps", "features.44", *out], 2, ["features.44", "nearest", "features.4"]),
         (["adapter", "train", "--images", digits, *out], 2, ["validation"]),
         (["adapter", "train", "--baselines", "black", *out], 2, ["baselines", "black"]),

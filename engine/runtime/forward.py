@@ -1,0 +1,133 @@
+"""A classifier's forward pass through ONNX Runtime: a perturbation metric is thousands of them and no gradient."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from counterlens.export.errors import ExportError
+from counterlens.export.store import Store, weights_digest
+
+from ..errors import UsageError
+from ..guidance.pullback import frozen
+from ..models.protocols import Classifier, SigmoidClassifier, SoftmaxClassifier
+from . import onnxruntime
+from .artefacts import FILES, missing
+from .parity import TOLERANCE
+from .spec import code_version
+
+FORWARD = ("eager", "onnxruntime")
+
+
+class CompiledForward(nn.Module):
+    """An ONNX file as a module from images [B, 3, size, size] to logits; it has no parameters and no gradients."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.run = onnxruntime.load(path)
+
+    def forward(
+        self,
+        image: Tensor,  # [B, 3, size, size] float32 on the CPU
+    ) -> Tensor:
+        if image.ndim != 4 or image.shape[1:] != (3, self.size, self.size):
+            raise UsageError(f"images: expected [B, 3, {self.size}, {self.size}], got {list(image.shape)}")
+        if image.dtype != torch.float32 or image.device.type != "cpu":
+            raise UsageError(f"images: expected float32 on the CPU, got {image.dtype} on {image.device}")
+        if image.requires_grad and torch.is_grad_enabled():
+            raise UsageError("images: no gradient goes through a compiled forward pass; use the classifier itself")
+        return self.run(image)[0]
+
+
+def compile_classifier(classifier: Classifier, image_size: int, *, store: Store | None = None) -> Classifier:
+    """The same classifier with its logits computed by ONNX Runtime: faster on a CPU, and without gradients.
+
+    Built once into the store (seconds), and compared with eager each time that it is opened; a batch of any size goes
+    through it. Its weights are those of now.
+
+    Args:
+        classifier: float32, on the CPU; left as it was.
+        image_size: side in pixels of its images.
+        store: the user's without it.
+
+    Raises:
+        ExportError: onnx or ONNX Runtime is missing or does not agree, the model is elsewhere than on the CPU or not in
+            float32, or holds an operation that has no ONNX form.
+    """
+    module = classifier.module
+    require_onnx(module)
+    from counterlens.export.onnx import OPSET, export_onnx
+
+    held = hashlib.sha256()  # buffers that are not saved, such as a preprocessing's mean
+    for name, buffer in module.named_buffers():
+        held.update(name.encode() + buffer.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    key = {
+        "what": "forward", "target": "onnx", "opset": OPSET, "code": code_version(), "image": image_size,
+        "weights": weights_digest([module]), "buffers": held.hexdigest(), "models": [type(classifier).__name__],
+        "module": repr(module),
+    }  # fmt: skip
+    images = torch.rand((3, 3, image_size, image_size), generator=torch.Generator().manual_seed(0))
+
+    def build(folder: Path) -> dict[str, Any]:
+        path = folder / FILES["onnx"]
+        export_onnx(classifier.logits, [images[:2]], path, input_names=["image"], output_names=["logits"])
+        return {"what": "forward", "parity": compare("classifier", classifier.logits, path, [images])}
+
+    with frozen(module), torch.no_grad():
+        path = (store or Store()).get(key, build).file(FILES["onnx"])
+        try:
+            compare("classifier", classifier.logits, path, [images])
+        except ExportError:  # what its code does is not in the key: built again, and refused if that is wrong as well
+            path = (store or Store()).get(key, build, force=True).file(FILES["onnx"])
+    kind = SoftmaxClassifier if classifier.link == "softmax" else SigmoidClassifier
+    return kind(CompiledForward(path, image_size), classifier.labels)
+
+
+def require_onnx(module: nn.Module) -> None:
+    """ExportError where a module cannot become an ONNX file for the CPU here."""
+    if reasons := missing("onnx"):
+        raise ExportError(f"onnxruntime: {'; '.join(reasons)}")
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            raise ExportError(
+                f"onnxruntime: {name} is {tensor.dtype} on {tensor.device}; the classifier has to be in float32 on the "
+                "CPU for that: move it (device cpu)"
+            )
+
+
+def forward_by(runtime: str, classifier: Classifier, image_size: int) -> Classifier:
+    """The classifier itself (`eager`), or compiled (`onnxruntime`).
+
+    Raises:
+        UsageError: there is no such runtime. ExportError: see `compile_classifier`.
+    """
+    if runtime not in FORWARD:
+        raise UsageError(f"runtime: expected {' or '.join(FORWARD)} for forward passes, got {runtime!r}")
+    return classifier if runtime == "eager" else compile_classifier(classifier, image_size)
+
+
+@torch.no_grad()
+def compare(what: str, function: Callable[..., Any], path: Path, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """Worst error of an ONNX file at a batch that was not traced; ExportError above fp32's tolerance.
+
+    Relative to a sample's largest magnitude where that is above 1: tiny probabilities stay what they are.
+    """
+    result = function(*inputs)
+    expected = result if isinstance(result, tuple) else (result,)
+    got = onnxruntime.load(path)(*inputs)
+    worst = max(
+        ((a - b).abs().flatten(1).amax(1) / b.abs().flatten(1).amax(1).clamp(min=1)).max().item()
+        for a, b in zip(got, expected, strict=True)
+    )
+    if not worst <= TOLERANCE["fp32"]:  # so that NaN fails
+        raise ExportError(
+            f"the compiled {what} does not agree with eager: error {worst:.2g} (at most "
+            f"{TOLERANCE['fp32']:g}); not used"
+        )
+    return {"samples": len(inputs[0]), "tolerance": TOLERANCE["fp32"], "worst": worst}
