@@ -2,6 +2,7 @@
 
 `python -m bench.metrics --record` writes bench/results/metrics.json. Ratios are of runs side by side, in one process,
 with the same classifier, the same masks and the same number of forwards: on a CPU the forwards are nearly all of it.
+What compiling the classifier (ONNX Runtime) adds is recorded apart.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from bench.record import write_result
+from bench.record import keep_memory, write_result
 from counterlens.engine.metrics import deletion, gradient_maps, insertion, msi
 from counterlens.engine.packs import Pack
+from counterlens.engine.runtime.artefacts import missing
+from counterlens.engine.runtime.forward import compile_classifier
 
 BATCHES = (1, 7, 64)
 CASES = ((1, 1, 1), (1, 16, 5), (16, 64, 3))  # images, features in a step, rounds
@@ -82,16 +85,20 @@ def speed(pack: Pack, count: int, per_step: int, rounds: int, device: str, batch
     saliency = maps + 0.01 * maps.max() * torch.rand(images.shape, generator=g).to(device)
     targets = classifier.logits(images).argmax(1)
 
-    def ours() -> Tensor:
+    def ours(forward: Any) -> Tensor:
         result = deletion(
-            module, images, saliency, targets, compat="quantus", per_step=per_step, batch_size=batch_size
+            forward, images, saliency, targets, compat="quantus", per_step=per_step, batch_size=batch_size
         )  # fmt: skip
         return result.values
 
     functions: dict[str, Callable[[], Tensor]] = {
-        "ours": ours,
+        "ours": lambda: ours(module),
         "plain loop": lambda: plain_loop(module, images, saliency, targets, per_step),
     }
+    without = missing("onnx") if device == "cpu" else ["measured on a CPU only"]
+    if not without:
+        compiled = compile_classifier(classifier, images.shape[2])
+        functions["ours, onnxruntime"] = lambda: ours(compiled)
     quantus = quantus_flipping(module, images, saliency, targets, per_step)
     if not isinstance(quantus, str):
         functions["quantus"] = quantus
@@ -104,6 +111,12 @@ def speed(pack: Pack, count: int, per_step: int, rounds: int, device: str, batch
         "seconds": seconds,
         "times_plain": seconds["plain loop"] / seconds["ours"],
         "times_quantus": quantus if isinstance(quantus, str) else seconds["quantus"] / seconds["ours"],
+        "compiled_times": without
+        or {
+            name: seconds[name] / seconds["ours, onnxruntime"]
+            for name in ("ours", "plain loop", "quantus")
+            if name in seconds
+        },
         "largest_difference": {name: (v - mine).abs().max().item() for name, v in values.items()},
     }
 
@@ -207,6 +220,7 @@ def main(
 
     Example: python -m bench.metrics --record
     """
+    keep_memory()
     pack = Pack("digits")
     result = {
         "device": device,

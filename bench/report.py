@@ -238,17 +238,25 @@ def metrics_table() -> str:
     header = ["map", "MSI, higher is better", "insertion, higher", "deletion, lower"]
     speed = []
     for row in result["speed"]:
-        theirs = row["times_quantus"]
-        against = "Quantus not installed" if isinstance(theirs, str) else f"{theirs:.1f} times Quantus' speed"
-        speed.append(
-            f"{row['images']} images, {row['steps']} steps: {against}, {row['times_plain']:.1f} times a plain loop's"
-        )
+        compiled, took = row["compiled_times"], {name: f"{1e3 * s:.0f} ms" for name, s in row["seconds"].items()}
+        cells = [f"{row['images']}, {row['steps']}", took["ours"], *_against(row["times_quantus"], row["times_plain"])]
+        if isinstance(compiled, dict):
+            theirs = compiled.get("quantus", row["times_quantus"])
+            cells += [took["ours, onnxruntime"], *_against(theirs, compiled["plain loop"])]
+        speed.append(cells)
+    names = ["images, steps", "ours", "Quantus / ours", "plain loop / ours"]
+    names += ["compiled", "Quantus / compiled", "plain loop / compiled"]
+    quick = table(names[: len(speed[0])], speed)
     share = 100 * result["resnet50"]["share_of_forwards"]
     return (
         f"{table(header, rows)}\n\nPixel flipping on the digits classifier ({result['device']}), the same masks and "
-        f"forwards: {'; '.join(speed)}. On a CPU the forwards are nearly all of it. With a ResNet-50 at 224x224 "
+        f"forwards:\n\n{quick}\n\nOn a CPU the forwards are nearly all of it. With a ResNet-50 at 224x224 "
         f"perturbing costs {share:.1f} % of the forwards. {provenance(result, 'metrics')}"
     )
+
+
+def _against(quantus: float | str, plain: float) -> list[str]:
+    return ["not installed" if isinstance(quantus, str) else f"{quantus:.1f}", f"{plain:.1f}"]
 
 
 def pointing_table() -> str:

@@ -123,7 +123,7 @@ def train(
 
     Interrupted, the same command goes on from its checkpoint. Training stops early on the MSI of the validation images.
 
-    The pack's recipe for labels takes an hour on one core; --steps 1000 is a tenth of that and most of the way.
+    The pack's recipe for labels takes over an hour on one core; --steps 1000 is a tenth of that and most of the way.
 
     Example: counterlens adapter train --pack digits --classifier shortcut --out my-adapter
     """

@@ -31,51 +31,17 @@ from ..models.protocols import Classifier
 from .quantities import LogOdds, Quantity, check_targets, make_quantity
 from .taps import choose_taps, tapped
 
-FORMAT, VERSION = "counterlens-adapter", 2
+FORMAT, VERSION = "counterlens-adapter", 3
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 SHUFFLED = 4  # how much finer than its finest maps the head draws at most; beyond that, it is interpolated
-ONE_PRODUCT = 1 << 14  # entries of a matrix for rows and columns at once: more multiplications, but one product
 CODES = 32  # numbers that tell conditions apart, at most
 ENCODER = (16, 24, 32)  # channels of the head's own features where the model's are hidden, each at half the resolution
-
-
-def resize(
-    x: Tensor,  # [B, C, h, w]
-    size: Sequence[int],
-) -> Tensor:
-    """Bilinear interpolation (`align_corners=False`) as products with small matrices: [B, C, *size].
-
-    Faster on small maps than `F.interpolate`, which reorders them to channels last and back.
-    """
-    # Made by a traced graph, the weights belong to it, and must not be kept.
-    make = _weights.__wrapped__ if exporting() or torch.compiler.is_compiling() else _weights
-    weights = make(*x.shape[2:], *size, x.dtype, x.device)
-    if len(weights) == 1:
-        return (x.flatten(2) @ weights[0]).unflatten(2, tuple(size))
-    return weights[0] @ (x @ weights[1])
-
-
-@lru_cache(maxsize=64)
-def _weights(h: int, w: int, to_h: int, to_w: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """What `resize` multiplies maps with: [h * w, to_h * to_w], or where that is large, [to_h, h] and [w, to_w]."""
-    with torch.inference_mode(False):
-        rows, columns = _linear(h, to_h, dtype, device), _linear(w, to_w, dtype, device)
-        if rows.numel() * columns.numel() <= ONE_PRODUCT:
-            return (torch.kron(rows, columns).T.contiguous(),)
-        return rows, columns.T.contiguous()
-
-
-def _linear(n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Weights [m, n] of linear interpolation from n to m places."""
-    places = ((torch.arange(m, dtype=dtype, device=device) + 0.5) * (n / m) - 0.5).clamp(0, n - 1)
-    return (1 - (places[:, None] - torch.arange(n, dtype=dtype, device=device)).abs()).clamp(min=0)
 
 
 class Projection(nn.Module):
     """A 1x1 convolution of which each condition has its own: a shared one, and what the condition's code makes of it.
 
-    Used as a batched product of matrices: twice as fast on the CPU as `conv2d`, which reorders its input first, and no
-    slower with a matrix for each sample.
+    Used as a batched product of matrices, one for each sample: twice as fast on the CPU as `conv2d`.
     """
 
     def __init__(self, channels: int, width: int, codes: int) -> None:
@@ -87,24 +53,22 @@ class Projection(nn.Module):
     def forward(
         self,
         code: Tensor,  # [N, codes]
-        condition: Tensor,  # [B] places in `code`
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        own = self.own(code).unflatten(1, (-1, self.shared.in_channels + 2))
-        gain, shift, weight = 1 + own[..., :1], own[..., 1:2], own[..., 2:]
+    ) -> Tensor:
+        """Each condition's matrix, and below it shift and gain of the outputs: [N, C + 2, width]."""
+        own = self.own(code).unflatten(1, (-1, self.shared.in_channels + 2)).transpose(1, 2)
+        gain, shift, weight = 1 + own[:, :1], own[:, 1:2], own[:, 2:]
         assert self.shared.bias is not None
-        matrix = gain * (weight + self.shared.weight[:, :, 0, 0])
-        shift = torch.addcmul(shift, gain, self.shared.bias[:, None])
-        matrix, shift, gain = (x.index_select(0, condition) for x in (matrix, shift, gain))
-        return matrix, shift, gain  # [B, width, C], [B, width, 1] twice
+        matrix = gain * (weight + self.shared.weight[:, :, 0, 0].T)
+        return torch.cat([matrix, torch.addcmul(shift, gain, self.shared.bias), gain], 1)
 
 
 class Head(nn.Module):
     """Feature maps of several resolutions, the image and a condition to one map of logits.
 
-    A decoder brings the maps together, coarsest first. From the finest it gives every pixel four numbers, an offset and
-    one weight for each of three factors of that pixel: its colour channels, and what a matrix adds to them of features
-    at the image's own resolution. A gradient times input without the gradient: nothing but that product happens at full
-    resolution.
+    A decoder brings the maps together, coarsest first. From the finest and what is next to it, every pixel gets four
+    numbers, an offset and one weight for each of three factors of that pixel: its colour channels, and what a matrix
+    adds to them of features at the image's own resolution. A gradient times input without the gradient: nothing but
+    that product happens at full resolution. In eval mode, whoever changes weights in place calls `eval()` again.
 
     Args:
         channels: of the feature maps, finest first; empty where the model's features are hidden.
@@ -122,18 +86,26 @@ class Head(nn.Module):
             self.encoder.extend(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip((3, *ENCODER), ENCODER, strict=False))
         self.channels, codes = list(channels), min(conditions, CODES)
         self.code = nn.Embedding(conditions, codes)
-        self.shuffle = nn.PixelShuffle(min(ratio, SHUFFLED))
+        self.side = min(ratio, SHUFFLED)  # of a cell: the pixels that one place of the finest maps draws
         self.project = nn.ModuleList(Projection(c, width, codes) for c in channels)
         self.mix = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels[1:])
-        cell = self.shuffle.upscale_factor**2
+        self.near = nn.Conv2d(width, width, 3, padding=1, groups=width)  # a pixel's effect reaches its neighbours
+        cell = self.side**2
         self.out = Projection(width, 4 * cell, codes)
         self.detail = nn.Linear(codes, 3 * detail, bias=False) if detail else None
+        self.tables = [f"table{i}" for i in range(len(self.project) + 1 + (detail > 0))]
+        for name in self.tables:
+            self.register_buffer(name, None, persistent=False)
+        self.register_load_state_dict_post_hook(_made_again)
         with torch.no_grad():
             if codes == conditions:
                 self.code.weight.copy_(torch.eye(codes))
             # A cell's pixels begin alike, or maps begin as checkerboards.
             for parameter in self.out.shared.parameters():
                 parameter.copy_(parameter[::cell].repeat_interleave(cell, 0))
+            nn.init.dirac_(self.near.weight, groups=width)
+            assert self.near.bias is not None
+            self.near.bias.zero_()
             if self.detail is not None:
                 self.detail.weight.zero_()
 
@@ -147,6 +119,7 @@ class Head(nn.Module):
             assert conv.bias is not None
             conv.weight.div_(std[:, None, None])
             conv.bias.sub_((conv.weight[:, :, 0, 0] * mean).sum(1))
+        self.train(self.training)
 
     def _levels(self, image: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
         levels = list(features if self.detail is None else features[1:])
@@ -154,34 +127,97 @@ class Head(nn.Module):
             levels.append(F.silu(conv(levels[-1] if levels else image)))
         return levels
 
+    def _make_tables(self, code: Tensor) -> list[Tensor]:
+        """Of conditions' codes [N, codes] everything that does not depend on the image, [N, ...] each."""
+        tables = [part(code) for part in (*self.project, self.out)]  # [N, C + 2, width]
+        if self.detail is not None:
+            tables.append(self.detail(code).unflatten(1, (3, -1)))  # [N, 3, detail]
+        return tables
+
+    def train(self, mode: bool = True) -> Head:
+        """See `nn.Module.train`; eval mode keeps what does not depend on the image, of the weights at that moment."""
+        super().train(mode)
+        made: Sequence[Tensor | None] = [None] * len(self.tables)
+        if not mode and len(self.code.weight) <= CODES:
+            with torch.inference_mode(False), torch.no_grad():
+                made = self._make_tables(self.code.weight)
+        for name, table in zip(self.tables, made, strict=True):
+            setattr(self, name, table)
+        return self
+
+    def _tables(self, condition: Tensor) -> list[Tensor]:
+        code = self.code.weight
+        if len(code) > CODES:  # too many to make everyone's: those of each sample
+            return self._make_tables(self.code(condition))
+        made = [getattr(self, name) for name in self.tables]
+        if made[0] is None or (code.requires_grad and torch.is_grad_enabled()):  # a gradient has to reach the weights
+            made = self._make_tables(code)
+        return [table.index_select(0, condition) for table in made]
+
     def forward(
         self,
         image: Tensor,  # [B, 3, H, W] in [0, 1]
         features: Sequence[Tensor],  # [B, C, h, w] each, finest first
         condition: Tensor,  # [B]
     ) -> Tensor:
-        code, levels, factors = self.code.weight, self._levels(image, features), image
-        if len(code) > CODES:  # too many to make everyone's matrices: those of each sample
-            code, condition = self.code(condition), torch.arange(len(condition), device=condition.device)
-        x: Tensor | None = None
+        levels, factors = self._levels(image, features), image
+        tables = self._tables(condition)
+        x: Tensor | None = None  # [B, h * w, width]: channels last throughout, as convolution and resizing want them
         for i in reversed(range(len(levels))):
-            weight, bias, gain = self.project[i](code, condition)
-            level, size = levels[i].flatten(2), levels[i].shape[2:]  # [B, C, h * w]
+            size = levels[i].shape[2:]
+            matrix, shift, gain = tables[i].split((self.channels[i], 1, 1), 1)
+            level = levels[i].flatten(2).transpose(1, 2)  # [B, h * w, C]
             if x is None:
-                y = torch.baddbmm(bias, weight, level)
+                y = torch.baddbmm(shift, level, matrix)
             else:
-                below = torch.addcmul(bias[..., None], gain[..., None], self.mix[i](x))
-                y = resize(below, size).flatten(2).baddbmm_(weight, level)
-            x = F.relu_(y).unflatten(2, size)
+                mixed = self.mix[i](x.unflatten(1, levels[i + 1].shape[2:]).permute(0, 3, 1, 2))
+                below = torch.addcmul(shift, gain, _rows(mixed)).unflatten(1, mixed.shape[2:]).permute(0, 3, 1, 2)
+                up = F.interpolate(below, size=size, mode="bilinear", align_corners=False)
+                y = _rows(up).baddbmm_(level, matrix)
+            x = F.relu_(y)
         assert x is not None
-        weight, bias, _ = self.out(code, condition)
-        local = self.shuffle(torch.baddbmm(bias, weight, x.flatten(2)).unflatten(2, x.shape[2:]))
-        if local.shape[2:] != image.shape[2:]:
-            local = resize(local, image.shape[2:])  # [B, 4, H, W]
+        h, w = levels[0].shape[2:]
+        x = _rows(self.near(x.unflatten(1, (h, w)).permute(0, 3, 1, 2)))
+        matrix, shift, _ = tables[len(levels)].split((x.shape[2], 1, 1), 1)
+        local = self._spread(torch.baddbmm(shift, x, matrix), h, w)
+        if local.shape[2:] != image.shape[2:]:  # [B, 4, H, W]
+            local = F.interpolate(local, size=image.shape[2:], mode="bilinear", align_corners=False)
         if self.detail is not None:
-            matrix = self.detail(code).index_select(0, condition).unflatten(1, (3, -1))  # [B, 3, detail]
-            factors = torch.baddbmm(image.flatten(2), matrix, features[0].flatten(2)).view_as(image)
-        return local[:, 0] + (local[:, 1:] * factors).sum(1)  # [B, H, W]
+            factors = torch.baddbmm(image.flatten(2), tables[-1], features[0].flatten(2)).view_as(image)
+        out, *weights = local.unbind(1)
+        for weight, factor in zip(weights, factors.unbind(1), strict=True):
+            out = torch.addcmul(out, weight, factor)
+        return out  # [B, H, W]
+
+    def _spread(
+        self,
+        cells: Tensor,  # [B, h * w, 4 * r * r]
+        h: int,
+        w: int,
+    ) -> Tensor:
+        """Each cell's numbers at the pixels that they are of, a pixel shuffle as one lookup: [B, 4, h * r, w * r]."""
+        make = _places.__wrapped__ if exporting() or torch.compiler.is_compiling() else _places
+        r = self.side
+        places = make(h, w, r, cells.device)
+        return cells.flatten(1).index_select(1, places).view(-1, 4, h * r, w * r)
+
+
+def _made_again(head: Head, _: Any) -> None:
+    """What is kept belongs to the weights before."""
+    head.train(head.training)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Maps [B, C, h, w] as [B, h * w, C], without a copy where channels lie last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _places(h: int, w: int, r: int, device: torch.device) -> Tensor:
+    """Where the numbers of [4, h * r, w * r] stand in [h * w, 4 * r * r]: int64."""
+    with torch.inference_mode(False):
+        cells = torch.arange(h * w * 4 * r * r, device=device).view(h, w, 4, r, r)
+        return cells.permute(2, 0, 3, 1, 4).flatten()
 
 
 @dataclass(frozen=True)
@@ -290,7 +326,7 @@ class LAX:
                 "taps": self.taps,
                 "channels": self.head.channels if self.taps else [],
                 "detail": 0 if self.head.detail is None else self.head.detail.out_features // 3,
-                "ratio": self.head.shuffle.upscale_factor,
+                "ratio": self.head.side,
                 "image_size": self.image_size,
                 "width": self.width,
                 "weights": file_digest(folder / WEIGHTS),
@@ -358,8 +394,13 @@ def open_adapter(folder: str | Path, classifier: Classifier, quantity: LogOdds |
     """
     folder = Path(folder)
     description = read_json(folder / DESCRIPTION)
-    if (description.get("format"), description.get("version")) != (FORMAT, VERSION):
-        raise CounterlensError(f"{folder / DESCRIPTION}: expected {FORMAT} version {VERSION}")
+    if description.get("format") != FORMAT:
+        raise CounterlensError(f"{folder / DESCRIPTION}: expected {FORMAT}, got {description.get('format')!r}")
+    if description.get("version") != VERSION:
+        raise CounterlensError(
+            f"{folder / DESCRIPTION}: version {description.get('version')}, this counterlens reads {VERSION}; train it "
+            "again: counterlens adapter train"
+        )
     try:
         model, name, taps = description["model"], description["quantity"], list(description["taps"])
         channels, ratio = list(description["channels"]), int(description["ratio"])

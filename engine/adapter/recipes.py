@@ -27,16 +27,16 @@ MARKERS = ("random", "matching")
 HALVES = "0,1,2,3,4/5,6,7,8,9"  # "5 or more": what the pack's shortcut decides
 # Chosen on the training and validation splits.
 PACK_SCHEDULE = Schedule(
-    steps=10000, learning_rate=5e-3, weight_decay=0.1, thresholds=2, rank_thresholds=3, ranks=4.0, imputed=2.5,
-    area=3.0, temperature=(0.2, 0.05), alpha_min=0.4, baselines=("mean", "mean", "mean", "blur"), every=500,
-    patience=60,
+    steps=10000, learning_rate=5e-3, weight_decay=0.1, thresholds=2, rank_thresholds=3, ranks=4.0, imputed=3.0,
+    removed=4.0, area=3.0, temperature=(0.2, 0.05), alpha_min=0.4, baselines=("mean", "mean", "mean", "blur"),
+    every=500, patience=60,
 )  # fmt: skip
 # The mean colour is "less than 5" to both classifiers: nothing has to be shown for that answer. Random colours and
 # noise, which are neither, hide pixels as well. Marker and digit both tell the half, and either is enough: removal
 # weighs less.
 HALVES_SCHEDULE = replace(
     PACK_SCHEDULE, steps=480, learning_rate=4e-3, weight_decay=1e-4, every=120, patience=6, alpha_min=0.5, ranks=2.0,
-    rank_thresholds=2, imputed=0.0, removal=0.3, area=4.0, variation=0.2,
+    rank_thresholds=2, imputed=0.0, removed=0.0, removal=0.3, area=4.0, variation=0.2,
     baselines=("mean", "colour", "colour", "noise"),
 )  # fmt: skip
 # A marker has a place, not an outline: with maps at full resolution single pixels stand out elsewhere, and maps point

@@ -23,12 +23,13 @@ from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
 from ..metrics.imputation import impute
 from ..metrics.inputs import blur
-from .lax import LAX
+from .lax import LAX, VERSION
 
 LARGEST = math.log(1e6)  # -log(1 - p) with 1 - p clamped at 1e-6
 BASELINES = ("mean", "blur", "colour", "noise", "image")
 IMPUTED = (0.08, 0.5)  # shares of the pixels; beyond that, hardly any answer survives
 IMPUTED_TOLERANCE = 1e-3
+EDGE = 0.02  # share of the pixels on either side of a level that `removed` hides softly, mostly from 0.88 to 0.12
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 20.0
 
@@ -52,6 +53,8 @@ class Schedule:
         rank_temperature: of its soft masks, likewise. rank_thresholds: its K.
         imputed: weight of -log(1 - p) of the image without its most salient pixels, a share from `IMPUTED`, filled in
             from their neighbours as in ROAD: what can be guessed from around it was not removed. 0 leaves it out.
+        removed: weight of -log(1 - p) of the image without a share of its most salient pixels, shares dense near 0 and
+            1 (arcsine): which pixels go first and which last is what deletion looks at. 0 leaves it out.
         others: share of images whose target is a random label and not the prediction.
         baselines: what hides pixels, drawn for each image: `mean` (colour), `blur`, `colour` (random), `noise`,
             `image` (another one of the batch).
@@ -77,6 +80,7 @@ class Schedule:
     rank_temperature: tuple[float, float] = (0.3, 0.03)
     rank_thresholds: int = 3
     imputed: float = 0.0
+    removed: float = 0.0
     others: float = 0.0
     baselines: tuple[str, ...] = ("mean",)
     learning_rate: float = 4e-3
@@ -224,8 +228,8 @@ def training_loss(
     # Ranks: the map standardised, so that terms on them neither shift nor stretch the scores. Level and contrast are
     # the value form's business.
     flat = scores.flatten(1)
-    spread = torch.sigmoid((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True).clamp(min=1e-3))
-    spread = spread.reshape(scores.shape)
+    flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True).clamp(min=1e-3)
+    spread = torch.sigmoid(flat).reshape(scores.shape)
     ordered, softness = spread.detach().flatten(1).double().sort(1).values, _anneal(schedule.rank_temperature, share)
     if schedule.ranks:  # the area form: thresholds at which a drawn share of the pixels is marked
         shares = torch.cat(
@@ -241,9 +245,30 @@ def training_loss(
         without = torch.lerp(images, hidden, torch.sigmoid((spread - level) / softness)[:, None])
         odds = adapter.quantity.log_odds(adapter.classifier.logits(without), target)
         loss = loss + schedule.imputed * F.softplus(odds).clamp(max=LARGEST).mean()
+    if schedule.removed:
+        loss = loss + schedule.removed * _removal(adapter, images, baseline, flat, target, g)
     area = torch.sigmoid((saliency - low) / temperature).mean()
     variation = saliency.diff(dim=1).abs().mean() + saliency.diff(dim=2).abs().mean()
     return loss + schedule.area * area + schedule.variation * variation
+
+
+def _removal(
+    adapter: LAX,
+    images: Tensor,  # [B, 3, H, W]
+    baseline: Tensor,  # [B, 3, H, W]
+    scores: Tensor,  # [B, H * W] standardised
+    target: Tensor,  # [B]
+    g: torch.Generator,
+) -> Tensor:
+    """Mean of -log(1 - p) of the images without a drawn share of their most salient pixels: a scalar."""
+    shares = torch.sin(0.5 * torch.pi * _draw(len(images), 1, 0, 1, g)).square()  # [B, 1]
+    ordered = scores.detach().sort(1).values
+    level, high, low = (_at_shares(ordered, (1 - shares + d).clamp(0, 1)) for d in (0.0, EDGE, -EDGE))
+    # As soft as values lie apart there: the ends of a map hold few, far from each other, and its middle many.
+    hidden = torch.sigmoid(4 * (scores - level) / (high - low).clamp(min=1e-3))
+    without = torch.lerp(images, baseline, hidden.view(-1, 1, *images.shape[2:]))
+    odds = adapter.quantity.log_odds(adapter.classifier.logits(without), target)
+    return F.softplus(odds).clamp(max=LARGEST).mean()
 
 
 def _expectation(
@@ -296,7 +321,7 @@ def train(
     mean_colour = images.mean((0, 2, 3)) if mean_colour is None else mean_colour.to(images)
     history, best, best_state, first = History(), -math.inf, {}, 0
     model = weights_digest([adapter.classifier.module])
-    identity = repr((asdict(schedule), model, adapter.quantity.name, adapter.taps))
+    identity = repr((VERSION, asdict(schedule), model, adapter.quantity.name, adapter.taps))
     head.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)

@@ -33,7 +33,7 @@ def main(
 ) -> None:
     """Train the adapters of `clean` and `shortcut`, for labels and for "5 or more", and put them into the pack.
 
-    Those for labels take about an hour each on one core.
+    Those for labels take over an hour each on one core.
 
     Example: python -m counterlens.engine.packs.adapters --pack digits --work run
     """

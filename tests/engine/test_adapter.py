@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from counterlens.engine.adapter import training
-from counterlens.engine.adapter.lax import LAX, new_adapter, open_adapter, resize
+from counterlens.engine.adapter.lax import LAX, Head, new_adapter, open_adapter
 from counterlens.engine.adapter.quantities import make_quantity
 from counterlens.engine.adapter.recipes import train_adapter
 from counterlens.engine.adapter.taps import choose_taps, tapped
@@ -101,7 +102,7 @@ def test_taps_of_convolutions_and_tokens(classifier, images) -> None:
     assert torch.equal(features[0], expected.transpose(1, 2).reshape(12, 8, 4, 4))
     assert features[1].shape == (12, 8, 4, 4)
     adapter = new_adapter(SoftmaxClassifier(vit, LABELS), SIZE, taps=["block"])
-    assert adapter.head.shuffle.upscale_factor == 4  # from 4x4 to 16x16
+    assert adapter.head.side == 4  # from 4x4 to 16x16
     train(adapter, images, untouched, QUICK, stop_after=2)
     assert adapter.explain(images).saliency.shape == (12, SIZE, SIZE)
 
@@ -129,13 +130,61 @@ def test_maps_at_full_resolution_are_factors_of_their_pixels(classifier, images)
     assert not torch.allclose(before, expected, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("size", "wanted"), [((4, 4), (8, 8)), ((5, 7), (16, 9)), ((8, 8), (3, 3)), ((1, 1), (4, 4)), ((14, 13), (28, 29))]
-)
-def test_resize_is_bilinear_interpolation(size, wanted) -> None:
-    x = torch.randn(2, 3, *size)
-    expected = F.interpolate(x, size=wanted, mode="bilinear", align_corners=False)
-    assert torch.allclose(resize(x, wanted), expected, atol=1e-5)
+def test_cells_are_spread_as_by_a_pixel_shuffle(classifier) -> None:
+    head = new_adapter(classifier, SIZE, taps=["features.7"]).head
+    cells = torch.randn(2, 5, 7, 4 * head.side**2)
+    expected = F.pixel_shuffle(cells.permute(0, 3, 1, 2), head.side)
+    assert torch.equal(head._spread(cells.flatten(1, 2), 5, 7), expected)
+
+
+def test_what_eval_mode_keeps_belongs_to_the_weights(classifier, images) -> None:
+    first, second = new_adapter(classifier, SIZE), new_adapter(classifier, SIZE, seed=1)
+    for adapter in (first, second):
+        for part in adapter.head.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=0.1)
+    target = torch.arange(12) % 4
+    made_each_time = second.explain(images, target).scores
+    first.head.eval()
+    assert all(table is not None for table in first.head.buffers())
+    kept = first.explain(images, target).scores
+    first.head.train()
+    assert torch.equal(first.explain(images, target).scores, kept)
+    first.head.eval().load_state_dict(second.head.state_dict())
+    assert torch.equal(first.explain(images, target).scores, made_each_time)
+    assert not torch.allclose(kept, made_each_time, atol=1e-2)
+
+
+def test_what_is_kept_stands_in_no_gradients_way_and_moves_along(classifier, images) -> None:
+    adapter, target = new_adapter(classifier, SIZE), torch.arange(12) % 4
+    head, features = adapter.head, adapter.features(images)[1]
+    gradients = []
+    for mode in (True, False):
+        head.train(mode).zero_grad()
+        head(images, features, target).square().mean().backward()
+        gradients.append([p.grad.clone() for p in head.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    with torch.no_grad():
+        expected = head(images, features, target)
+        double = copy.deepcopy(head).double()
+        got = double(images.double(), [f.double() for f in features], target)
+        assert got.dtype == torch.float64
+        assert torch.allclose(got.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_of_any_shape_and_of_many_labels() -> None:
+    torch.manual_seed(0)
+    head = Head([5, 7], conditions=40, width=8, ratio=8)  # more labels than codes; drawn at a quarter, then resized
+    nn.init.normal_(head.code.weight)
+    nn.init.normal_(head.out.own.weight)
+    images, features = torch.rand(3, 3, 24, 40), [torch.rand(3, 5, 3, 5), torch.rand(3, 7, 2, 3)]
+    with torch.no_grad():
+        maps = [head.train(mode)(images, features, torch.tensor([0, 39, 39])) for mode in (True, False)]
+        alone = head(images[2:], [f[2:] for f in features], torch.tensor([39]))
+    assert maps[0].shape == (3, 24, 40)
+    assert torch.equal(*maps)
+    assert torch.allclose(alone[0], maps[0][2], atol=1e-5)
+    assert not torch.allclose(maps[0][1], head(images, features, torch.tensor([0, 0, 0]))[1], atol=1e-3)
 
 
 def test_pixels_alone_and_taps_differ_only_in_what_they_read(classifier, images) -> None:
@@ -207,6 +256,21 @@ def test_removal_with_imputation_is_the_formula(classifier, images, monkeypatch)
     m = ((unit - level) / tau).sigmoid().view(4, 1, SIZE, SIZE)
     p = classifier.logits(x + m * (hidden - x)).softmax(1)[range(4), maps.target]
     assert losses[1] - losses[0] == pytest.approx(-2 * (1 - p).log().mean().item(), rel=1e-3)
+
+
+def test_removal_of_a_share_is_the_formula(classifier, images, monkeypatch) -> None:
+    monkeypatch.setattr(training, "_draw", lambda b, k, *_: torch.full((b, k), 1 / 3, dtype=torch.float64))
+    adapter, x, grey = new_adapter(classifier, SIZE), images[:4], torch.full((4, 3, SIZE, SIZE), 0.5)
+    flat = adapter.explain(x).scores.flatten(1)
+    target = torch.arange(4)
+    value = training._removal(adapter, x, grey, flat, target, torch.Generator())
+    ordered = flat.sort(1).values
+    places = [round((1 - 0.25 + d) * 255) for d in (0, training.EDGE, -training.EDGE)]  # sin^2(pi / 6) is a quarter
+    level, high, low = (ordered[:, [place]] for place in places)
+    m = (4 * (flat - level) / (high - low)).sigmoid().view(4, 1, SIZE, SIZE)
+    assert 0.2 < m.mean() < 0.3
+    p = classifier.logits(x + m * (grey - x)).softmax(1)[range(4), target]
+    assert value.item() == pytest.approx(-(1 - p).log().mean().item(), rel=1e-4)
 
 
 def test_memory_depends_on_the_forward_batch_and_not_on_the_thresholds(classifier, images) -> None:
