@@ -86,6 +86,7 @@ class Head(nn.Module):
             self.encoder.extend(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip((3, *ENCODER), ENCODER, strict=False))
         self.channels, codes = list(channels), min(conditions, CODES)
         self.code = nn.Embedding(conditions, codes)
+        self.table: Tensor | None
         self.side = min(ratio, SHUFFLED)  # of a cell: the pixels that one place of the finest maps draws
         self.project = nn.ModuleList(Projection(c, width, codes) for c in channels)
         self.mix = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels[1:])
@@ -93,9 +94,7 @@ class Head(nn.Module):
         cell = self.side**2
         self.out = Projection(width, 4 * cell, codes)
         self.detail = nn.Linear(codes, 3 * detail, bias=False) if detail else None
-        self.tables = [f"table{i}" for i in range(len(self.project) + 1 + (detail > 0))]
-        for name in self.tables:
-            self.register_buffer(name, None, persistent=False)
+        self.register_buffer("table", None, persistent=False)
         self.register_load_state_dict_post_hook(_made_again)
         with torch.no_grad():
             if codes == conditions:
@@ -108,6 +107,7 @@ class Head(nn.Module):
             self.near.bias.zero_()
             if self.detail is not None:
                 self.detail.weight.zero_()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the convolutions' inputs are
 
     @torch.no_grad()
     def standardise(self, image: Tensor, features: Sequence[Tensor]) -> None:
@@ -127,32 +127,35 @@ class Head(nn.Module):
             levels.append(F.silu(conv(levels[-1] if levels else image)))
         return levels
 
-    def _make_tables(self, code: Tensor) -> list[Tensor]:
-        """Of conditions' codes [N, codes] everything that does not depend on the image, [N, ...] each."""
-        tables = [part(code) for part in (*self.project, self.out)]  # [N, C + 2, width]
-        if self.detail is not None:
-            tables.append(self.detail(code).unflatten(1, (3, -1)))  # [N, 3, detail]
-        return tables
+    def _make_table(self, code: Tensor) -> Tensor:
+        """Of conditions' codes [N, codes] everything that does not depend on the image, side by side: [N, ...]."""
+        parts = [part(code).flatten(1) for part in (*self.project, self.out)]
+        return torch.cat(parts if self.detail is None else [*parts, self.detail(code)], 1)
 
     def train(self, mode: bool = True) -> Head:
         """See `nn.Module.train`; eval mode keeps what does not depend on the image, of the weights at that moment."""
         super().train(mode)
-        made: Sequence[Tensor | None] = [None] * len(self.tables)
+        self.table = None
         if not mode and len(self.code.weight) <= CODES:
             with torch.inference_mode(False), torch.no_grad():
-                made = self._make_tables(self.code.weight)
-        for name, table in zip(self.tables, made, strict=True):
-            setattr(self, name, table)
+                self.table = self._make_table(self.code.weight)
         return self
 
     def _tables(self, condition: Tensor) -> list[Tensor]:
+        """Each sample's matrix, shift and gain of every projection [B, C + 2, width], and of the detail [B, 3, C]."""
         code = self.code.weight
         if len(code) > CODES:  # too many to make everyone's: those of each sample
-            return self._make_tables(self.code(condition))
-        made = [getattr(self, name) for name in self.tables]
-        if made[0] is None or (code.requires_grad and torch.is_grad_enabled()):  # a gradient has to reach the weights
-            made = self._make_tables(code)
-        return [table.index_select(0, condition) for table in made]
+            rows = self._make_table(self.code(condition))
+        else:
+            table = self.table
+            if table is None or (code.requires_grad and torch.is_grad_enabled()):  # a gradient has to reach the weights
+                table = self._make_table(code)
+            rows = table.index_select(0, condition)
+        shapes = [(p.shared.in_channels + 2, p.shared.out_channels) for p in (*self.project, self.out)]
+        if self.detail is not None:
+            shapes.append((3, self.detail.out_features // 3))
+        parts = rows.split([a * b for a, b in shapes], 1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def forward(
         self,
@@ -303,8 +306,8 @@ class LAX:
             logits.append(out)
             targets.append(wanted)
             scores.append(self.head(x, features, self.quantity.condition(wanted)))
-        joined = torch.cat(scores)
-        return Maps(torch.sigmoid(joined), joined, torch.cat(logits), torch.cat(targets))
+        joined, *others = (x[0] if len(x) == 1 else torch.cat(x) for x in (scores, logits, targets))
+        return Maps(torch.sigmoid(joined), joined, *others)
 
     def save(self, folder: str | Path) -> Path:
         """Write `adapter.safetensors` and `adapter.json`, which holds the model's hash; returns the folder.
