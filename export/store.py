@@ -48,10 +48,10 @@ def default_folder() -> Path:
 
 
 def weights_digest(modules: Iterable[nn.Module]) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers."""
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, those of no state dict too."""
     digest = hashlib.sha256()
     for module in modules:
-        for name, tensor in module.state_dict().items():
+        for name, tensor in (module.state_dict() | dict(module.named_buffers())).items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             if flat.numel():

@@ -17,6 +17,7 @@ from counterlens.kernels.perturb.reference import perturb
 from ..guidance.pullback import frozen
 from ..metrics.msi_score import threshold_grid
 from ..models.protocols import Classifier
+from ..runtime import onnxruntime
 from ..runtime.artefacts import FILES
 from ..runtime.forward import compare, require_onnx
 from ..runtime.spec import code_version
@@ -122,14 +123,17 @@ def build_artefacts(
 
     def build_adapter(folder: Path) -> dict[str, Any]:
         path = export_adapter(adapter, folder / FILES["onnx"])
-        return {"what": "adapter", "parity": compare("adapter", saliency_function(adapter), path, given)}
+        return {
+            "what": "adapter",
+            "parity": compare("adapter", saliency_function(adapter), onnxruntime.load(path), given),
+        }
 
     def build_curve(folder: Path) -> dict[str, Any]:
         path = export_curve(
             classifier, size, folder / FILES["onnx"], alpha_min=alpha_min, steps=steps, quantity=adapter.quantity
         )
         function = curve_function(classifier, levels, adapter.quantity)
-        return {"what": "curve", "parity": compare("curve", function, path, asked)}
+        return {"what": "curve", "parity": compare("curve", function, onnxruntime.load(path), asked)}
 
     with frozen(classifier.module, adapter.head):
         return {

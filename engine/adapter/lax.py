@@ -86,7 +86,6 @@ class Head(nn.Module):
             self.encoder.extend(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip((3, *ENCODER), ENCODER, strict=False))
         self.channels, codes = list(channels), min(conditions, CODES)
         self.code = nn.Embedding(conditions, codes)
-        self.table: Tensor | None
         self.side = min(ratio, SHUFFLED)  # of a cell: the pixels that one place of the finest maps draws
         self.project = nn.ModuleList(Projection(c, width, codes) for c in channels)
         self.mix = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels[1:])
@@ -94,6 +93,7 @@ class Head(nn.Module):
         cell = self.side**2
         self.out = Projection(width, 4 * cell, codes)
         self.detail = nn.Linear(codes, 3 * detail, bias=False) if detail else None
+        self.table: Tensor | None
         self.register_buffer("table", None, persistent=False)
         self.register_load_state_dict_post_hook(_made_again)
         with torch.no_grad():
@@ -173,14 +173,14 @@ class Head(nn.Module):
             if x is None:
                 y = torch.baddbmm(shift, level, matrix)
             else:
-                mixed = self.mix[i](x.unflatten(1, levels[i + 1].shape[2:]).permute(0, 3, 1, 2))
-                below = torch.addcmul(shift, gain, _rows(mixed)).unflatten(1, mixed.shape[2:]).permute(0, 3, 1, 2)
-                up = F.interpolate(below, size=size, mode="bilinear", align_corners=False)
+                coarser = levels[i + 1].shape[2:]
+                below = torch.addcmul(shift, gain, _rows(self.mix[i](_maps(x, coarser))))
+                up = F.interpolate(_maps(below, coarser), size=size, mode="bilinear", align_corners=False)
                 y = _rows(up).baddbmm_(level, matrix)
             x = F.relu_(y)
         assert x is not None
         h, w = levels[0].shape[2:]
-        x = _rows(self.near(x.unflatten(1, (h, w)).permute(0, 3, 1, 2)))
+        x = _rows(self.near(_maps(x, (h, w))))
         matrix, shift, _ = tables[len(levels)].split((x.shape[2], 1, 1), 1)
         local = self._spread(torch.baddbmm(shift, x, matrix), h, w)
         if local.shape[2:] != image.shape[2:]:  # [B, 4, H, W]
@@ -213,6 +213,11 @@ def _made_again(head: Head, _: Any) -> None:
 def _rows(x: Tensor) -> Tensor:
     """Maps [B, C, h, w] as [B, h * w, C], without a copy where channels lie last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _maps(x: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, h * w, C] as maps [B, C, h, w], channels last: no copy."""
+    return x.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,29 +63,29 @@ def compile_classifier(classifier: Classifier, image_size: int, *, store: Store 
     require_onnx(module)
     from counterlens.export.onnx import OPSET, export_onnx
 
-    held = hashlib.sha256()  # buffers that are not saved, such as a preprocessing's mean
-    for name, buffer in module.named_buffers():
-        held.update(name.encode() + buffer.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     key = {
         "what": "forward", "target": "onnx", "opset": OPSET, "code": code_version(), "image": image_size,
-        "weights": weights_digest([module]), "buffers": held.hexdigest(), "models": [type(classifier).__name__],
-        "module": repr(module),
+        "weights": weights_digest([module]), "models": [type(classifier).__name__, repr(module)],
     }  # fmt: skip
     images = torch.rand((3, 3, image_size, image_size), generator=torch.Generator().manual_seed(0))
 
     def build(folder: Path) -> dict[str, Any]:
         path = folder / FILES["onnx"]
         export_onnx(classifier.logits, [images[:2]], path, input_names=["image"], output_names=["logits"])
-        return {"what": "forward", "parity": compare("classifier", classifier.logits, path, [images])}
+        run = onnxruntime.load(path)
+        return {"what": "forward", "parity": compare("classifier", classifier.logits, run, [images])}
+
+    def get(force: bool) -> CompiledForward:
+        return CompiledForward((store or Store()).get(key, build, force=force).file(FILES["onnx"]), image_size)
 
     with frozen(module), torch.no_grad():
-        path = (store or Store()).get(key, build).file(FILES["onnx"])
+        compiled = get(force=False)
         try:
-            compare("classifier", classifier.logits, path, [images])
+            compare("classifier", classifier.logits, compiled.run, [images])
         except ExportError:  # what its code does is not in the key: built again, and refused if that is wrong as well
-            path = (store or Store()).get(key, build, force=True).file(FILES["onnx"])
+            compiled = get(force=True)
     kind = SoftmaxClassifier if classifier.link == "softmax" else SigmoidClassifier
-    return kind(CompiledForward(path, image_size), classifier.labels)
+    return kind(compiled, classifier.labels)
 
 
 def require_onnx(module: nn.Module) -> None:
@@ -113,17 +112,18 @@ def forward_by(runtime: str, classifier: Classifier, image_size: int) -> Classif
 
 
 @torch.no_grad()
-def compare(what: str, function: Callable[..., Any], path: Path, inputs: Sequence[Tensor]) -> dict[str, Any]:
-    """Worst error of an ONNX file at a batch that was not traced; ExportError above fp32's tolerance.
+def compare(
+    what: str, function: Callable[..., Any], run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Worst error of an opened ONNX file at a batch that was not traced; ExportError above fp32's tolerance.
 
     Relative to a sample's largest magnitude where that is above 1: tiny probabilities stay what they are.
     """
     result = function(*inputs)
     expected = result if isinstance(result, tuple) else (result,)
-    got = onnxruntime.load(path)(*inputs)
     worst = max(
         ((a - b).abs().flatten(1).amax(1) / b.abs().flatten(1).amax(1).clamp(min=1)).max().item()
-        for a, b in zip(got, expected, strict=True)
+        for a, b in zip(run(*inputs), expected, strict=True)
     )
     if not worst <= TOLERANCE["fp32"]:  # so that NaN fails
         raise ExportError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from counterlens.export.errors import ExportError
@@ -103,6 +104,17 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
     for worker in workers:
         worker.join()
     assert answers[0] == answers[1]
+
+
+def test_weights_digest_sees_what_no_state_dict_holds() -> None:
+    digests = []
+    for mean in (0.0, 0.5, 0.5):
+        net = nn.Linear(2, 2)
+        nn.init.zeros_(net.weight)
+        nn.init.zeros_(net.bias)
+        net.register_buffer("mean", torch.full((3,), mean), persistent=False)
+        digests.append(weights_digest([net]))
+    assert digests[0] != digests[1] == digests[2]
 
 
 def test_weights_digest_sees_every_value() -> None:
