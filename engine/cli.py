@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -536,8 +537,14 @@ app.add_typer(_metrics.app, name="metrics")
 register_adapter(app)
 
 
+def _warn(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    """A warning as one line, without the source that it comes from."""
+    errors.print(f"warning: {message}", markup=False, style="yellow")
+
+
 def main() -> None:
     """Run the command line; errors become one line on stderr and exit code 2 (usage) or 1 (failure)."""
+    warnings.showwarning = _warn
     try:
         app()
     except (CounterlensError, ExportError) as error:

@@ -659,8 +659,10 @@ class Engine:
                 another model, or a package is missing.
         """
         from .adapter.explain import explain
+        from .metrics.inputs import check_finite
 
         self._check_images(images)
+        check_finite("images", images)
         return explain(
             self, images, explained=explained, method=method, quantity=quantity, adapter=adapter, baseline=baseline,
             alpha_min=alpha_min, counterfactual=counterfactual, targets=targets, seeds=seeds, config=config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from counterlens.kernels.curve.reference import mean_under_curve
 
 from ..errors import CounterlensError, UsageError
 from .curves import Curves, perturbation_curve
-from .inputs import Baseline, Normalize
+from .inputs import Baseline, ConstantMaps, Normalize
 from .msi_score import threshold_grid
 from .quantities import Quantity
 
@@ -114,7 +115,8 @@ def calibrate(
             `msi`.
 
     Raises:
-        UsageError: an argument does not fit, or there are fewer than two images; the message names it.
+        UsageError: an argument does not fit, there are fewer than two images, or the maps say nothing about them; the
+            message names it.
     """
     if not len(candidates):
         raise UsageError("candidates: expected at least one alpha_min")
@@ -127,7 +129,9 @@ def calibrate(
         "thresholds": union,
     }  # fmt: skip
     own = perturbation_curve(classifier, images, saliency, target, **shared)
-    other = perturbation_curve(classifier, images, saliency.roll(-1, 0), own.target, **shared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantMaps)  # the same maps
+        other = perturbation_curve(classifier, images, saliency.roll(-1, 0), own.target, **shared)
     rows = []
     for grid, columns in zip(grids, place.split([len(g) for g in grids]), strict=True):
         a, b = (_score(c, grid, columns, penalty) for c in (own, other))
@@ -136,6 +140,11 @@ def calibrate(
         effect = difference.mean().item() / spread if spread > 0 else 0.0
         rows.append(Candidate(float(grid[0]), effect, a.mean().item(), b.mean().item()))
     best = max(rows, key=lambda row: (row.effect, -row.alpha_min))
+    if all(row.own == row.other for row in rows):
+        raise UsageError(
+            "saliency: MSI is the same for an image's own map and for another image's at every alpha_min; the maps say "
+            "nothing about the images"
+        )
     return Calibration(best.alpha_min, steps, penalty, rows, len(images), own.forwards + other.forwards)
 
 

@@ -20,6 +20,7 @@ from .inputs import (
     Normalize,
     Ties,
     check_images,
+    check_normalisation,
     constant_maps,
     make_baseline,
     rank_planes,
@@ -275,7 +276,7 @@ def perturbation_curve(
     Args:
         classifier: see `Explained`; it is run in eval mode and left as it was.
         images: [N, C, H, W] in [0, 1].
-        saliency: [N, H, W] or [N, 1, H, W], larger where a pixel matters more; sizes must be the images'.
+        saliency: [N, H, W] or [N, 1, H, W], finite, larger where a pixel matters more; sizes must be the images'.
         target: explained classes, one or N; without it, what the classifier predicts for the whole image.
         quantity: `probability`, `logit`, `log_prob` or a function of logits [B, classes] and targets [B], to [B].
         baseline: what hides a pixel: see `make_baseline`.
@@ -296,6 +297,7 @@ def perturbation_curve(
         UsageError: an argument does not fit; the message names it.
     """
     check_images(images)
+    check_normalisation(mean, std, images.shape[1])
     if order not in ("value", "rank"):
         raise UsageError(f"order: expected value or rank, got {order!r}")
     if keep not in ("both", "above", "below"):

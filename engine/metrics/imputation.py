@@ -13,7 +13,16 @@ from counterlens.kernels.perturb.reference import normalised
 
 from ..errors import CounterlensError, UsageError
 from .curves import Fill, run
-from .inputs import NOISE_STREAM, Ties, check_images, constant_maps, rank_planes, saliency_planes, sample_seeds
+from .inputs import (
+    NOISE_STREAM,
+    Ties,
+    check_images,
+    check_normalisation,
+    constant_maps,
+    rank_planes,
+    saliency_planes,
+    sample_seeds,
+)
 from .paths import Faithfulness, check_shares, score_of
 from .quantities import Explained, Quantity
 
@@ -162,6 +171,7 @@ def road(
         2202.00449).
     """
     check_images(images)
+    check_normalisation(mean, std, images.shape[1])
     if first not in ("most", "least"):
         raise UsageError(f"first: expected most or least, got {first!r}")
     if compat not in (None, "quantus"):

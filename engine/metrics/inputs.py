@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -21,15 +22,45 @@ Channels = Literal["together", "apart"]
 Normalize = Literal["minmax", "none"]
 Ties = Literal["random", "first", "last"]
 NOISE_STREAM = 2**41  # beside the stream that breaks ties with the same seed
+CONSTANT = "saliency: {count} of {all} maps are constant; they mark nothing (S = 0), their order is that of ties"
+
+
+class ConstantMaps(UserWarning):
+    """Maps, or counterfactuals, say nothing of where."""
 
 
 def check_images(images: Tensor) -> None:
-    """Raise UsageError unless images are [N, C, H, W] of a floating dtype, with at least one pixel."""
+    """Raise UsageError unless images are [N, C, H, W] of a floating dtype, finite, with at least one pixel."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.dtype not in FLOATING:
         got = f"{list(images.shape)} of {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         raise UsageError(f"images: expected [N, C, H, W] of a floating dtype, got {got}")
     if 0 in images.shape[1:]:
         raise UsageError(f"images: expected at least one channel and pixel, got {list(images.shape)}")
+    check_finite("images", images)
+
+
+def check_finite(
+    name: str,
+    values: Tensor,  # [N, ...]
+) -> None:
+    """Raise UsageError where a sample holds NaN or infinity; the message says which ones."""
+    bad = (~values.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+        raise UsageError(f"{name}: expected finite values, got NaN or infinity in sample {shown}")
+
+
+def check_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
+    """Raise UsageError unless mean and std are both there, of one number per channel and std above 0, or neither is."""
+    if mean is None and std is None:
+        return
+    if mean is None or std is None:
+        raise UsageError(f"{'mean' if mean is None else 'std'}: expected both mean and std, or neither")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise UsageError(f"{name}: expected {channels} numbers, one per channel, got {len(values)}")
+    if not all(v > 0 for v in std):
+        raise UsageError(f"std: expected numbers above 0, got {list(std)}")
 
 
 def sample_seeds(seeds: int | Sequence[int], samples: int) -> list[int]:
@@ -74,25 +105,19 @@ def saliency_planes(
     planes = saliency.detach().to(compute_dtype(saliency.dtype))
     planes = planes[:, None] if planes.ndim == 3 else planes
     planes = planes.expand(n, c, h, w).reshape(n, c * h, w) if channels == "apart" else planes[:, 0]
-    bad = (~planes.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if bad:
-        shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-        raise UsageError(f"saliency: expected finite values, got NaN or infinity in sample {shown}")
+    check_finite("saliency", planes)
     return planes
 
 
 def constant_maps(
     planes: Tensor,  # [N, H, W]
+    message: str = CONSTANT,
 ) -> Tensor:
     """Which maps are constant: [N] bool; one warning for all of them."""
     flat = planes.flatten(1)
     constant = flat.amax(1) == flat.amin(1)
     if count := int(constant.sum()):
-        warnings.warn(
-            f"saliency: {count} of {len(planes)} maps are constant; they mark nothing (S = 0), and their order is "
-            "that of the ties",
-            stacklevel=3,
-        )
+        warnings.warn(message.format(count=count, all=len(planes)), ConstantMaps, stacklevel=3)
     return constant
 
 
@@ -169,7 +194,7 @@ def make_baseline(
         if not baseline.is_floating_point() or not bool(baseline.isfinite().all()):
             raise UsageError(f"baseline: expected finite values of a floating dtype, got {baseline.dtype}")
         return baseline.detach().to(images.device, images.dtype)
-    if isinstance(baseline, int | float) and not isinstance(baseline, bool):
+    if isinstance(baseline, int | float) and not isinstance(baseline, bool) and math.isfinite(baseline):
         return float(baseline)
     if baseline == "zero":
         return 0.0

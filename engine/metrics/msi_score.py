@@ -18,6 +18,7 @@ from .inputs import (
     Channels,
     Normalize,
     check_images,
+    check_normalisation,
     constant_maps,
     make_baseline,
     rank_planes,
@@ -98,6 +99,7 @@ def msi(
     Source: MSI (Singh et al., arXiv 2605.18681); the area form is ours.
     """
     check_images(images)
+    check_normalisation(mean, std, images.shape[1])
     levels = threshold_grid(alpha_min, steps)
     if not penalty >= 0:
         raise UsageError(f"penalty: expected 0 or more, got {penalty}")
@@ -147,8 +149,8 @@ def threshold_grid(alpha_min: float, steps: int) -> Tensor:
     """
     if not 0 <= alpha_min <= 1:
         raise UsageError(f"alpha_min: expected a number in [0, 1], got {alpha_min}")
-    if steps < 1:
-        raise UsageError(f"steps: expected at least one threshold, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise UsageError(f"steps: expected a whole number, at least one threshold, got {steps}")
     return torch.linspace(alpha_min, 1, 1 if alpha_min == 1 else steps, dtype=torch.float64)
 
 

@@ -109,7 +109,10 @@ def check_targets(
     n, classes = logits.shape
     if target is None:
         return logits.argmax(1)
-    targets = torch.as_tensor(target)
+    try:
+        targets = torch.as_tensor(target)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"target: expected whole numbers, got {target!r}") from error
     if targets.dtype == torch.bool or targets.is_floating_point():
         raise UsageError(f"target: expected whole numbers, got {targets.dtype}")
     if targets.ndim == 0:

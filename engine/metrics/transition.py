@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .curves import Score, evaluate, make_plan, perturbing
-from .inputs import Ties, check_images, constant_maps, rank_planes, saliency_planes, sample_seeds
+from .inputs import Ties, check_images, check_normalisation, constant_maps, rank_planes, saliency_planes, sample_seeds
 from .paths import score_of
 from .quantities import Explained, Quantity, check_targets
 
@@ -72,6 +72,7 @@ def cout(
         4.1; compat: Jeanneret et al., ACE (arXiv 2303.09962).
     """
     check_images(images)
+    check_normalisation(mean, std, images.shape[1])
     if not isinstance(counterfactuals, Tensor) or counterfactuals.shape != images.shape:
         got = list(counterfactuals.shape) if isinstance(counterfactuals, Tensor) else type(counterfactuals).__name__
         raise UsageError(f"counterfactuals: expected {list(images.shape)} as the images, got {got}")
@@ -85,7 +86,7 @@ def cout(
     chosen = sample_seeds(seeds, n)
     there = counterfactuals.to(images.device, images.dtype)
     planes = saliency_planes((there - images).abs().sum(1), images, "together")
-    constant_maps(planes)
+    constant_maps(planes, "counterfactuals: {count} of {all} differ from their images evenly, or not at all")
     rank = rank_planes(planes, ties or ("first" if compat == "ace" else "random"), chosen)
     if compat == "ace":
         group = max(1, pixels // 50)

@@ -68,6 +68,14 @@ def test_calibration_finds_the_level_that_makes_sense() -> None:
     assert high.own - high.other == pytest.approx(2, abs=1e-6)
 
 
+def test_calibration_refuses_maps_that_say_nothing() -> None:
+    images, saliency = sample(2)
+    with pytest.warns(UserWarning, match="2 of 2 maps are constant") as caught, pytest.raises(UsageError) as refused:
+        calibrate(Random(), images, torch.zeros_like(saliency))
+    assert len(caught) == 1
+    assert "say nothing about the images" in str(refused.value)
+
+
 def test_gradient_maps_of_a_linear_classifier() -> None:
     weight = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
     maps = gradient_maps(Linear(weight), torch.ones(3, 1, 2, 2), quantity="logit", batch_size=2)

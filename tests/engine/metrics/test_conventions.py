@@ -211,7 +211,7 @@ def test_cout_on_paper() -> None:
     assert result.source_values.abs().max() == 0
     assumed = cout(model, image, there, quantity="probability")
     assert (assumed.source.tolist(), assumed.target.tolist()) == ([0], [1])
-    with pytest.warns(UserWarning, match="constant"):
+    with pytest.warns(UserWarning, match="2 of 2 differ from their images evenly, or not at all"):
         same = cout(Random(), *[torch.rand(2, 3, 4, 4)] * 2, 1, 0)
     assert torch.allclose(same.target_values, same.target_values[:, :1].expand_as(same.target_values), atol=1e-6)
 
@@ -320,6 +320,8 @@ def test_deletion_is_insertion_from_the_other_end() -> None:
         (deletion, {"rule": "simpson"}, ["rule", "simpson"]),
         (sufficiency, {"shares": []}, ["shares", "at least one"]),
         (road, {"shares": [1.5]}, ["shares", "1.5"]),
+        (road, {"mean": [0.2], "std": [0.5]}, ["mean", "3 numbers"]),
+        (road, {"mean": [0.2] * 3}, ["std", "both"]),
         (road, {"noise": -1.0}, ["noise", "-1"]),
         (road, {"first": "last"}, ["first", "last"]),
         (road, {"compat": "xplique"}, ["compat", "xplique"]),

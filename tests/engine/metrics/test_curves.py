@@ -276,6 +276,12 @@ def test_protocol_classifiers_and_outputs_with_logits(tiny) -> None:
         ({"target": [0, -1]}, ["target", "-1"]),
         ({"target": [0, 1, 2]}, ["target", "2 of them"]),
         ({"target": 0.5}, ["target", "whole numbers"]),
+        ({"target": "cat"}, ["target", "whole numbers", "cat"]),
+        ({"images": torch.full((2, 3, 9, 7), torch.nan)}, ["images", "NaN", "sample 0, 1"]),
+        ({"baseline": float("nan")}, ["baseline", "nan"]),
+        ({"mean": [0.5] * 3}, ["std", "both"]),
+        ({"mean": [0.5], "std": [0.5]}, ["mean", "3 numbers", "got 1"]),
+        ({"mean": [0.5] * 3, "std": [0.5, 0.0, 0.5]}, ["std", "above 0"]),
         ({"thresholds": []}, ["thresholds", "at least one"]),
         ({"thresholds": [0.5, 1.5]}, ["thresholds", "[0, 1]"]),
         ({"counts": [64], "order": "rank"}, ["counts", "63"]),
@@ -308,9 +314,15 @@ def test_bad_input(arguments: dict[str, object], words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"steps": 0}, ["steps", "0"]), ({"alpha_min": 1.2}, ["alpha_min", "1.2"]), ({"penalty": -1}, ["penalty", "-1"])],
+    [
+        ({"steps": 0}, ["steps", "0"]),
+        ({"steps": 2.5}, ["steps", "2.5"]),
+        ({"std": [0.5] * 3}, ["mean", "both"]),
+        ({"alpha_min": 1.2}, ["alpha_min", "1.2"]),
+        ({"penalty": -1}, ["penalty", "-1"]),
+    ],
 )
-def test_bad_msi_arguments(arguments: dict[str, float], words: list[str]) -> None:
+def test_bad_msi_arguments(arguments: dict[str, object], words: list[str]) -> None:
     images, saliency = sample(2)
     with pytest.raises(UsageError) as caught:
         msi(Random(), images, saliency, **arguments)  # type: ignore[arg-type]
