@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ExportError
 
@@ -52,11 +52,23 @@ def weights_digest(modules: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in (module.state_dict() | dict(module.named_buffers())).items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            if flat.numel():
-                digest.update(flat.view(torch.uint8).numpy().data)
+            _add(digest, name, tensor)
     return digest.hexdigest()
+
+
+def tensors_digest(*tensors: Tensor) -> str:
+    """SHA-256 over dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        _add(digest, "", tensor)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        digest.update(flat.view(torch.uint8).numpy().data)
 
 
 def sources_digest(folders: Iterable[Path]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich import box
@@ -28,9 +29,32 @@ QuantityOption = Annotated[
     str, typer.Option(help="class, or groups of labels: 0,1,2,3,4/5,6,7,8,9 (the target's group against the rest).")
 ]
 ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images instead of the pack's.")]
-SizeOption = Annotated[int, typer.Option(help="Side in pixels of --images.", min=8)]
+SizeOption = Annotated[
+    int | None, typer.Option(help="Side in pixels for a classifier that is not the pack's; 224 without it.", min=8)
+]
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a trained adapter; the pack's own without it.")]
-AlphaOption = Annotated[float, typer.Option(help="Lowest threshold of MSI.", min=0, max=1)]
+
+
+def _alpha(text: str | float) -> float:
+    """A number, or what `metrics calibrate` froze in a file."""
+    try:
+        value = float(text)
+    except ValueError:
+        from ..metrics import load_alpha_min
+
+        return load_alpha_min(str(text))
+    if not 0 <= value <= 1:
+        raise UsageError(f"alpha-min: expected a number in [0, 1] or a calibration.json, got {text}")
+    return value
+
+
+AlphaOption = Annotated[
+    float,
+    typer.Option(
+        help="Lowest threshold of MSI, or the calibration.json of metrics calibrate.", parser=_alpha,
+        metavar="NUMBER|FILE",
+    ),
+]  # fmt: skip
 MarkerOption = Annotated[str, typer.Option(help="On the pack's images: none, random, matching or conflicting.")]
 LayerOption = Annotated[str | None, typer.Option(help="Of gradcam; the last maps without it.")]
 METHODS = "lax, gradxinput, ig, smoothgrad, gradcam, occlusion, ablation, rise"
@@ -47,7 +71,7 @@ def register(parent: typer.Typer) -> None:
 
 
 def _open(
-    pack: str, classifier: str, own: Path | None, labels: str | None, size: int, device: str = "cpu",
+    pack: str, classifier: str, own: Path | None, labels: str | None, size: int | None, device: str = "cpu",
     option: str = "--images",
 ) -> tuple[Any, Classifier, int, Any]:  # fmt: skip
     """(the pack or None, the classifier, its image size, what hides pixels); `own` is what the option was given."""
@@ -58,6 +82,9 @@ def _open(
     there = choose_device(device)
     opened = Pack(pack)
     if classifier in opened.classifier_names():
+        for name, value in (("labels", labels), ("image-size", size)):
+            if value is not None:
+                raise UsageError(f"{name}: the pack's {classifier!r} has its own; give it with another classifier")
         explained = opened.classifier(classifier)
         explained.module.to(there)
         return opened, explained, 32, opened.mean_colour
@@ -66,21 +93,43 @@ def _open(
         raise UsageError(f"classifier: {classifier!r} is not in pack {pack!r} ({known}); another one needs {option}")
     from ..models.image_classifiers import open_classifier
 
-    names = read_names(labels) if labels else None
+    names, size = read_names(labels) if labels else None, size or 224
     described = open_classifier(classifier, image_size=size, labels=names)
     described.module.to(there)
     return None, described, size, "blur"
 
 
-def _load(folder: Path, size: int) -> tuple[list[str], Tensor]:
-    """Names and images [N, 3, size, size] of a folder."""
+def _load(folder: Path, size: int) -> tuple[list[str], Tensor, int]:
+    """Names and images [N, 3, size, size] of a folder, and how many could not be read, which is reported.
+
+    Raises:
+        CounterlensError: none could.
+    """
     import torch
 
     from ..data import collect
     from ..images import load_image
 
+    names, images = [], []
     items = collect([folder])
-    return [str(item.path) for item in items], torch.stack([load_image(item.path, size) for item in items])
+    for item in items:
+        try:
+            images.append(load_image(item.path, size))
+        except CounterlensError as error:
+            errors.print(f"error: {error}", markup=False, style="red")
+        else:
+            names.append(str(item.path))
+    if not images:
+        raise CounterlensError(f"{folder}: none of {len(items)} images can be read")
+    return names, torch.stack(images), len(items) - len(images)
+
+
+def _write(path: Path, text: str, mode: Literal["w", "a"] = "w") -> None:
+    try:
+        with path.open(mode) as file:
+            file.write(text)
+    except OSError as error:
+        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _adapter(pack: Any, name: str, classifier: Classifier, quantity: str, folder: Path | None) -> LAX:
@@ -103,7 +152,7 @@ def train(
     images: ImagesOption = None,
     validation: Annotated[Path | None, typer.Option(help="Folder of images that training does not see.")] = None,
     labels: LabelsOption = None,
-    image_size: SizeOption = 224,
+    image_size: SizeOption = None,
     taps: Annotated[
         str | None, typer.Option(help="Names of modules, a,b,c; pixels: none. Without it, one for each resolution.")
     ] = None,
@@ -121,7 +170,8 @@ def train(
 ) -> None:
     """Train a LAX adapter for a frozen classifier, which must be differentiable; it is not changed.
 
-    Interrupted, the same command goes on from its checkpoint. Training stops early on the MSI of the validation images.
+    Interrupted, the same command goes on from its checkpoint. Training stops early on the validation images: on their
+    MSI, and with the pack's and the general recipe, on the sum of MSI and BaseScore_area.
 
     The pack's recipe for labels takes over an hour on one core; --steps 1000 is a tenth of that and most of the way.
 
@@ -142,10 +192,11 @@ def train(
             raise UsageError(
                 "validation: needed beside --images; early stopping looks at images that training does not"
             )
-        (_, shown), (_, held) = _load(images, size), _load(validation, size)
+        (_, shown, failed), (_, held, more) = _load(images, size), _load(validation, size)
+        failed += more
         colour = shown.mean((0, 2, 3))
     else:
-        shown, held = pack_images(opened, chosen, quantity)
+        failed, (shown, held) = 0, pack_images(opened, chosen, quantity)
         colour = opened.mean_colour
     there = choose_device(device)
     shown, held = shown.to(there), held.to(there)
@@ -155,7 +206,7 @@ def train(
     with progress_bar("training", chosen.steps) as progress:
 
         def show(step: int, total: int, loss: float, best: float) -> None:
-            text = f"loss {loss:.3f}, best MSI {best:.3f}"
+            text = f"loss {loss:.3f}, best score {best:.3f}"
             progress.update(progress.task_ids[0], completed=step, total=total, description=text)
 
         with computing_on(there):
@@ -163,17 +214,21 @@ def train(
                 explained, shown, held, chosen, quantity=quantity, taps=named, colour=colour, out=out, on_step=show,
                 described=command,
             )  # fmt: skip
-    best = max(value for _, value in history.validations)
+    validated = adapter.training["validation"]
     record = {
         "out": str(out), "taps": adapter.taps, "quantity": adapter.quantity.name, "steps": len(history.losses),
-        "validation_msi": round(best, 6), "parameters": sum(p.numel() for p in adapter.head.parameters()),
+        "parameters": sum(p.numel() for p in adapter.head.parameters()),
+        **{f"validation_{name}": value for name, value in validated.items()},
     }  # fmt: skip
     if as_json:
         print_json(record)
+    scores = ", ".join(f"{'MSI' if name == 'msi' else 'BaseScore_area'} {v:.3f}" for name, v in validated.items())
     Console(stderr=as_json, highlight=False, soft_wrap=True).print(
-        f"{record['steps']} steps, validation MSI {best:.3f}; {record['parameters']} parameters on "
+        f"{record['steps']} steps, validation {scores}; {record['parameters']} parameters on "
         f"{', '.join(adapter.taps) or 'pixels'}; adapter and loss.png in {out}"
     )
+    if failed:
+        raise CounterlensError(f"{failed} images could not be read; the adapter was trained on the others")
 
 
 @app.command()
@@ -188,7 +243,7 @@ def export(
     store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
     labels: LabelsOption = None,
-    image_size: SizeOption = 224,
+    image_size: SizeOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Compile an adapter, its frozen model included, and the perturbation curve of MSI to ONNX, checked against eager.
@@ -229,10 +284,10 @@ def export(
 
 def _saliency(
     images: list[Path], method: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None,
-    target: str | None, labels: str | None, image_size: int, alpha_min: float, layer: str | None, device: str,
+    target: str | None, labels: str | None, image_size: int | None, alpha_min: float, layer: str | None, device: str,
     seed: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Overlay PNG, arrays and a record for each image; a file that cannot be read is reported and the others go on."""
+    """Overlay PNG, arrays and a line of results.jsonl for each image; a file that cannot be read is reported."""
     import torch
     from safetensors.torch import save_file
 
@@ -258,11 +313,16 @@ def _saliency(
     out = make_folder(out)
     console = Console(stderr=as_json, highlight=False)
     table = Table("image", "target", "probability", "MSI", "marked", "file", box=box.SIMPLE)
-    failed = 0
-    seen: dict[str, int] = {}
+    failed, log = 0, out / "results.jsonl"
+    _write(log, "")
+    used: set[str] = set()
+    record: dict[str, Any]
     for path in paths:
-        n = seen[path.stem] = seen.get(path.stem, 0) + 1
-        name = path.stem if n == 1 else f"{path.stem}-{n}"
+        name, n = path.stem, 1
+        while name in used:
+            n += 1
+            name = f"{path.stem}-{n}"
+        used.add(name)
         try:
             image = load_image(path, size)[None].to(there)
         except CounterlensError as error:
@@ -270,8 +330,10 @@ def _saliency(
             message = str(error).removeprefix(f"{path}: ")
             errors.print(f"error: {path}: {message}", markup=False, style="red")
             table.add_row(str(path), "", "", "", "", "failed")
+            record = {"image": str(path), "error": message}
+            _write(log, json.dumps(record) + "\n", "a")
             if as_json:
-                print_json({"image": str(path), "error": message})
+                print_json(record)
             continue
         with computing_on(there):
             with torch.no_grad():
@@ -294,7 +356,7 @@ def _saliency(
             save_file({"saliency": saliency[0].cpu().contiguous(), "scores": scores[0].cpu().contiguous()}, arrays)
         except OSError as error:
             raise CounterlensError(f"{arrays}: cannot be written ({error.strerror or error})") from error
-        record: dict[str, Any] = {
+        record = {
             "image": str(path), "method": method, "target": explained.labels[int(label)],
             "probability": round(curves.full[0].item(), 6),
             **{k: round(v[0].item(), 6) for k, v in scored.values.items()},
@@ -303,6 +365,7 @@ def _saliency(
             "remove": [round(v, 6) for v in curves.remove[0].tolist()],
             "path": str(picture), "arrays": str(arrays),
         }  # fmt: skip
+        _write(log, json.dumps(record) + "\n", "a")
         if as_json:
             print_json(record)
         table.add_row(
@@ -324,14 +387,14 @@ def saliency(
     quantity: QuantityOption = "class",
     adapter: AdapterOption = None,
     labels: LabelsOption = None,
-    image_size: SizeOption = 224,
+    image_size: SizeOption = None,
     alpha_min: AlphaOption = 0.5,
     layer: LayerOption = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show where a classifier's evidence is, and how good that answer is: MSI and its curves.
+    """Show where a classifier's evidence is, and how good that answer is: MSI and its curves, in results.jsonl.
 
     Example: counterlens saliency four.png --method lax --out where
     """
@@ -351,7 +414,7 @@ def explain(
     quantity: QuantityOption = "class",
     adapter: AdapterOption = None,
     labels: LabelsOption = None,
-    image_size: SizeOption = 224,
+    image_size: SizeOption = None,
     alpha_min: AlphaOption = 0.5,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
@@ -369,7 +432,7 @@ def explain(
 
 def _evaluate(
     methods: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None, images: Path | None,
-    labels: str | None, image_size: int, split: str, count: int | None, marker: str, alpha_min: float,
+    labels: str | None, image_size: int | None, split: str, count: int | None, marker: str, alpha_min: float,
     layer: str | None, runtime: str, device: str, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     from ..images import make_folder, write_png
@@ -385,10 +448,10 @@ def _evaluate(
     there = choose_device(device)
     opened, explained, size, baseline = _open(pack, classifier, images, labels, image_size, device)
     if images is not None:
-        names, shown = _load(images, size)
+        names, shown, failed = _load(images, size)
         ids = list(range(len(names)))
     else:
-        drawn = opened.samples(split, count=count, marker=marker)
+        failed, drawn = 0, opened.samples(split, count=count, marker=marker)
         shown, ids = drawn.images, drawn.ids
         names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
     trained = _adapter(opened, classifier, explained, quantity, adapter) if "lax" in chosen else None
@@ -433,8 +496,11 @@ def _evaluate(
         if as_json:
             print_json({"method": name, **row})
     Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
-    files = ", ".join(f"{out / name}" for name in ("scores.parquet", "curves.png", "methods.png"))
+    _write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    files = ", ".join(f"{out / name}" for name in ("summary.json", "scores.parquet", "curves.png", "methods.png"))
     Console(stderr=as_json, highlight=False, soft_wrap=True).print(f"{len(shown)} images; {files}")
+    if failed:
+        raise CounterlensError(f"{failed} of {len(shown) + failed} images could not be read; the others are compared")
 
 
 CountOption = Annotated[int | None, typer.Option(help="How many of the pack's images; all without it.", min=1)]
@@ -450,7 +516,7 @@ def evaluate(
     adapter: AdapterOption = None,
     images: ImagesOption = None,
     labels: LabelsOption = None,
-    image_size: SizeOption = 224,
+    image_size: SizeOption = None,
     split: SplitOption = "test",
     count: CountOption = None,
     marker: MarkerOption = "random",
@@ -463,7 +529,7 @@ def evaluate(
 ) -> None:
     """Compare saliency methods on the same images.
 
-    Writes a table with 95 % intervals, scores.parquet (per image), curves.png and methods.png.
+    Writes summary.json (means with 95 % intervals), scores.parquet (per image), curves.png and methods.png.
 
     Example: counterlens evaluate --methods lax,ig,gradcam --count 50 --out compared
     """
@@ -482,7 +548,7 @@ def evaluate_adapter(
     adapter: AdapterOption = None,
     images: ImagesOption = None,
     labels: LabelsOption = None,
-    image_size: SizeOption = 224,
+    image_size: SizeOption = None,
     split: SplitOption = "test",
     count: CountOption = None,
     marker: MarkerOption = "random",

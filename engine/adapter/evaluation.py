@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CounterlensError
 from ..metrics.imputation import road
-from ..metrics.inputs import Baseline
+from ..metrics.inputs import Baseline, ConstantMaps
 from ..metrics.intervals import bootstrap
 from ..metrics.msi_score import MSI, msi
 from ..metrics.paths import Faithfulness, deletion, insertion
@@ -72,17 +73,20 @@ def score_maps(
     """
     given: dict[str, Any] = {"quantity": quantity, "baseline": baseline, "seeds": seeds, "batch_size": batch}
     by_value = msi(classifier, images, saliency, target, alpha_min=alpha_min, area=False, **given)
-    by_area = msi(classifier, images, scores, target, alpha_min=alpha_min, **given)
-    inserted = insertion(classifier, images, scores, target, steps=STEPS, **given)
-    removed = deletion(classifier, images, scores, target, steps=STEPS, **given)
     imputed = {k: v for k, v in given.items() if k != "baseline"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantMaps)  # said once, of the values
+        by_area = msi(classifier, images, scores, target, alpha_min=alpha_min, **given)
+        inserted = insertion(classifier, images, scores, target, steps=STEPS, **given)
+        removed = deletion(classifier, images, scores, target, steps=STEPS, **given)
+        replaced = road(classifier, images, scores, target, **imputed)
     values = {
         "msi": by_value.score,
         "base_score": by_value.base_score,
         "base_score_area": by_area.base_score_area,
         "insertion": inserted.score,
         "deletion": removed.score,
-        "road": road(classifier, images, scores, target, **imputed).score,
+        "road": replaced.score,
         "sufficient_area": by_area.sufficient_area,
         "mask_area": by_value.curves.areas[:, 0],
     }

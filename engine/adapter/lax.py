@@ -369,6 +369,8 @@ def new_adapter(
     Raises:
         UsageError: a tap or the quantity does not fit.
     """
+    if isinstance(classifier, nn.Module):
+        raise UsageError("classifier: a bare module has no labels; use wrap_classifier(module, labels, image_size=...)")
     parameter = next(classifier.module.parameters(), torch.empty(0))
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     image = torch.full((1, 3, image_size, image_size), 0.5, device=parameter.device, dtype=dtype)

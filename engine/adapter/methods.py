@@ -223,6 +223,9 @@ def explain_with(
     explained = make_quantity(classifier, quantity)
     if name == "lax" and adapter is not None and adapter.quantity.name != explained.name:
         raise UsageError(f"quantity: the adapter explains {adapter.quantity.name!r}, not {explained.name!r}")
+    everyone = None
+    if target is not None:
+        everyone = check_targets(target, len(images), len(classifier.labels), images.device)
     filled = make_baseline(baseline, images, [seed] * len(images))
     filled = torch.full((1,), filled).to(images) if not isinstance(filled, Tensor) else filled
     hidden = (filled if filled.ndim == 4 else filled.reshape(1, -1, 1, 1)).expand_as(images)
@@ -233,13 +236,11 @@ def explain_with(
         warnings.filterwarnings("ignore", message="Setting (forward, )?backward hooks", category=UserWarning)
         for start in range(0, len(images), batch):
             x = images[start : start + batch].detach().clone()
-            with torch.no_grad():
-                logits = classifier.logits(x)
-            if target is None:
-                wanted = logits.argmax(1)
-            else:
-                everyone = check_targets(target, len(images), logits.shape[1], x.device)
+            if everyone is not None:
                 wanted = everyone[start : start + batch]
+            else:
+                with torch.no_grad():
+                    wanted = classifier.logits(x).argmax(1)
             question = Question(classifier, explained, wanted, hidden[start : start + batch], seed, layer, adapter)
             scores.append(saliency_methods[name](question, x).detach())
     joined = torch.cat(scores) if scores else images.new_zeros((0, *images.shape[2:]))

@@ -114,7 +114,10 @@ def check_targets(target: Any, batch: int, labels: int, device: torch.device) ->
     """
     if isinstance(target, int):
         target = [target] * batch
-    out = torch.as_tensor(target, device=device)
+    try:
+        out = torch.as_tensor(target, device=device)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"target: expected label indices, got {target!r}") from error
     if out.shape != (batch,) or out.is_floating_point() or out.dtype == torch.bool:
         raise UsageError(f"target: expected {batch} label indices, one per image, got {out.dtype} {list(out.shape)}")
     if batch and (int(out.amin()) < 0 or int(out.amax()) >= labels):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..images import make_folder
 from ..metrics.msi_score import msi
 from ..models.protocols import Classifier
 from ..packs import Pack
@@ -83,7 +84,7 @@ def train_adapter(
     quantity: str | LogOdds | Quantity = "class",
     taps: Sequence[str] | None = None,
     colour: Tensor | None = None,  # [3]
-    out: Path | None = None,
+    out: str | Path | None = None,
     on_step: Callable[[int, int, float, float], None] = lambda *_: None,
     described: dict[str, Any] | None = None,
     width: int = 32,
@@ -92,34 +93,40 @@ def train_adapter(
 
     Args:
         classifier: differentiable; left as it was.
-        images, validation: [N, 3, H, W] in [0, 1]; training stops early on the MSI of `validation`.
+        images, validation: [N, 3, H, W] in [0, 1]; training stops early on the MSI of `validation`, plus its area form
+            where the schedule trains on that.
         schedule: every number.
         quantity, taps, width: see `lax.new_adapter`.
         colour: of the baseline `mean`; the training images' own without it.
         out: folder for adapter, checkpoint and loss.png; nothing is written without it.
-        on_step: told (step, steps, loss, best MSI).
+        on_step: told (step, steps, loss, best of that score).
         described: plain values to keep in the adapter's file.
 
     Raises:
         UsageError: an argument does not fit, or the classifier is not differentiable.
     """
-    if out is not None:
+    folder = None if out is None else make_folder(Path(out))
+    if folder is not None:
         check_charts()
     colour = images.mean((0, 2, 3)) if colour is None else colour.to(images)
     adapter = new_adapter(classifier, images.shape[2], taps=taps, quantity=quantity, width=width, seed=schedule.seed)
     hidden: Any = "blur" if "mean" not in schedule.baselines else colour
 
-    def validate(candidate: LAX) -> float:
+    def measure(candidate: LAX) -> dict[str, float]:
         maps = candidate.explain(validation)
         scored = msi(
             classifier, validation, maps.saliency, maps.target, quantity=candidate.quantity, baseline=hidden,
             alpha_min=schedule.alpha_min, area=schedule.ranks > 0,
         )  # fmt: skip
-        # With the area form in the loss, both forms are looked at.
-        value = scored.score + scored.base_score_area if schedule.ranks else scored.score
-        return value.mean().item()
+        area = {"base_score_area": scored.base_score_area.mean().item()} if schedule.ranks else {}
+        return {"msi": scored.score.mean().item(), **area}
 
-    history = train(adapter, images, validate, schedule, mean_colour=colour, folder=out, on_step=on_step)
+    def validate(candidate: LAX) -> float:
+        return sum(measure(candidate).values())
+
+    history = train(
+        adapter, images, validate, schedule, mean_colour=colour, folder=folder, held=[validation], on_step=on_step
+    )
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(schedule).items()}
     adapter.training = (described or {}) | {
         "schedule": plain,
@@ -127,15 +134,16 @@ def train_adapter(
         "images": len(images),
         "colour": [round(c, 6) for c in colour.tolist()],
         "validations": [[step, round(value, 5)] for step, value in history.validations],
+        "validation": {name: round(value, 6) for name, value in measure(adapter).items()},
     }
-    if out is not None:
-        adapter.save(out)
-        draw_losses(history, out / "loss.png")
+    if folder is not None:
+        adapter.save(folder)
+        draw_losses(history, folder / "loss.png")
     return adapter, history
 
 
 def draw_losses(history: History, path: Path) -> None:
-    """Write the loss (running mean) and the validation MSI by step as PNG."""
+    """Write the loss (running mean) and the validation score by step as PNG."""
     losses = torch.tensor(history.losses)
     window = min(SMOOTHED, len(losses))
     smooth = losses.unfold(0, window, 1).mean(1)

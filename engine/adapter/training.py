@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from counterlens.export.store import weights_digest
+from counterlens.export.store import tensors_digest, weights_digest
 from counterlens.kernels.perturb import soft_perturb
 
 from ..errors import CounterlensError, UsageError
@@ -31,6 +31,7 @@ IMPUTED = (0.08, 0.5)  # shares of the pixels; beyond that, hardly any answer su
 IMPUTED_TOLERANCE = 1e-3
 EDGE = 0.02  # share of the pixels on either side of a level that `removed` hides softly, mostly from 0.88 to 0.12
 CHECKPOINT = "checkpoint.pt"
+STATE = {"identity", "head", "optimizer", "step", "best", "best_state", "losses", "validations"}
 CHECKPOINT_SECONDS = 20.0
 
 
@@ -60,7 +61,7 @@ class Schedule:
             `image` (another one of the batch).
         learning_rate: of AdamW, cosine to a fiftieth. weight_decay: likewise; a long training at a high rate needs it,
             or the scores grow until nearly all of the map is saturated.
-        every: steps between validations; after `patience` of them without a better MSI training stops.
+        every: steps between validations; after `patience` of them without a better score training stops.
         seed: of weights, batches and thresholds.
 
     Raises:
@@ -103,7 +104,7 @@ class Schedule:
 
 @dataclass
 class History:
-    """Losses by step, and (step, MSI) of every validation."""
+    """Losses by step, and (step, score) of every validation."""
 
     losses: list[float] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
@@ -222,6 +223,8 @@ def training_loss(
     target = torch.where(other.to(target.device), drawn.to(target.device), target)
     baseline = draw_baselines(images, schedule.baselines, mean_colour, g)
     scores = adapter.head(images, features, adapter.quantity.condition(target))
+    if not bool(scores.isfinite().all()):
+        raise CounterlensError(f"training: diverged before step {step + 1}; a lower learning_rate may help")
     saliency = torch.sigmoid(scores)
     levels = torch.cat([torch.full((b, 1), low, dtype=torch.float64), _draw(b, k - 1, low, 1, g)], 1)
     loss = _expectation(adapter, images, baseline, saliency, target, levels, temperature, schedule)
@@ -298,6 +301,7 @@ def train(
     *,
     mean_colour: Tensor | None = None,  # [3]
     folder: Path | None = None,
+    held: Sequence[Tensor] = (),
     on_step: Callable[[int, int, float, float], None] = lambda *_: None,
     stop_after: int | None = None,
 ) -> History:
@@ -309,19 +313,22 @@ def train(
         validate: a number to make large, such as the MSI on images that training does not see.
         schedule: every number.
         mean_colour: baseline `mean`; the images' own without it.
-        folder: for a checkpoint; a training with the same schedule that was interrupted goes on from there.
-        on_step: told (step, steps, loss, best validation).
+        folder: for a checkpoint; a training of the same model with the same numbers and images that was interrupted
+            goes on from there.
+        held: what `validate` looks at; a checkpoint belongs to it as well.
+        on_step: told (step, steps, loss, best score).
         stop_after: steps after which this call returns early, as if interrupted; its checkpoint is written.
 
     Raises:
         UsageError: the classifier is not differentiable, or the checkpoint is of another training.
-        CounterlensError: the checkpoint cannot be read or written.
+        CounterlensError: the checkpoint cannot be read or written, or training diverged.
     """
     head, device = adapter.head, images.device
     mean_colour = images.mean((0, 2, 3)) if mean_colour is None else mean_colour.to(images)
     history, best, best_state, first = History(), -math.inf, {}, 0
     model = weights_digest([adapter.classifier.module])
-    identity = repr((VERSION, asdict(schedule), model, adapter.quantity.name, adapter.taps))
+    data = tensors_digest(images, mean_colour, *held)
+    identity = repr((VERSION, asdict(schedule), model, adapter.quantity.name, adapter.taps, adapter.width, data))
     head.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
@@ -330,7 +337,9 @@ def train(
     if path is not None and path.exists():
         state = _read_checkpoint(path)
         if state["identity"] != identity:
-            raise UsageError(f"out: {path} is of another training (model or numbers differ); choose another folder")
+            raise UsageError(
+                f"out: {path} is of another training (model, images or numbers differ); choose another folder"
+            )
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         best, best_state, first = state["best"], state["best_state"], state["step"]
@@ -383,9 +392,12 @@ def train(
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CounterlensError(f"{path}: not a checkpoint that can be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict) or set(state) != STATE:
+        raise CounterlensError(f"{path}: not a checkpoint of an adapter's training; choose another folder")
+    return state
 
 
 def _write_checkpoint(state: dict[str, Any], path: Path) -> None:

@@ -314,9 +314,29 @@ def test_interrupted_training_ends_with_the_same_weights(classifier, images, tmp
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8), name
     with pytest.raises(UsageError, match="another training"):
         train(new_adapter(classifier, SIZE), images, untouched, dataclasses.replace(QUICK, seed=1), folder=tmp_path)
+    with pytest.raises(UsageError, match="another training"):
+        train(new_adapter(classifier, SIZE), images[:8], untouched, QUICK, folder=tmp_path)
+    with pytest.raises(UsageError, match="another training"):
+        train(new_adapter(classifier, SIZE), images, untouched, QUICK, folder=tmp_path, held=[images])
+    torch.save({"step": 3}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CounterlensError, match=r"checkpoint\.pt: not a checkpoint of an adapter's training"):
+        train(new_adapter(classifier, SIZE), images, untouched, QUICK, folder=tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(CounterlensError, match=r"checkpoint\.pt: not a checkpoint"):
         train(new_adapter(classifier, SIZE), images, untouched, QUICK, folder=tmp_path)
+
+
+def test_training_that_diverges_says_so(classifier, images) -> None:
+    with pytest.raises(CounterlensError, match="diverged before step 2; a lower learning_rate"):
+        train(new_adapter(classifier, SIZE), images, untouched, dataclasses.replace(QUICK, learning_rate=1e38))
+
+
+def test_validation_is_both_forms_of_msi(classifier, images) -> None:
+    for ranks in (0.0, 1.0):
+        adapter, history = train_adapter(classifier, images, images[:4], dataclasses.replace(QUICK, ranks=ranks))
+        measured = adapter.training["validation"]
+        assert set(measured) == ({"msi", "base_score_area"} if ranks else {"msi"})
+        assert sum(measured.values()) == pytest.approx(max(v for _, v in history.validations), abs=1e-5)
 
 
 def test_training_stops_early_and_keeps_the_best(classifier, images) -> None:
@@ -367,6 +387,10 @@ def test_what_does_not_fit(classifier, images) -> None:
         adapter.explain(images, 4)
     with pytest.raises(UsageError, match="target: expected 12 label indices"):
         adapter.explain(images, [0, 1])
+    with pytest.raises(UsageError, match="target: expected label indices, got 'a'"):
+        adapter.explain(images, "a")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="use wrap_classifier"):
+        new_adapter(classifier.module, SIZE)
     assert adapter.explain(images[:0]).saliency.shape == (0, SIZE, SIZE)
 
     with pytest.raises(UsageError, match="thresholds: expected at least 1, got 0"):

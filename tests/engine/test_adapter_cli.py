@@ -77,6 +77,39 @@ def test_adapter_explain_is_saliency_with_lax(digits: Path, untrained: Path, tmp
     assert json.loads(first.stdout)["msi"] == json.loads(second.stdout)["msi"]
 
 
+def test_images_of_one_name_and_a_frozen_alpha_min(digits: Path, untrained: Path, tmp_path: Path) -> None:
+    file = sorted(digits.glob("*.png"))[0]
+    files = [tmp_path / name for name in ("a/x.png", "b/x.png", "c/x-2.png")]
+    for copy in files:
+        copy.parent.mkdir()
+        copy.write_bytes(file.read_bytes())
+    frozen = README.parent / "bench/results/calibration-clean/calibration.json"
+    out = tmp_path / "out"
+    result = run("saliency", *files, "--adapter", untrained, "--alpha-min", frozen, "--out", out, "--json")
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [Path(r["path"]).name for r in records] == ["x.png", "x-2.png", "x-2-2.png"]
+    assert len({r["arrays"] for r in records}) == 3
+    assert all(r["thresholds"][0] == 0.4 for r in records)
+    assert (out / "results.jsonl").read_text() == result.stdout
+
+
+def test_an_image_that_cannot_be_read_and_constant_maps(digits: Path, tmp_path: Path) -> None:
+    pytest.importorskip("captum", reason="needs captum")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "black.png")
+    (folder / "broken.png").write_bytes(b"")
+    result = run("evaluate", "--methods", "gradxinput", "--images", folder, "--out", tmp_path / "out", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["msi"]["n"] == 1
+    lines = result.stderr.splitlines()
+    assert sum("warning: saliency: 1 of 1 maps are constant" in line for line in lines) == 1
+    assert "Warning:" not in result.stderr
+    assert "broken.png" in lines[0]
+    assert lines[-1].startswith("error: 1 of 2 images could not be read")
+
+
 def test_evaluate_writes_its_table_curves_and_pictures(untrained: Path, tmp_path: Path) -> None:
     pytest.importorskip("captum", reason="needs captum")
     result = run(
@@ -86,7 +119,9 @@ def test_evaluate_writes_its_table_curves_and_pictures(untrained: Path, tmp_path
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [r["method"] for r in records] == ["lax", "gradcam"]
     assert all(r["msi"]["low"] <= r["msi"]["mean"] <= r["msi"]["high"] for r in records)
-    assert {p.name for p in tmp_path.iterdir()} == {"scores.parquet", "curves.png", "methods.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"summary.json", "scores.parquet", "curves.png", "methods.png"}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["gradcam"]["msi"] == records[1]["msi"]
     alone = tmp_path / "alone"
     again = run("adapter", "evaluate", "--adapter", untrained, "--count", 3, "--out", alone, "--json")
     assert json.loads(again.stdout)["msi"] == records[0]["msi"]
@@ -137,8 +172,30 @@ def test_usage_errors(digits: Path, tmp_path: Path) -> None:
         (["adapter", "train", "--images", digits, *out], 2, ["validation"]),
         (["adapter", "train", "--baselines", "black", *out], 2, ["baselines", "black"]),
         (["adapter", "train", "--alpha-min", "1", *out], 2, ["alpha_min"]),
+        (["adapter", "train", "--image-size", "64", *out], 2, ["image-size", "clean"]),
+        (["saliency", file, "--labels", "a,b", *out], 2, ["labels", "clean"]),
     ]:
         one_line_error(run(*arguments), code, *words)
+    for value, reason in (("1.5", "expected a number in [0, 1] or a calibration.json"), ("no.json", "cannot be read")):
+        result = run("saliency", file, "--alpha-min", value, *out)
+        assert result.returncode == 2
+        assert reason in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_the_readmes_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "my_project.py").write_text(
+        "import torch\n"
+        "torch.manual_seed(0)\n"
+        "images, held_out = torch.rand(8, 3, 64, 64), torch.rand(3, 3, 64, 64)\n"
+        "network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 7, stride=4), torch.nn.AdaptiveAvgPool2d(1),\n"
+        "    torch.nn.Flatten(), torch.nn.Linear(8, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = example("adapter-python")
+    assert "steps=1000" in code
+    exec(compile(code.replace("steps=1000", "steps=2, batch=2"), "README.md", "exec"), {})
+    assert capsys.readouterr().out == "torch.Size([3, 64, 64]) torch.Size([3, 2])\n"
 
 
 @needs_adapters

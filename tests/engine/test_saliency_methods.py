@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from counterlens.engine.adapter.evaluation import METRICS, evaluate, summarise, write_parquet
+from counterlens.engine.adapter.lax import new_adapter
 from counterlens.engine.adapter.methods import CELLS, check_methods, explain_with, saliency_methods
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.models.classifiers import StridedClassifier
@@ -128,3 +129,13 @@ def test_what_does_not_fit(strided, images, monkeypatch) -> None:
     with pytest.raises(CounterlensError, match=r"captum cannot be imported.*counterlens\[explain\]"):
         explain_with("ig", strided, images)
     assert explain_with("rise", strided, images)[0].shape == (3, SIZE, SIZE)
+
+
+def test_a_given_target_costs_no_forward_pass(strided, images, monkeypatch) -> None:
+    adapter, asked = new_adapter(strided, SIZE), []
+    logits = strided.logits
+    monkeypatch.setattr(strided, "logits", lambda x: asked.append(len(x)) or logits(x))
+    explain_with("lax", strided, images, 1, adapter=adapter)
+    assert asked == [3]
+    explain_with("lax", strided, images, adapter=adapter)
+    assert asked == [3, 3, 3]
