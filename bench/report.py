@@ -310,7 +310,8 @@ def costs_table() -> str:
         f"training step's pass at 224x224 (two images, forward batch 8) peaks at {min(peaks):.1f} MB with 2 thresholds "
         f"and at {max(peaks):.1f} MB with 16."
     )
-    return f"{table(header, rows)}\n\n{text} {provenance(result, 'explain', 'cost')}"
+    costs, rest = (provenance(result, "explain", section) for section in ("cost", "sanity"))
+    return f"{table(header, rows)}\n\n{costs}\n\n{text} {rest}"
 
 
 def detector_table() -> str:
