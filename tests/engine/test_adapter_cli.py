@@ -259,6 +259,8 @@ def test_engine_explain(tiny) -> None:
         engine.explain(images, adapter=adapter)
     with pytest.raises(UsageError, match="images: expected"):
         engine.explain(images[:, :, :8])
+    with pytest.raises(UsageError, match="images: expected finite values, got NaN or infinity in sample 1"):
+        engine.explain(torch.stack([images[0], images[1] * torch.nan]))
 
 
 @needs_adapters
