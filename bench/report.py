@@ -302,13 +302,13 @@ def costs_table() -> str:
         for name, v in result["cost"].items()
     ]
     header = ["method, batch 64", "ms per image", "in forward passes of the classifier"]
-    sanity, peaks = result["sanity"], [v["peak_mb"] for v in result["memory"]["forward_batch_8"].values()]
+    sanity, peaks = result["sanity"], {k: v["peak_mb"] for k, v in result["memory"]["forward_batch_8"].items()}
     kept, again = (sanity[k]["spearman"]["mean"] for k in ("kept", "retrained"))
     text = (
-        f"The maps do look at the model: with its weights drawn anew, their rank correlation with those before is "
+        "The maps do look at the model: with its weights drawn anew, their rank correlation with those before is "
         f"{kept:.2f} with the adapter kept and {again:.2f} with it trained again ({sanity['steps']} steps). A "
-        f"training step's pass at 224x224 (two images, forward batch 8) peaks at {min(peaks):.1f} MB with 2 thresholds "
-        f"and at {max(peaks):.1f} MB with 16."
+        f"training step's pass at 224x224 (two images, forward batch 8) peaks at {peaks['2']:.1f} MB with 2 thresholds "
+        f"and at {peaks['16']:.1f} MB with 16."
     )
     costs, rest = (provenance(result, "explain", section) for section in ("cost", "sanity"))
     return f"{table(header, rows)}\n\n{costs}\n\n{text} {rest}"

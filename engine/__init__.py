@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from .lazy import find
+
 # A sample must have the same bits in every slot. Without this, MKL's products can differ in the last bit by a row's
 # place in the batch (an AMD EPYC, two threads). It is read at the first product, and costs no time.
 os.environ.setdefault("MKL_CBWR", "AUTO")
@@ -21,8 +23,4 @@ _HOMES = {"Config": ".config", "Counterfactuals": ".engine", "Engine": ".engine"
 
 def __getattr__(name: str) -> Any:
     # Importing torch and diffusers takes seconds; `counterlens --help` must not.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name], __name__), name)
+    return find(__name__, _HOMES, name)

@@ -7,7 +7,6 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +41,7 @@ from .options import (
     WeightsOption,
     errors,
     open_engine,
+    open_for_append,
     print_json,
     progress_bar,
     saving_options,
@@ -183,7 +183,7 @@ def counterfactual(
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from .config import Config
-    from .data import collect, read_manifest
+    from .data import collect, output_names, read_manifest
     from .images import make_folder
 
     items = collect(images or []) + (read_manifest(manifest) if manifest else [])
@@ -199,7 +199,7 @@ def counterfactual(
     )  # fmt: skip
     if budget is not None and not budget > 0:
         raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
-    names = _names(images)
+    names = output_names(images)
     overwritten = {(out / f"{n}.png").resolve() for n in names} & {p.resolve() for p in images}
     if overwritten:
         raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
@@ -221,7 +221,7 @@ def counterfactual(
     table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
     failed = 0
     log_path = out / "results.jsonl"
-    with progress_bar("counterfactuals") as progress, _open_for_append(log_path) as log:
+    with progress_bar("counterfactuals") as progress, open_for_append(log_path) as log:
         task = progress.task_ids[0]
         for item, record in zip(
             items, _counterfactual_records(engine, images, names, choices, out, budget, progress, task), strict=True
@@ -247,28 +247,9 @@ def counterfactual(
         raise CounterlensError(f"{failed} of {len(images)} images failed; the others are in {out}")
 
 
-@contextmanager
-def _open_for_append(path: Path) -> Iterator[Any]:
-    try:
-        with path.open("a") as file:
-            yield file
-    except OSError as error:
-        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
 def _as_target(target: str, engine: Engine) -> str | int:
     """A label's index where the text is no label's name but a number."""
     return int(target) if target not in engine.labels and target.isdecimal() else target
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """One output name per image: its stem, numbered where several share it."""
-    seen: dict[str, int] = {}
-    names = []
-    for path in paths:
-        n = seen[path.stem] = seen.get(path.stem, 0) + 1
-        names.append(path.stem if n == 1 else f"{path.stem}-{n}")
-    return names
 
 
 def _counterfactual_records(

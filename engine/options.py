@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from .errors import UsageError
+from .errors import CounterlensError, UsageError
 
 if TYPE_CHECKING:
     from .config import Config
@@ -57,6 +57,20 @@ def text_console(as_json: bool) -> Console:
 def print_json(record: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(record) + "\n")
     sys.stdout.flush()
+
+
+@contextmanager
+def open_for_append(path: Path) -> Iterator[Any]:
+    """A text file to add lines to.
+
+    Raises:
+        CounterlensError: it cannot be written.
+    """
+    try:
+        with path.open("a") as file:
+            yield file
+    except OSError as error:
+        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextmanager

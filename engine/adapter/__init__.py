@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..lazy import find
+
 if TYPE_CHECKING:
     from ..models.image_classifiers import wrap_classifier
     from .evaluation import evaluate, summarise
@@ -25,8 +27,4 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # `counterlens --help` reads `.cli` in this folder, and must not wait for torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name], __name__), name)
+    return find(__name__, _HOMES, name)

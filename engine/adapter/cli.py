@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -13,7 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import CounterlensError, UsageError
-from ..options import DeviceOption, ForwardOption, JsonFlag, LabelsOption, PackOption, errors, print_json, progress_bar
+from ..options import (
+    DeviceOption,
+    ForwardOption,
+    JsonFlag,
+    LabelsOption,
+    PackOption,
+    errors,
+    open_for_append,
+    print_json,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,14 +132,6 @@ def _load(folder: Path, size: int) -> tuple[list[str], Tensor, int]:
     if not images:
         raise CounterlensError(f"{folder}: none of {len(items)} images can be read")
     return names, torch.stack(images), len(items) - len(images)
-
-
-def _write(path: Path, text: str, mode: Literal["w", "a"] = "w") -> None:
-    try:
-        with path.open(mode) as file:
-            file.write(text)
-    except OSError as error:
-        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _adapter(pack: Any, name: str, classifier: Classifier, quantity: str, folder: Path | None) -> LAX:
@@ -291,7 +293,7 @@ def _saliency(
     import torch
     from safetensors.torch import save_file
 
-    from ..data import collect
+    from ..data import collect, output_names
     from ..images import load_image, make_folder
     from ..models.placing import choose_device, computing_on
     from .drawing import save_overlay
@@ -313,65 +315,63 @@ def _saliency(
     out = make_folder(out)
     console = Console(stderr=as_json, highlight=False)
     table = Table("image", "target", "probability", "MSI", "marked", "file", box=box.SIMPLE)
-    failed, log = 0, out / "results.jsonl"
-    _write(log, "")
-    used: set[str] = set()
+    failed = 0
     record: dict[str, Any]
-    for path in paths:
-        name, n = path.stem, 1
-        while name in used:
-            n += 1
-            name = f"{path.stem}-{n}"
-        used.add(name)
-        try:
-            image = load_image(path, size)[None].to(there)
-        except CounterlensError as error:
-            failed += 1
-            message = str(error).removeprefix(f"{path}: ")
-            errors.print(f"error: {path}: {message}", markup=False, style="red")
-            table.add_row(str(path), "", "", "", "", "failed")
-            record = {"image": str(path), "error": message}
-            _write(log, json.dumps(record) + "\n", "a")
+    with open_for_append(out / "results.jsonl") as log:
+        for path, name in zip(paths, output_names(paths), strict=True):
+            try:
+                image = load_image(path, size)[None].to(there)
+            except CounterlensError as error:
+                failed += 1
+                message = str(error).removeprefix(f"{path}: ")
+                errors.print(f"error: {path}: {message}", markup=False, style="red")
+                table.add_row(str(path), "", "", "", "", "failed")
+                record = {"image": str(path), "error": message}
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                if as_json:
+                    print_json(record)
+                continue
+            with computing_on(there):
+                with torch.no_grad():
+                    label = (
+                        explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted], device=there)
+                    )
+                saliency, scores = explain_with(
+                    method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
+                    seed=seed,
+                )  # fmt: skip
+                scored = score_maps(
+                    explained, image, saliency, scores, label, question, alpha_min=alpha_min, baseline=baseline
+                )
+            curves = scored.msi.curves
+            assert curves.keep is not None
+            assert curves.remove is not None
+            picture, arrays = out / f"{name}.png", out / f"{name}.safetensors"
+            if picture.resolve() == path.resolve():
+                raise UsageError(f"out: {picture} is an input and would be overwritten; choose another folder")
+            save_overlay(image[0], saliency[0], picture)
+            try:
+                save_file({"saliency": saliency[0].cpu().contiguous(), "scores": scores[0].cpu().contiguous()}, arrays)
+            except OSError as error:
+                raise CounterlensError(f"{arrays}: cannot be written ({error.strerror or error})") from error
+            record = {
+                "image": str(path), "method": method, "target": explained.labels[int(label)],
+                "probability": round(curves.full[0].item(), 6),
+                **{k: round(v[0].item(), 6) for k, v in scored.values.items()},
+                "thresholds": [round(v, 6) for v in curves.abscissae[0].tolist()],
+                "keep": [round(v, 6) for v in curves.keep[0].tolist()],
+                "remove": [round(v, 6) for v in curves.remove[0].tolist()],
+                "path": str(picture), "arrays": str(arrays),
+            }  # fmt: skip
+            log.write(json.dumps(record) + "\n")
+            log.flush()
             if as_json:
                 print_json(record)
-            continue
-        with computing_on(there):
-            with torch.no_grad():
-                label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted], device=there)
-            saliency, scores = explain_with(
-                method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
-                seed=seed,
+            table.add_row(
+                str(path), record["target"], f"{record['probability']:.3f}", f"{record['msi']:.3f}",
+                f"{100 * record['mask_area']:.1f} %", str(picture),
             )  # fmt: skip
-            scored = score_maps(
-                explained, image, saliency, scores, label, question, alpha_min=alpha_min, baseline=baseline
-            )
-        curves = scored.msi.curves
-        assert curves.keep is not None
-        assert curves.remove is not None
-        picture, arrays = out / f"{name}.png", out / f"{name}.safetensors"
-        if picture.resolve() == path.resolve():
-            raise UsageError(f"out: {picture} is an input and would be overwritten; choose another folder")
-        save_overlay(image[0], saliency[0], picture)
-        try:
-            save_file({"saliency": saliency[0].cpu().contiguous(), "scores": scores[0].cpu().contiguous()}, arrays)
-        except OSError as error:
-            raise CounterlensError(f"{arrays}: cannot be written ({error.strerror or error})") from error
-        record = {
-            "image": str(path), "method": method, "target": explained.labels[int(label)],
-            "probability": round(curves.full[0].item(), 6),
-            **{k: round(v[0].item(), 6) for k, v in scored.values.items()},
-            "thresholds": [round(v, 6) for v in curves.abscissae[0].tolist()],
-            "keep": [round(v, 6) for v in curves.keep[0].tolist()],
-            "remove": [round(v, 6) for v in curves.remove[0].tolist()],
-            "path": str(picture), "arrays": str(arrays),
-        }  # fmt: skip
-        _write(log, json.dumps(record) + "\n", "a")
-        if as_json:
-            print_json(record)
-        table.add_row(
-            str(path), record["target"], f"{record['probability']:.3f}", f"{record['msi']:.3f}",
-            f"{100 * record['mask_area']:.1f} %", str(picture),
-        )  # fmt: skip
     console.print(table)
     if failed:
         raise CounterlensError(f"{failed} of {len(paths)} images failed; the others are in {out}")
@@ -496,7 +496,10 @@ def _evaluate(
         if as_json:
             print_json({"method": name, **row})
     Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
-    _write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    try:
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        raise CounterlensError(f"{out / 'summary.json'}: cannot be written ({error.strerror or error})") from error
     files = ", ".join(f"{out / name}" for name in ("summary.json", "scores.parquet", "curves.png", "methods.png"))
     Console(stderr=as_json, highlight=False, soft_wrap=True).print(f"{len(shown)} images; {files}")
     if failed:

@@ -326,14 +326,15 @@ def train(
     head, device = adapter.head, images.device
     mean_colour = images.mean((0, 2, 3)) if mean_colour is None else mean_colour.to(images)
     history, best, best_state, first = History(), -math.inf, {}, 0
-    model = weights_digest([adapter.classifier.module])
-    data = tensors_digest(images, mean_colour, *held)
-    identity = repr((VERSION, asdict(schedule), model, adapter.quantity.name, adapter.taps, adapter.width, data))
     head.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
     )
-    path = None if folder is None else folder / CHECKPOINT
+    path, identity = None, ""
+    if folder is not None:
+        path, data = folder / CHECKPOINT, tensors_digest(images, mean_colour, *held)
+        model = weights_digest([adapter.classifier.module])
+        identity = repr((VERSION, asdict(schedule), model, adapter.quantity.name, adapter.taps, adapter.width, data))
     if path is not None and path.exists():
         state = _read_checkpoint(path)
         if state["identity"] != identity:
