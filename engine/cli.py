@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 import warnings
@@ -21,6 +22,7 @@ from counterlens.export.errors import ExportError
 from .adapter.cli import register as register_adapter
 from .audit import cli as _audit
 from .errors import CounterlensError, UsageError
+from .files import write_atomically
 from .metrics import cli as _metrics
 from .options import (
     RUNTIMES,
@@ -335,13 +337,11 @@ def samples(
         rows.append({"file": name, "label": str(label), "marker": str(planted) if planted else "none"})
         if as_json:
             print_json(rows[-1])
-    try:
-        with (out / "labels.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["file", "label", "marker"])
-            writer.writeheader()
-            writer.writerows(rows)
-    except OSError as error:
-        raise CounterlensError(f"{out / 'labels.csv'}: cannot be written ({error.strerror or error})") from error
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["file", "label", "marker"])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "labels.csv", table.getvalue())
     text_console(as_json).print(f"{len(rows)} images and labels.csv in {out}")
 
 
@@ -483,10 +483,7 @@ def info(
     if out is not None:
         from .images import make_folder
 
-        try:
-            (make_folder(out) / "info.json").write_text(json.dumps(facts, indent=1) + "\n")
-        except OSError as error:
-            raise CounterlensError(f"{out / 'info.json'}: cannot be written ({error.strerror or error})") from error
+        write_atomically(make_folder(out) / "info.json", json.dumps(facts, indent=1) + "\n")
     if as_json:
         print_json(facts)
         return

@@ -18,7 +18,8 @@ from counterlens.export.store import Store, weights_digest
 
 from .attention import ATTENTIONS, memory_efficient_attention, not_supported_reasons
 from .config import PRESET_PROMPTS, SPEEDS, Config, Settings, default_settings, preset_misfit
-from .errors import CounterlensError, UsageError
+from .errors import UsageError
+from .files import write_atomically
 from .guidance.pullback import PullbackMode, frozen
 from .guidance.sampler import Job, Outcome, Sampler, count_ticks
 from .guidance.schedule import make_schedule
@@ -137,10 +138,7 @@ class Counterfactuals:
                 save_png(self.images[i], paths[-1])
                 record["path"] = paths[-1].name
             lines.append(json.dumps(record | self.record(i)))
-        try:
-            (folder / "results.jsonl").write_text("".join(line + "\n" for line in lines))
-        except OSError as error:
-            raise CounterlensError(f"{folder / 'results.jsonl'}: cannot be written ({error.strerror})") from error
+        write_atomically(folder / "results.jsonl", "".join(line + "\n" for line in lines))
         return paths
 
 

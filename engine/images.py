@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import warnings
 import zlib
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import CounterlensError, UsageError
+from .files import write_atomically
 
 MAX_PIXELS = 64_000_000
 
@@ -103,13 +103,7 @@ def write_png(picture: Image.Image, path: Path) -> None:
     Raises:
         CounterlensError: it cannot be written; the message names it.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        picture.save(partial, format="PNG")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
+    write_atomically(path, lambda file: picture.save(file, format="PNG"))
 
 
 def make_folder(path: Path) -> Path:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import CounterlensError, UsageError
+from ..files import write_atomically
 from ..options import (
     DeviceOption,
     ForwardOption,
@@ -255,7 +256,6 @@ def export(
 
     Example: counterlens adapter export --classifier shortcut --out compiled
     """
-    import shutil
 
     from counterlens.export.store import Store
 
@@ -273,10 +273,7 @@ def export(
         path = artefact.file(FILES["onnx"])
         if folder is not None:
             copy = folder / f"{what}.onnx"
-            try:
-                shutil.copyfile(path, copy)
-            except OSError as error:
-                raise CounterlensError(f"{copy}: cannot be written ({error.strerror or error})") from error
+            write_atomically(copy, path.read_bytes())
             path = copy
         if as_json:
             print_json({**artefact.report, "path": str(path)})
@@ -291,7 +288,7 @@ def _saliency(
 ) -> None:  # fmt: skip
     """Overlay PNG, arrays and a line of results.jsonl for each image; a file that cannot be read is reported."""
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from ..data import collect, output_names
     from ..images import load_image, make_folder
@@ -351,10 +348,8 @@ def _saliency(
             if picture.resolve() == path.resolve():
                 raise UsageError(f"out: {picture} is an input and would be overwritten; choose another folder")
             save_overlay(image[0], saliency[0], picture)
-            try:
-                save_file({"saliency": saliency[0].cpu().contiguous(), "scores": scores[0].cpu().contiguous()}, arrays)
-            except OSError as error:
-                raise CounterlensError(f"{arrays}: cannot be written ({error.strerror or error})") from error
+            maps = {"saliency": saliency[0].cpu().contiguous(), "scores": scores[0].cpu().contiguous()}
+            write_atomically(arrays, save(maps))
             record = {
                 "image": str(path), "method": method, "target": explained.labels[int(label)],
                 "probability": round(curves.full[0].item(), 6),
@@ -496,10 +491,7 @@ def _evaluate(
         if as_json:
             print_json({"method": name, **row})
     Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
-    try:
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    except OSError as error:
-        raise CounterlensError(f"{out / 'summary.json'}: cannot be written ({error.strerror or error})") from error
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     files = ", ".join(f"{out / name}" for name in ("summary.json", "scores.parquet", "curves.png", "methods.png"))
     Console(stderr=as_json, highlight=False, soft_wrap=True).print(f"{len(shown)} images; {files}")
     if failed:

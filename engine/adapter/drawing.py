@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..drawing import CAPTION, CELL, FAINT, GAP, INK, LEFT
 from ..errors import CounterlensError
+from ..files import write_atomically
 from ..images import to_uint8, write_png
 
 SHOWN = 256  # the least side in pixels of an overlay
@@ -106,7 +107,4 @@ def draw_charts(
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
+    write_atomically(path, lambda file: figure.savefig(file, format="png"))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CounterlensError
+from ..files import write_atomically
 from ..metrics.imputation import road
 from ..metrics.inputs import Baseline, ConstantMaps
 from ..metrics.intervals import bootstrap
@@ -187,7 +188,4 @@ def write_parquet(scored: dict[str, Scored], names: Sequence[str], labels: Seque
         columns["target"] += [labels[t] for t in s.target.tolist()]
         for metric, values in s.values.items():
             columns.setdefault(metric, []).extend(values.tolist())
-    try:
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    except OSError as error:
-        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
+    write_atomically(path, lambda file: pyarrow.parquet.write_table(pyarrow.table(columns), file))

@@ -7,7 +7,6 @@ target's own and the projection from several resolutions are ours.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,13 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from counterlens.export.store import file_digest, weights_digest
 from counterlens.kernels.dispatch import exporting
 
 from ..errors import CounterlensError, UsageError
+from ..files import write_atomically
 from ..guidance.pullback import frozen
 from ..images import make_folder
 from ..models.load import read_json
@@ -321,28 +321,24 @@ class LAX:
             UsageError: the folder cannot be written. CounterlensError: a file cannot.
         """
         folder = make_folder(Path(folder))
-        try:
-            partial = folder / f".{WEIGHTS}.partial"
-            save_file({k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}, partial)
-            os.replace(partial, folder / WEIGHTS)
-            description = {
-                "format": FORMAT,
-                "version": VERSION,
-                "model": weights_digest([self.classifier.module]),
-                "labels": len(self.classifier.labels),
-                "quantity": self.quantity.name,
-                "taps": self.taps,
-                "channels": self.head.channels if self.taps else [],
-                "detail": 0 if self.head.detail is None else self.head.detail.out_features // 3,
-                "ratio": self.head.side,
-                "image_size": self.image_size,
-                "width": self.width,
-                "weights": file_digest(folder / WEIGHTS),
-                "training": self.training,
-            }
-            (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-        except OSError as error:
-            raise CounterlensError(f"{folder}: the adapter cannot be written ({error.strerror or error})") from error
+        head = {k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}
+        write_atomically(folder / WEIGHTS, save(head))
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": weights_digest([self.classifier.module]),
+            "labels": len(self.classifier.labels),
+            "quantity": self.quantity.name,
+            "taps": self.taps,
+            "channels": self.head.channels if self.taps else [],
+            "detail": 0 if self.head.detail is None else self.head.detail.out_features // 3,
+            "ratio": self.head.side,
+            "image_size": self.image_size,
+            "width": self.width,
+            "weights": file_digest(folder / WEIGHTS),
+            "training": self.training,
+        }
+        write_atomically(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
         return folder
 
 

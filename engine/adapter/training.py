@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from counterlens.export.store import tensors_digest, weights_digest
 from counterlens.kernels.perturb import soft_perturb
 
 from ..errors import CounterlensError, UsageError
+from ..files import write_atomically
 from ..guidance.pullback import frozen
 from ..metrics.imputation import impute
 from ..metrics.inputs import blur
@@ -402,9 +402,4 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _write_checkpoint(state: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        torch.save(state, partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
+    write_atomically(path, lambda file: torch.save(state, file))

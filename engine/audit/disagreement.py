@@ -47,13 +47,14 @@ from counterlens.kernels.consensus import consensus_filter
 
 from ..config import Config, Settings
 from ..errors import CounterlensError
+from ..files import write_atomically
 from ..guidance.pullback import PullbackMode, pullback
 from ..guidance.sampler import invert, seeded_noise
 from ..guidance.schedule import add_noise, make_schedule
 from ..guidance.step import GuidedStep, unit_largest
 from ..images import as_saved
 from ..models.protocols import Classifier, Diffusion
-from .results import Results, write_atomically
+from .results import GOES_ON, Results
 from .summary import interval
 
 if TYPE_CHECKING:
@@ -419,8 +420,8 @@ def run_disagreement(
     facts["asked"] = count
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **maps)  # type: ignore[arg-type]
-    write_atomically(buffer.getvalue(), results.folder / MAPS)
-    write_atomically((json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode(), path)
+    write_atomically(results.folder / MAPS, buffer.getvalue(), hint=GOES_ON)
+    write_atomically(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n", hint=GOES_ON)
     return facts
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from ..errors import CounterlensError, UsageError
+from ..files import write_atomically
 from ..images import make_folder
 from .explaining import Auditor
-from .results import PLAN, Results, image_path, locked, part_path, table_bytes, write_atomically
+from .results import GOES_ON, PLAN, Results, image_path, locked, part_path, table_bytes
 from .run import mark_finished
 
 
@@ -39,7 +40,7 @@ def merge(folders: Sequence[Path], out: Path) -> Results:
         merged = Results.begin(out, opened[0].manifest["identity"], None)
         for other in opened[1:]:
             Results.begin(out, other.manifest["identity"], None)  # says in what it differs
-        write_atomically(plan, out / PLAN)
+        write_atomically(out / PLAN, plan, hint=GOES_ON)
         size = merged.manifest["identity"]["options"]["part_size"]
         samples = pq.read_metadata(out / PLAN).num_rows
         parts = {i // size: min(size, samples - i) for i in range(0, samples, size)}
@@ -77,7 +78,7 @@ def _copy(source: Path, out: Path, part: int) -> None:
         rows = (source / part_path(part)).read_bytes()
     except (OSError, shutil.Error) as error:
         raise CounterlensError(f"{source}: part {part} cannot be copied ({error}); what is copied stays") from error
-    write_atomically(rows, out / part_path(part))
+    write_atomically(out / part_path(part), rows, hint=GOES_ON, folders=True)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from PIL import Image
 
 from ..drawing import change_map
 from ..errors import CounterlensError
+from ..files import write_atomically
 from .disagreement import CELLS, read_facts, read_maps
 from .insight import COLUMNS as INSIGHT_COLUMNS
 from .insight import patterns
-from .results import Results, write_atomically
+from .results import GOES_ON, Results
 from .sources import need
 from .summary import Interval, Summary, summarise
 
@@ -69,7 +70,7 @@ def write_report(results: Results) -> Path:
     environment.filters |= {"share": _share, "number": _number, "interval": _interval_text}
     page = environment.get_template("report.html.j2").render(**_content(results))
     path = results.folder / REPORT
-    write_atomically(page.encode(), path)
+    write_atomically(path, page, hint=GOES_ON)
     return path
 
 

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
+from ..files import write_atomically
 from ..images import to_uint8
 from .sources import need
 
@@ -43,6 +44,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "webp": {"format": "WEBP", "lossless": True, "quality": 50},
 }
 PACKAGES = ("counterlens", "torch", "diffusers", "numpy", "pillow", "pyarrow")
+GOES_ON = "finished parts are kept, the same command goes on"
 TIMINGS = ("seconds", "wall_seconds")  # the columns that differ between two runs of the same audit
 
 # One row per sample. Names and meaning are in README.md, "Audit a data set".
@@ -72,27 +74,6 @@ def schema() -> Any:
         "floats": pa.list_(pa.float32()), "map": pa.map_(pa.string(), pa.string()),
     }  # fmt: skip
     return pa.schema([(name, types[kind]) for name, kind in COLUMNS])
-
-
-def write_atomically(data: bytes, path: Path) -> None:
-    """Write a file that stands there whole or not at all, also after a power failure.
-
-    Raises:
-        CounterlensError: it cannot be written; the message names it and says what to do.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CounterlensError(
-            f"{path}: cannot be written ({error.strerror or error}); finished parts are kept, the same command goes on"
-        ) from error
 
 
 def sync_folder(path: Path) -> None:
@@ -208,9 +189,8 @@ class Results:
 
     def save(self) -> None:
         """Write the manifest."""
-        write_atomically(
-            (json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n").encode(), self.folder / MANIFEST
-        )
+        text = json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(self.folder / MANIFEST, text, hint=GOES_ON)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -246,11 +226,11 @@ class Results:
             CounterlensError: a file cannot be written.
         """
         for name, data in images.items():
-            write_atomically(data, self.folder / name)
+            write_atomically(self.folder / name, data, hint=GOES_ON, folders=True)
         if images:
             sync_folder((self.folder / next(iter(images))).parent)
         path = self.folder / part_path(part)
-        write_atomically(table_bytes(rows, self.metadata), path)
+        write_atomically(path, table_bytes(rows, self.metadata), hint=GOES_ON, folders=True)
         sync_folder(path.parent)
 
     def part_files(self) -> list[Path]:

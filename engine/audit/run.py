@@ -19,15 +19,16 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import CounterlensError, UsageError
+from ..files import write_atomically
 from ..images import make_folder
 from ..models.protocols import Classifier
 from .explaining import Auditor, Chosen, open_auditor
 from .results import (
+    GOES_ON,
     PLAN,
     Results,
     locked,
     part_path,
-    write_atomically,
 )
 from .sources import Sample, need
 
@@ -75,7 +76,7 @@ def write_plan(folder: Path, chosen: Sequence[Chosen], samples: Sequence[Sample]
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    write_atomically(buffer.getvalue(), folder / PLAN)
+    write_atomically(folder / PLAN, buffer.getvalue(), hint=GOES_ON)
 
 
 def read_plan(folder: Path, auditor: Auditor) -> list[Chosen]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from counterlens.kernels.curve.reference import mean_under_curve
 
-from ..errors import CounterlensError, UsageError
+from ..errors import UsageError
+from ..files import write_atomically
 from .curves import Curves, perturbation_curve
 from .inputs import Baseline, ConstantMaps, Normalize
 from .msi_score import threshold_grid
@@ -66,10 +67,7 @@ class Calibration:
             "images": self.images, **facts, "candidates": [vars(c) for c in self.candidates],
             "versions": {name: version(name) for name in ("counterlens", "torch")},
         }  # fmt: skip
-        try:
-            Path(path).write_text(json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
+        write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
         return content
 
 

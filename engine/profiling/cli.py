@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..errors import CounterlensError, UsageError
+from ..errors import UsageError
+from ..files import write_atomically
 from ..options import (
     RUNTIMES,
     ClassesOption,
@@ -109,10 +110,7 @@ def profile(
         out / "trace.json": perfetto(result.spans),
     }
     for path, text in files.items():
-        try:
-            path.write_text(text)
-        except OSError as error:
-            raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
+        write_atomically(path, text)
     if as_json:
         print_json(result.as_json() | {"files": [str(path) for path in files]})
     console = text_console(as_json)
