@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,21 +54,55 @@ def _lowers(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
     return register
 
 
-def meta(node: Any) -> Tensor:
-    """The fake tensor of a node: rank, dtype and sizes at the first batch that was traced."""
-    return node.meta["val"]
+class Meta(NamedTuple):
+    """What is the same at every batch. Sizes are not: see `sizes`, `fixed` and `extent`."""
+
+    dtype: torch.dtype
+    ndim: int
+
+
+def meta(node: Any) -> Meta:
+    """Dtype and rank of a node; whole numbers of the graph are int64 vectors of one element."""
+    known = node.meta["val"]
+    return Meta(known.dtype, known.ndim) if isinstance(known, Tensor) else Meta(torch.int64, 1)
+
+
+def sizes(node: Any) -> tuple[Any, ...]:
+    """The shape of a node at every batch: whole numbers, and a `Size` where it follows the batch."""
+    return tuple(node.meta["shape"])
+
+
+def fixed(node: Any, *axes: int) -> list[int]:
+    """Sizes of these axes (of all without any), refused where one follows the batch."""
+    found = [sizes(node)[axis] for axis in axes] if axes else list(sizes(node))
+    if any(not isinstance(n, int) for n in found):
+        raise NotImplementedError("this form of it takes no size that depends on the batch")
+    return found
+
+
+def extent(g: Builder, node: Any, value: Value, *axes: int) -> Value:
+    """Sizes of these axes of a node, whose ONNX value is `value`, as an int64 vector: right at every batch."""
+    found = [sizes(node)[axis] for axis in axes]
+    if all(isinstance(n, int) for n in found):
+        return g.constant(found)
+    return g.op("Gather", g.op("Shape", value), g.constant([axis % meta(node).ndim for axis in axes]), axis=0)
+
+
+def scalar(g: Builder, value: Any, dtype: torch.dtype) -> Value:
+    """A tensor without axes from a number, which may follow the batch (a vector of one element in the graph)."""
+    if isinstance(value, Value):
+        return g.cast(g.op("Squeeze", value, g.constant([0])), torch.int64, dtype)
+    return g.constant(value, dtype)
 
 
 def _operands(g: Builder, node: Node, dtype: torch.dtype, values: Sequence[Any]) -> list[Value]:
     """Arguments of an elementwise operation, all in `dtype`."""
     out = []
     for argument, value in zip(node.args, values, strict=False):
-        if isinstance(argument, Node):
-            known = argument.meta["val"]
-            source = known.dtype if isinstance(known, Tensor) else torch.int64
-            out.append(g.cast(value, source, dtype))
+        if isinstance(argument, Node) and isinstance(argument.meta["val"], Tensor):
+            out.append(g.cast(value, meta(argument).dtype, dtype))
         else:
-            out.append(g.constant(value, dtype))
+            out.append(scalar(g, value, dtype))
     return out
 
 
@@ -160,7 +194,7 @@ def _truncate(g: Builder, x: Value) -> Value:
 @_lowers(aten.remainder.Scalar, aten.remainder.Tensor)
 def remainder(g: Builder, node: Node, a: Any, b: Any) -> Value:
     x, y = _operands(g, node, meta(node).dtype, (a, b))
-    if not meta(node).is_floating_point():
+    if not meta(node).dtype.is_floating_point:
         return g.op("Mod", x, y)
     return g.op("Sub", x, g.op("Mul", y, g.op("Floor", g.op("Div", x, y))))
 
@@ -214,11 +248,11 @@ def clamp(g: Builder, node: Node, x: Value, *limits: Any) -> Value:
         low, high = -1 if low is None else low, 1 if high is None else high
     x = g.cast(x, meta(node.args[0]).dtype, dtype)
     for kind, limit, position in (("Max", low, 1), ("Min", high, 2)):
-        if isinstance(limit, Value):
-            argument = node.args[position]
+        argument = node.args[position] if position < len(node.args) else None
+        if isinstance(argument, Node) and isinstance(argument.meta["val"], Tensor):
             x = g.op(kind, x, g.cast(limit, meta(argument).dtype, dtype))
         elif limit is not None:
-            x = g.op(kind, x, g.constant(limit, dtype))
+            x = g.op(kind, x, scalar(g, limit, dtype))
     return x
 
 
@@ -333,8 +367,7 @@ def topk(g: Builder, node: Node, x: Value, k: Any, dim: int = -1, largest: bool 
 
 @_lowers(aten.sort.default, aten.sort.stable)
 def sort(g: Builder, node: Node, x: Value, dim: int = -1, descending: bool = False, stable: bool = False) -> Any:
-    size = meta(node.args[0]).shape[dim]
-    return g.op("TopK", x, g.constant([size]), axis=dim, largest=int(descending), sorted=1, outputs=2)
+    return g.op("TopK", x, extent(g, node.args[0], x, dim), axis=dim, largest=int(descending), sorted=1, outputs=2)
 
 
 def _softmax(kind: str, operator: Any) -> None:
@@ -353,11 +386,11 @@ _softmax("LogSoftmax", aten._log_softmax.default)
 
 
 @_lowers(aten.reshape.default, aten.view.default, aten._unsafe_view.default)
-def reshape(g: Builder, node: Node, x: Value, sizes: Sequence[Any]) -> Value:
-    unknown = [i for i, n in enumerate(sizes) if isinstance(n, Value)]
-    if len(unknown) == 1 and -1 not in sizes:
-        sizes = [-1 if i == unknown[0] else n for i, n in enumerate(sizes)]
-    return g.op("Reshape", x, g.shape(sizes), allowzero=int(0 in sizes and -1 not in sizes))
+def reshape(g: Builder, node: Node, x: Value, size: Sequence[Any]) -> Value:
+    unknown = [i for i, n in enumerate(size) if isinstance(n, Value)]
+    if len(unknown) == 1 and -1 not in size:
+        size = [-1 if i == unknown[0] else n for i, n in enumerate(size)]
+    return g.op("Reshape", x, g.shape(size), allowzero=int(0 in size and -1 not in size))
 
 
 @_lowers(aten.unsqueeze.default)
@@ -390,8 +423,8 @@ def t(g: Builder, node: Node, x: Value) -> Value:
 
 
 @_lowers(aten.expand.default)
-def expand(g: Builder, node: Node, x: Value, sizes: Sequence[Any], implicit: bool = False) -> Value:
-    return g.op("Expand", x, g.shape([1 if n == -1 else n for n in sizes]))
+def expand(g: Builder, node: Node, x: Value, size: Sequence[Any], implicit: bool = False) -> Value:
+    return g.op("Expand", x, g.shape([1 if n == -1 else n for n in size]))
 
 
 @_lowers(aten.repeat.default)
@@ -430,8 +463,8 @@ def cat(g: Builder, node: Node, tensors: Sequence[Value], dim: int = 0) -> Value
 
 
 @_lowers(aten.split_with_sizes.default)
-def split_with_sizes(g: Builder, node: Node, x: Value, sizes: Sequence[Any], dim: int = 0) -> Any:
-    return (x,) if len(sizes) == 1 else g.op("Split", x, g.shape(sizes), axis=dim, outputs=len(sizes))
+def split_with_sizes(g: Builder, node: Node, x: Value, parts: Sequence[Any], dim: int = 0) -> Any:
+    return (x,) if len(parts) == 1 else g.op("Split", x, g.shape(parts), axis=dim, outputs=len(parts))
 
 
 @_lowers(aten.slice.Tensor)
@@ -511,9 +544,9 @@ def index_put(
     if used != list(range(len(used))) or any(meta(nodes[i]).dtype == torch.bool for i in used):
         raise NotImplementedError("index_put takes whole-number index tensors on the first axes")
     rows = _index_rows(g, nodes, indices, used)
-    rest = meta(node).shape[len(used) :]
+    rest = range(len(used), meta(node).ndim)
     lead = g.op("Shape", g.op("Gather", rows, g.constant(0), axis=-1))
-    target = g.op("Concat", lead, g.constant(list(rest)), axis=0) if rest else lead
+    target = g.op("Concat", lead, extent(g, node, x, *rest), axis=0) if rest else lead
     updates = g.op("Expand", g.cast(values, meta(node.args[2]).dtype, meta(node).dtype), target)
     return g.op("ScatterND", x, rows, updates, reduction="add" if accumulate else "none")
 
@@ -541,7 +574,7 @@ def scatter(g: Builder, node: Node, x: Value, dim: int, indices: Value, source: 
 
 @_lowers(aten.scatter.value)
 def scatter_value(g: Builder, node: Node, x: Value, dim: int, indices: Value, value: float) -> Value:
-    source = g.op("Expand", g.constant(value, meta(node).dtype), g.op("Shape", indices))
+    source = g.op("Expand", scalar(g, value, meta(node).dtype), g.op("Shape", indices))
     return g.op("ScatterElements", x, indices, source, axis=dim, reduction="none")
 
 
@@ -549,34 +582,25 @@ def scatter_value(g: Builder, node: Node, x: Value, dim: int, indices: Value, va
 
 
 @_lowers(aten.full.default)
-def full(g: Builder, node: Node, sizes: Sequence[Any], value: float, **_: Any) -> Value:
-    scalar = g.constant(value, meta(node).dtype)
-    return g.op("Expand", scalar, g.shape(sizes)) if sizes else scalar
+def full(g: Builder, node: Node, size: Sequence[Any], value: float, **_: Any) -> Value:
+    filled = scalar(g, value, meta(node).dtype)
+    return g.op("Expand", filled, g.shape(size)) if size else filled
 
 
 @_lowers(aten.full_like.default)
 def full_like(g: Builder, node: Node, x: Value, value: float, **_: Any) -> Value:
-    return g.op("Expand", g.constant(value, meta(node).dtype), g.op("Shape", x))
+    return g.op("Expand", scalar(g, value, meta(node).dtype), g.op("Shape", x))
 
 
 @_lowers(aten.scalar_tensor.default)
 def scalar_tensor(g: Builder, node: Node, value: Any, **_: Any) -> Value:
-    dtype = meta(node).dtype
-    if isinstance(value, Value):
-        return g.cast(g.op("Squeeze", value, g.constant([0])), torch.int64, dtype)
-    return g.constant(value, dtype)
+    return scalar(g, value, meta(node).dtype)
 
 
 @_lowers(aten.arange.start_step)
 def arange(g: Builder, node: Node, start: Any, end: Any, step: Any = 1, **_: Any) -> Value:
     dtype = meta(node).dtype
-    limits = [
-        g.cast(g.op("Squeeze", v, g.constant([0])), torch.int64, dtype)
-        if isinstance(v, Value)
-        else g.constant(v, dtype)
-        for v in (start, end, step)
-    ]
-    return g.op("Range", *limits)
+    return g.op("Range", *(scalar(g, v, dtype) for v in (start, end, step)))
 
 
 # Products, convolutions, pooling
@@ -608,7 +632,7 @@ def native_group_norm(
     g: Builder, node: Node, x: Value, weight: None, bias: None, n: Any, c: int, inner: int, groups: int, eps: float
 ) -> tuple[Value, Value | None, Value | None]:
     """Rows [N, G, D] that are normalised each on its own, which is all that our decompositions leave of it."""
-    dtype, size = meta(node.args[0]).dtype, meta(node.args[0]).shape[2]
+    dtype, (size,) = meta(node.args[0]).dtype, fixed(node.args[0], 2)
     used = {user.args[1] for user in node.users}
     if dtype == torch.float64:  # ONNX Runtime normalises in float32 only
         average = g.op("ReduceMean", x, g.constant([2]), keepdims=0)
@@ -639,7 +663,7 @@ def convolution(
     inputs = [x, weight] if bias is None else [x, weight, bias]
     attributes = {
         "strides": stride, "pads": padding * 2, "dilations": dilation, "group": groups,
-        "kernel_shape": list(meta(node.args[1]).shape[2:]),
+        "kernel_shape": fixed(node.args[1], *range(2, dims + 2)),
     }  # fmt: skip
     if not transposed:
         return g.op("Conv", *inputs, **attributes)
@@ -676,7 +700,6 @@ def max_pool2d(
 def upsample_nearest2d(
     g: Builder, node: Node, x: Value, size: Sequence[int], scale_h: float | None = None, scale_w: float | None = None
 ) -> Value:
-    source, out = meta(node.args[0]).shape, meta(node).shape
-    scales = [1.0, 1.0, *(out[i] / source[i] for i in (2, 3))]
+    scales = [1.0, 1.0, *(out / n for out, n in zip(fixed(node, 2, 3), fixed(node.args[0], 2, 3), strict=True))]
     modes = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     return g.op("Resize", x, Value(""), g.constant(scales, torch.float32), **modes)

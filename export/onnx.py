@@ -120,6 +120,9 @@ class OnnxBuilder:
 
     def op(self, kind: str, *inputs: Value, outputs: int = 1, **attributes: Any) -> Any:
         """Append an operator and return the names of its outputs (one: a name, more: a tuple)."""
+        # An attribute is fixed: the name of a value would be written as a text.
+        if symbolic := [k for k, v in attributes.items() if _any_value(v)]:
+            raise NotImplementedError(f"{', '.join(symbolic)} of {kind} depends on the batch")
         key = (kind, inputs, tuple((k, str(v)) for k, v in sorted(attributes.items())))
         if key not in self._made:
             n = len(self.nodes)
@@ -130,6 +133,8 @@ class OnnxBuilder:
 
     def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> Value:
         """A constant from a number, a list or a tensor (which keeps its own dtype)."""
+        if _any_value(value):
+            raise NotImplementedError("a number that has to be fixed depends on the batch")
         tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
         if tensor.numel() <= 64:
             key: Any = (tensor.dtype, tuple(tensor.shape), _bytes(tensor))
@@ -229,6 +234,10 @@ class OnnxBuilder:
         if data is not None:
             data.close()
         (folder / name).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _any_value(value: Any) -> bool:
+    return isinstance(value, Value) or (isinstance(value, (list, tuple)) and any(map(_any_value, value)))
 
 
 def _bytes(tensor: Tensor) -> bytes:
