@@ -1,0 +1,209 @@
+"""What exports to ONNX, and whether it is right: `python -m bench.coverage [--kind K] [--only NAME...] [--record]`.
+
+Every entry of a fixed list is exported with its gradient with respect to the first input, as a user would; the file is
+loaded by ONNX Runtime and compared with eager at batches 1, 3 and 8. Each entry runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.coverage_list import ENTRIES, Entry
+from bench.record import write_result
+
+BATCHES = (1, 3, 8)
+TOLERANCE = 1e-4  # of each output's largest magnitude in the batch; of the entry itself where `Entry.each` says so
+SECONDS = 300.0  # for one entry
+KINDS = ("module", "operation", "architecture")
+BAD = ("WRONG", "CRASH", "DOES NOT LOAD")
+PACKAGES = ("onnx", "onnxruntime", "transformers")
+
+
+def entries() -> list[Entry]:
+    """The whole list."""
+    from bench.coverage_architectures import ENTRIES as architectures
+
+    return [*ENTRIES, *architectures]
+
+
+def outputs(values: Any) -> tuple[Tensor, ...]:
+    """A tuple of tensors from what a function returned."""
+    return tuple(values) if isinstance(values, (list, tuple)) else (values,)
+
+
+def with_gradient(fn: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """The function, and its vector-Jacobian product with a cotangent of varying entries."""
+
+    def both(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        y, pull = torch.func.vjp(lambda v: outputs(fn(v, *rest)), x)
+        return (*y, pull(tuple(torch.cos(v.detach()) for v in y))[0])
+
+    return both
+
+
+def differs(got: Tensor, want: Tensor, each: bool) -> str:
+    """How an output is not the expected one; empty if it is."""
+    if got.shape != want.shape:
+        return f"shape {list(got.shape)}, eager {list(want.shape)}"
+    if not want.is_floating_point():
+        return "" if torch.equal(got.to(want.dtype), want) else "whole numbers differ"
+    got, want = got.double(), want.double()
+    if not torch.equal(got.isnan(), want.isnan()):
+        return "NaN elsewhere"
+    keep = ~want.isnan() & (got != want)  # equal infinities are equal
+    if not keep.any():
+        return ""
+    finite = want[want.isfinite()].abs()
+    scale = want.abs() if each else finite.max() if finite.numel() else torch.tensor(1.0)
+    error = ((got - want).abs() / (scale + 1e-30))[keep].max()
+    return "" if error <= TOLERANCE else f"off by {error:.2g}"
+
+
+def measure(entry: Entry) -> tuple[str, str]:
+    """An entry's outcome, and the reason of a bad or refused one."""
+    import onnxruntime
+
+    from counterlens.export import ExportError, export_onnx
+
+    warnings.filterwarnings("ignore")
+    onnxruntime.set_default_logger_severity(4)
+    torch.manual_seed(0)
+    fn = entry.make()
+    called = with_gradient(fn) if entry.gradient else fn
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = export_onnx(called, entry.inputs(2), Path(folder) / "model.onnx")
+        except ExportError as error:
+            return "refused", str(error)
+        except Exception as error:  # noqa: BLE001  anything else is what this benchmark looks for
+            return "CRASH", f"{type(error).__name__}: {error}".split("\n")[0]
+        try:
+            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001  the runtime's errors have no common type
+            return "DOES NOT LOAD", str(error).split("\n")[0]
+        names = [i.name for i in session.get_inputs()]
+        for batch in BATCHES:
+            torch.manual_seed(batch)
+            inputs = entry.inputs(batch)
+            want = outputs(called(*inputs))
+            try:
+                ran = session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
+            except Exception as error:  # noqa: BLE001  see above
+                return "CRASH", f"batch {batch}: {error}".split("\n")[0]
+            got = [torch.as_tensor(v) for v in ran]
+            wrong = next((w for g, e in zip(got, want, strict=True) if (w := differs(g, e, entry.each))), "")
+            if wrong and isinstance(fn, nn.Module):
+                want = _twice(entry, inputs)
+                wrong = next((w for g, e in zip(got, want, strict=True) if (w := differs(g, e, entry.each))), "")
+            if wrong:
+                return "WRONG", f"batch {batch}: {wrong}"
+    return "agrees", ""
+
+
+def _twice(entry: Entry, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """A module's answer in float64 with the batch beside itself: at batch 1 PyTorch's own BatchNorm2d is wrong."""
+    torch.manual_seed(0)
+    fn = entry.make()
+    assert isinstance(fn, nn.Module)
+    called = with_gradient(fn.double()) if entry.gradient else fn.double()
+    out = outputs(called(*(torch.cat([x, x]).double() if x.is_floating_point() else torch.cat([x, x]) for x in inputs)))
+    return [y[: len(inputs[0])] if y.ndim and len(y) == 2 * len(inputs[0]) else y for y in out]
+
+
+def _answer(entry: Entry, connection: Connection) -> None:
+    connection.send(measure(entry))
+
+
+def alone(entry: Entry) -> tuple[str, str]:
+    """`measure` in a process of its own: a crash of one entry is that entry's outcome."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(entry, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(SECONDS):
+            return "CRASH", f"no answer within {SECONDS:g} s"
+        return ours.recv()
+    except EOFError:
+        process.join()
+        return "CRASH", f"the process ended with {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Counts of outcomes, per kind and in all."""
+    kinds = {f"{kind}s": [r for r in rows if r["kind"] == kind] for kind in KINDS}
+    both = [r for r in rows if r["kind"] != "architecture"]
+    groups = {**kinds, "modules and operations": both, "all": list(rows)}
+    return {
+        name: {"entries": len(some), **Counter(r["outcome"] for r in some)} for name, some in groups.items() if some
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.coverage", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="entries of these names")
+    parser.add_argument("--kind", choices=[f"{k}s" for k in KINDS], help="one kind of entries")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--record", action="store_true", help="write bench/results/coverage.json")
+    options = parser.parse_args()
+    if options.record and (options.only or options.kind):
+        parser.error("--record takes the whole list")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    chosen = [e for e in entries() if options.kind in (None, f"{e.kind}s")]
+    if options.only:
+        if unknown := set(options.only) - {e.name for e in chosen}:
+            parser.error(f"--only: no entry is called {', '.join(sorted(unknown))}")
+        chosen = [e for e in chosen if e.name in options.only]
+    began, rows = time.perf_counter(), []
+    for i, entry in enumerate(chosen, start=1):
+        start = time.perf_counter()
+        outcome, why = alone(entry)
+        seconds = round(time.perf_counter() - start, 2)
+        why = re.sub(r"/\S*/(site-packages|bench)/", r"\1/", why)  # places of this machine say nothing elsewhere
+        rows.append({"name": entry.name, "kind": entry.kind, "gradient": entry.gradient, "outcome": outcome})
+        rows[-1].update({"seconds": seconds, **({"reason": why} if why else {})})
+        if not options.json:
+            print(f"{i:3d}/{len(chosen)}  {outcome:13}  {entry.name}" + (f": {why[:150]}" if why else ""), flush=True)
+    result = {
+        "command": "python -m bench.coverage --record",
+        "packages": {p: version(p) for p in PACKAGES},
+        "batches": BATCHES,
+        "tolerance": TOLERANCE,
+        "seconds": round(time.perf_counter() - began, 1),
+        "summary": summary(rows),
+        "rows": rows,
+    }
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        for name, counts in result["summary"].items():
+            print(f"{name}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+        print(f"{result['seconds']} s in all")
+    if options.record:
+        write_result("coverage", result)
+    raise SystemExit(any(r["outcome"] in BAD for r in rows))
+
+
+if __name__ == "__main__":
+    main()
