@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
 from .load import find_folder, id2label_names, read_json, read_part, read_tensors
-from .preprocessing import Preprocessing, from_processor
+from .preprocessing import Preprocessing, difference, from_processor
 from .protocols import SigmoidClassifier, SoftmaxClassifier
 from .stable_diffusion import make_prompts
 from .text import import_transformers, open_tokenizer
@@ -23,6 +23,8 @@ from .text import import_transformers, open_tokenizer
 ImageClassifier = SoftmaxClassifier | SigmoidClassifier
 Output = Literal["softmax", "sigmoid", "binary"]
 OUTPUTS: tuple[Output, ...] = ("softmax", "sigmoid", "binary")
+# Names of autograd's nodes that change shape or type alone.
+SHAPING = ("Cat", "Clone", "Reshape", "Squeeze", "Slice", "Select", "T", "ToCopy", "Unsafe", "Unsqueeze", "View")
 FLAT = ("round", "floor", "ceil", "trunc", "sign", "heaviside")  # differentiable on paper, zero everywhere
 
 
@@ -39,8 +41,7 @@ class Logits(nn.Module):
         self,
         image: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:
-        out = self.module(_like(self.preprocessing(image), self.module))
-        logits = getattr(out, "logits", out).to(image.dtype)
+        logits = logits_of(self.module(_like(self.preprocessing(image), self.module))).to(image.dtype)
         if self.binary:
             # softmax of (0, x) is (1 - sigmoid(x), sigmoid(x)): its log is what binary cross-entropy asks for.
             logits = logits.reshape(len(logits), 1)
@@ -108,6 +109,29 @@ class ZeroShot(nn.Module):
             features = self.model.visual_projection(features)  # type: ignore[operator]
         features = nn.functional.normalize(features, dim=-1)
         return (self.scale * features @ self.prompts.to(features.dtype).T + self.bias).to(image.dtype)  # [B, labels]
+
+
+def logits_of(out: Any) -> Tensor:
+    """The logits in what a module returns: a tensor, or an object or dict that names them.
+
+    Raises:
+        UsageError: none of these; the message says what it is and what to do.
+    """
+    named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    found = out if isinstance(out, Tensor) else named
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(out, Mapping):
+        what, one = f"a dict of {', '.join(map(repr, out))}", f"[{next(iter(out), 'logits')!r}]"
+    elif isinstance(out, list | tuple):
+        shapes = (str(list(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in out)
+        what, one = f"a {type(out).__name__} of {', '.join(shapes)}", "[0]"
+    else:
+        what, one = f"a {type(out).__name__}", ".logits"
+    raise UsageError(
+        f"classifier: the module returns {what}, not logits [B, labels]; give a module whose forward returns them "
+        f"alone, such as model(x){one}"
+    )
 
 
 def _like(image: Tensor, module: nn.Module) -> Tensor:
@@ -210,6 +234,8 @@ def check_classifier(classifier: ImageClassifier, image_size: int) -> None:
         try:
             with trail:
                 logits = classifier.logits(image)
+        except UsageError:
+            raise
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             if "requires grad" in str(error):
                 raise UsageError(f"classifier: not differentiable: {error}") from error
@@ -222,11 +248,34 @@ def check_classifier(classifier: ImageClassifier, image_size: int) -> None:
             raise UsageError(f"classifier: expected logits [B, {len(classifier.labels)}], got {got}")
         if logits.shape[1] != len(classifier.labels):
             raise UsageError(f"labels: {len(classifier.labels)} names for {logits.shape[1]} logits; give one for each")
+        if said := probabilities_for_logits(logits, classifier.link):
+            raise UsageError(
+                f"classifier: its outputs are probabilities ({said}), not logits, and would go through another "
+                f"{classifier.link}; leave the last {classifier.link} out of the module"
+            )
         if not logits.requires_grad:
             raise UsageError(f"classifier: not differentiable; the gradient ends at {_first(trail.broken)}")
         gradient = torch.autograd.grad(logits.sum() + logits[0, 0], image)[0]
     if not gradient.any():
         raise UsageError(f"classifier: its gradient is zero everywhere; {_first(trail.flat)} may be why")
+
+
+def probabilities_for_logits(
+    logits: Tensor,  # [B, labels]
+    link: str,
+) -> str:
+    """Why a classifier's outputs are taken for probabilities; empty where they are not."""
+    values = logits.detach()
+    if not ((values >= 0) & (values <= 1)).all():
+        return ""
+    if link == "softmax" and logits.shape[1] > 1 and ((values.sum(dim=1) - 1).abs() < 1e-3).all():
+        return "from 0 to 1, and of each image they sum to 1"
+    # Logits may lie there by chance: only what comes straight out of a sigmoid is told from them.
+    node = logits.grad_fn
+    while node is not None and not (name := node.name()).startswith(("Sigmoid", "Softmax")):
+        following = [n for n, _ in node.next_functions if n is not None]
+        node = following[0] if len(following) == 1 and name.startswith(SHAPING) else None
+    return "" if node is None else f"the module ends in a {node.name().removesuffix('Backward0').lower()}"
 
 
 def _first(operations: list[str]) -> str:
@@ -266,8 +315,9 @@ def open_classifier(
     architecture = str((config.get("architectures") or [""])[0])
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CounterlensError(f"{folder}: no preprocessor_config.json that can be read ({error})") from error
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise CounterlensError(f"{folder}: no preprocessor_config.json that can be read ({why})") from error
     preprocessing = from_processor(processor, image_size)
     if not hasattr(transformers, architecture):
         raise UsageError(
@@ -352,28 +402,44 @@ def _torchvision(
     try:
         from torchvision import models
     except ImportError as error:
-        raise CounterlensError("torchvision is not installed; pip install 'counterlens[torchvision]'") from error
+        raise CounterlensError("torchvision is not installed; pip install torchvision") from error
     if name not in models.list_models():
         raise UsageError(f"classifier: torchvision has no model {name!r}")
     published = models.get_model_weights(name).DEFAULT
     recipe = published.transforms()
+    if not hasattr(recipe, "crop_size"):
+        raise UsageError(f"classifier: torchvision's {name} is no image classifier")
     known = published.meta.get("categories", [])
     names = list(labels or known)
     if weights is None:
         module = _build(lambda: models.get_model(name, weights=published), name)
     else:
         module = _fill(_build(lambda: models.get_model(name, num_classes=len(names)), name), weights)
-    return wrap_classifier(
+    classifier = wrap_classifier(
         module.requires_grad_(False), names, image_size=image_size, resize=recipe.resize_size[0],
         crop=recipe.crop_size[0], mean=recipe.mean, std=recipe.std, interpolation=recipe.interpolation.value,
     )  # fmt: skip
+    return _held(classifier, recipe, image_size, f"torchvision's transforms of {name}")
+
+
+def _held(
+    classifier: ImageClassifier, transform: Callable[[Any], Tensor], image_size: int, what: str
+) -> ImageClassifier:
+    """The classifier, whose preprocessing makes the same pixels as a transform of Pillow's images.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if found := difference(classifier.module.preprocessing, transform, image_size):  # type: ignore[arg-type]
+        raise UsageError(f"preprocessing: {what} do more than resize, centre crop and normalise ({found})")
+    return classifier
 
 
 def _timm(name: str, image_size: int, labels: Sequence[str] | None, weights: str | Path | None) -> ImageClassifier:
     try:
         import timm
     except ImportError as error:
-        raise CounterlensError("timm is not installed; pip install 'counterlens[timm]'") from error
+        raise CounterlensError("timm is not installed; pip install timm") from error
     if not timm.is_model(name.split(".")[0]):
         raise UsageError(f"classifier: timm has no model {name!r}")
     if not labels:
@@ -383,8 +449,15 @@ def _timm(name: str, image_size: int, labels: Sequence[str] | None, weights: str
     else:
         module = _fill(_build(lambda: timm.create_model(name, num_classes=len(labels)), name), weights)
     recipe = timm.data.resolve_model_data_config(module)
-    side = recipe["input_size"][-1]
-    return wrap_classifier(
-        module.requires_grad_(False), labels, image_size=image_size, resize=round(side / recipe["crop_pct"]), crop=side,
+    channels, height, width = recipe["input_size"]
+    if channels != 3 or height != width:
+        raise UsageError(f"classifier: timm's {name} takes {channels}x{height}x{width}; expected 3 channels, a square")
+    classifier = wrap_classifier(
+        module.requires_grad_(False), labels, image_size=image_size, resize=int(width / recipe["crop_pct"]), crop=width,
         mean=recipe["mean"], std=recipe["std"], interpolation=recipe["interpolation"],
     )  # fmt: skip
+    try:
+        transform = timm.data.create_transform(**recipe)
+    except ImportError:  # timm's transforms need torchvision, its models do not
+        return classifier
+    return _held(classifier, transform, image_size, f"timm's transforms of {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,48 @@ def test_modules_that_do_not_fit_are_refused() -> None:
         wrap_classifier(Plain(), tiny.LABELS, image_size=SIZE, output="logits")
 
 
+class Returns(nn.Module):
+    """What modules return instead of logits."""
+
+    def __init__(self, how: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.how, self.inner = how, Plain()
+
+    def forward(self, x: Tensor) -> object:
+        return self.how(self.inner(x))
+
+
+@pytest.mark.parametrize(
+    ("how", "output", "words"),
+    [
+        (lambda x: x.softmax(1), "softmax", r"^classifier: .*probabilities .*leave the last softmax out"),
+        (lambda x: x.double().softmax(1).float(), "softmax", r"^classifier: .*probabilities"),
+        (lambda x: {"logits": x.softmax(1)}, "softmax", r"^classifier: .*probabilities"),
+        (lambda x: x.sigmoid(), "sigmoid", r"^classifier: .*ends in a sigmoid.*leave the last sigmoid out"),
+        (lambda x: x[:, :1].sigmoid(), "binary", r"^classifier: .*probabilities"),
+        (lambda x: (x, x), "softmax", r"returns a tuple of \[1, 10\], \[1, 10\].*model\(x\)\[0\]"),
+        (lambda x: [x], "softmax", r"returns a list of \[1, 10\]"),
+        (lambda x: {"scores": x}, "softmax", r"returns a dict of 'scores'.*model\(x\)\['scores'\]"),
+        (lambda x: None, "softmax", r"returns a NoneType"),
+        (lambda x: (x, {"features": x}), "softmax", r"returns a tuple of \[1, 10\], dict"),
+    ],
+)
+def test_what_is_no_logits_is_said(how: Callable[[Tensor], object], output: str, words: str) -> None:
+    labels = ["no", "yes"] if output == "binary" else tiny.LABELS
+    with pytest.raises(UsageError, match=words) as caught:
+        wrap_classifier(Returns(how), labels, image_size=SIZE, output=output)
+    assert "preprocessing" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda x: x, lambda x: {"logits": x}, lambda x: x.log_softmax(1), lambda x: x.abs() / 1e3]
+)
+def test_logits_are_taken_wherever_they_are_named(how: Callable[[Tensor], object]) -> None:
+    """Small positive logits are logits too."""
+    assert wrap_classifier(Returns(how), tiny.LABELS, image_size=SIZE).labels == tiny.LABELS
+
+
 def test_folders_that_do_not_fit_are_refused(folders, tmp_path: Path) -> None:
     for options, words in [
         ({"name": folders["clip"]}, r"^labels: CLIPModel is zero-shot"),
@@ -285,8 +328,8 @@ def test_folders_that_do_not_fit_are_refused(folders, tmp_path: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(CounterlensError, match=r"preprocessor_config\.json"):
         open_classifier(folder, image_size=SIZE)
-    tiny.save_processor(folder, "ViTImageProcessor", size={"height": 24, "width": 24}, rescale_factor=1 / 127.5)
-    with pytest.raises(UsageError, match=r"^preprocessing: .*rescales"):
+    tiny.save_processor(folder, "PerceiverImageProcessor", size={"height": 24, "width": 24})
+    with pytest.raises(UsageError, match=r"^preprocessing: .*does more than"):
         open_classifier(folder, image_size=SIZE)
 
 
