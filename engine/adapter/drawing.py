@@ -17,22 +17,47 @@ from ..images import to_uint8, write_png
 
 SHOWN = 256  # the least side in pixels of an overlay
 STRENGTH = 0.75  # of the heat colours, where saliency is 1
+# matplotlib's plasma, evenly spaced: perceptually uniform, and read alike with any colour vision.
+PLASMA = (
+    "0d0887",
+    "310597",
+    "4c02a1",
+    "6600a7",
+    "7e03a8",
+    "9511a1",
+    "aa2395",
+    "bc3587",
+    "cc4778",
+    "da5a6a",
+    "e66c5c",
+    "f0804e",
+    "f89540",
+    "fdac33",
+    "fdc527",
+    "f8df25",
+    "f0f921",
+)
 
 
 def heat(saliency: Tensor) -> Tensor:
-    """Saliency [..., H, W] in [0, 1] as colours from black over red and yellow to white: [..., 3, H, W]."""
-    x = 3 * saliency
-    return torch.stack([x.clamp(0, 1), (x - 1).clamp(0, 1), (x - 2).clamp(0, 1)], dim=-3)
+    """Saliency [..., H, W] in [0, 1] as colours from dark blue over magenta to yellow: [..., 3, H, W]."""
+    table = torch.tensor([list(bytes.fromhex(code)) for code in PLASMA]).to(saliency) / 255  # [17, 3]
+    place = saliency * (len(table) - 1)
+    low = place.floor().clamp(0, len(table) - 2).long()
+    return torch.lerp(table[low], table[low + 1], (place - low)[..., None]).movedim(-1, -3)
 
 
 def overlay(
     images: Tensor,  # [..., 3, H, W]
     saliency: Tensor,  # [..., H, W] in [0, 1]
 ) -> Tensor:
-    """The image in grey, darkened, with heat colours where saliency is: [..., 3, H, W]."""
+    """The image in grey, darkened, with heat colours where saliency is: [..., 3, H, W].
+
+    Grey ends at 0.6, below the brightness of the highest colours: white paper is never as bright as what is marked.
+    """
     grey = images.mean(-3, keepdim=True).expand_as(images)
     weight = STRENGTH * saliency.clamp(0, 1)[..., None, :, :]
-    return (1 - weight) * (0.25 + 0.6 * grey) + weight * heat(saliency.clamp(0, 1))
+    return (1 - weight) * (0.1 + 0.5 * grey) + weight * heat(saliency.clamp(0, 1))
 
 
 def save_overlay(image: Tensor, saliency: Tensor, path: Path) -> None:

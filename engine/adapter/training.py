@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import pickle
 import time
@@ -330,16 +331,21 @@ def train(
     optimizer = torch.optim.AdamW(
         head.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
     )
-    path, identity = None, ""
+    path, identity = None, dict[str, str]()
     if folder is not None:
-        path, data = folder / CHECKPOINT, tensors_digest(images, mean_colour, *held)
-        model = weights_digest([adapter.classifier.module])
-        identity = repr((VERSION, asdict(schedule), model, adapter.quantity.name, adapter.taps, adapter.width, data))
+        path = folder / CHECKPOINT
+        facts = {
+            "version": VERSION, **asdict(schedule), "model": weights_digest([adapter.classifier.module])[:16],
+            "quantity": adapter.quantity.name, "taps": adapter.taps, "width": adapter.width,
+            "images": tensors_digest(images, mean_colour, *held)[:16],
+        }  # fmt: skip
+        identity = {name: repr(value) for name, value in facts.items()}
     if path is not None and path.exists():
         state = _read_checkpoint(path)
         if state["identity"] != identity:
             raise UsageError(
-                f"out: {path} is of another training (model, images or numbers differ); choose another folder"
+                f"out: {path} is of another training ({_differences(state['identity'], identity)}); ask for the same, "
+                "or choose another folder"
             )
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
@@ -401,5 +407,16 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def _differences(theirs: object, mine: dict[str, str]) -> str:
+    """What a checkpoint's training was made with, and this one is not."""
+    if not isinstance(theirs, dict):
+        return "an older counterlens made it"
+    names = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
+    return "; ".join(f"{name} was {theirs.get(name, 'none')}, is {mine.get(name, 'none')}" for name in names)
+
+
 def _write_checkpoint(state: dict[str, Any], path: Path) -> None:
-    write_atomically(path, lambda file: torch.save(state, file))
+    # torch.save turns an OSError of the file that it writes to into a RuntimeError without the reason.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())

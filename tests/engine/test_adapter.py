@@ -409,3 +409,18 @@ def test_what_does_not_fit(classifier, images) -> None:
 
     with pytest.raises(UsageError, match="not differentiable"):
         train(new_adapter(SoftmaxClassifier(Rounded(), LABELS), SIZE, taps=[]), images, untouched, QUICK)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(classifier, images, tmp_path) -> None:
+    resource = pytest.importorskip("resource", reason="needs limits of a process")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    adapter = new_adapter(classifier, SIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
+    try:
+        with pytest.raises(CounterlensError, match=r"checkpoint\.pt: cannot be written \(File too large\)"):
+            train(adapter, images, untouched, QUICK, folder=tmp_path)
+        with pytest.raises(CounterlensError, match=r"adapter\.safetensors: cannot be written"):
+            adapter.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

@@ -149,7 +149,11 @@ def test_train_on_a_folder_and_go_on(digits: Path, tmp_path: Path) -> None:
     assert record["taps"] == ["features.1", "features.4", "features.7", "features"]
     assert Image.open(out / "loss.png").width > 500
     assert {"adapter.json", "adapter.safetensors", "checkpoint.pt", "loss.png"} == {p.name for p in out.iterdir()}
-    one_line_error(run(*command, "--steps", 3), 2, "checkpoint.pt", "another training")
+    for more, difference in (
+        (["--steps", 3], "steps was 2, is 3"),
+        (["--steps", 2, "--area", 0.5, "--seed", 4], "area was 3.0, is 0.5; seed was 0, is 4"),
+    ):
+        one_line_error(run(*command, *more), 2, "checkpoint.pt", "another training", difference)
     file = sorted(digits.glob("*.png"))[0]
     one_line_error(run("saliency", file, "--adapter", out, "--classifier", "shortcut", "--out", tmp_path), 1, "another")
     assert run("saliency", file, "--adapter", out, "--out", tmp_path / "s").returncode == 0
