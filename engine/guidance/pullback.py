@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .norms import plain_norms
+
 PullbackMode = Literal["functional", "autograd"]
 PULLBACK_MODES: tuple[PullbackMode, ...] = ("functional", "autograd")
 
@@ -36,7 +38,7 @@ def pullback(
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Hold modules in eval mode without parameter gradients, and leave them as they were.
+    """Hold modules in eval mode without parameter gradients, their norms made right, and leave them as they were.
 
     Without this the graph of every step would also reach the parameters, and memory would grow with the steps.
     """
@@ -48,7 +50,8 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             m.training = False
         for p in parameters:
             p.requires_grad_(False)
-        yield
+        with plain_norms(parts):
+            yield
     finally:
         for m in training:
             m.training = True

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CounterlensError, UsageError
+from ..guidance import norms
 from ..guidance.pullback import frozen
 from .load import find_folder, id2label_names, read_json, read_part, read_tensors
 from .preprocessing import Preprocessing, difference, from_processor
@@ -206,11 +207,12 @@ class _Trail(TorchFunctionMode):
 
 
 def _where() -> str:
-    """File and line of the nearest caller outside torch and this module."""
+    """File and line of the nearest caller outside torch and what watches it."""
+    own = (__file__, norms.__file__, str(Path(torch.__file__).parent), "<")
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file != __file__ and f"{Path(torch.__file__).parent}" not in file and not file.startswith("<"):
+        if not file.startswith(own):
             return f" ({Path(file).name}, line {frame.f_lineno})"
         frame = frame.f_back  # type: ignore[assignment]
     return ""

@@ -8,6 +8,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..guidance.norms import PlainNorms
+
 
 class Diffusion(Protocol):
     """A latent diffusion model with a null condition and one condition for each label."""
@@ -80,7 +82,8 @@ class SoftmaxClassifier:
 
     def logits(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [0, 1] to logits [B, labels]."""
-        return self.module(image)
+        with PlainNorms():
+            return self.module(image)
 
     def log_prob(self, image: Tensor, target: Tensor) -> Tensor:
         """log p(target | image) under a softmax: [B]."""
@@ -99,7 +102,8 @@ class SigmoidClassifier:
 
     def logits(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] in [0, 1] to logits [B, labels]."""
-        return self.module(image)
+        with PlainNorms():
+            return self.module(image)
 
     def log_prob(self, image: Tensor, target: Tensor) -> Tensor:
         """log p(target | image) under the target's own sigmoid: [B]."""
