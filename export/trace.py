@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -161,7 +162,7 @@ def _explain(error: Exception) -> str:
 
 
 def _internal(file: str) -> bool:
-    return "/torch/" in file or file.startswith("<") or file == __file__ or file == decompositions.__file__
+    return "/torch/" in file or file.startswith("<") or Path(file).parent == Path(__file__).parent
 
 
 def _source_of(node: Node) -> str:
