@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .dtypes import STAND_INS, TO_BOOL, data_type, held, result_type
 from .errors import ExportError, NodeError
 from .lowering import LOWERINGS, Value
 from .trace import Size, aten, located, trace
@@ -33,6 +34,7 @@ TYPES = {
     torch.uint8: TensorProto.UINT8,
     torch.bool: TensorProto.BOOL,
 }
+DTYPES = {number: dtype for dtype, number in TYPES.items()}
 
 
 def export_onnx(
@@ -115,20 +117,40 @@ class OnnxBuilder:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, Tensor] = {}
+        self.types: dict[str, torch.dtype] = {}
         self._made: dict[Any, Any] = {}
         self._constants: dict[Any, Value] = {}
 
     def op(self, kind: str, *inputs: Value, outputs: int = 1, **attributes: Any) -> Any:
-        """Append an operator and return the names of its outputs (one: a name, more: a tuple)."""
+        """Append an operator and return the names of its outputs (one: a name, more: a tuple).
+
+        Where runtimes lack it for the type of its data, it computes in another one. NotImplementedError where inputs
+        or attributes are not what an operator takes.
+        """
         # An attribute is fixed: the name of a value would be written as a text.
         if symbolic := [k for k, v in attributes.items() if _any_value(v)]:
             raise NotImplementedError(f"{', '.join(symbolic)} of {kind} depends on the batch")
+        if any(v and v not in self.types for v in inputs):
+            raise NotImplementedError(f"{kind} takes no such number")
+        types = [self.types.get(v) for v in inputs]
+        data = data_type(kind, types)
+        if data is not None and (other := STAND_INS.get((kind, data))) is not None:
+            inputs = tuple(
+                self.cast(v, data, other) if v and i in held(kind, len(inputs)) else v for i, v in enumerate(inputs)
+            )
+            out = self.op(kind, *inputs, outputs=outputs, **attributes)
+            first = out if outputs == 1 else out[0]
+            back = first if kind in TO_BOOL or self.types[first] != other else self.cast(first, other, data)
+            return back if outputs == 1 else (back, *out[1:])
         key = (kind, inputs, tuple((k, str(v)) for k, v in sorted(attributes.items())))
         if key not in self._made:
             n = len(self.nodes)
             names = [Value(f"{kind.lower()}_{n}" + (f"_{i}" if outputs > 1 else "")) for i in range(outputs)]
             self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"{kind}_{n}", **attributes))
             self._made[key] = names[0] if outputs == 1 else tuple(names)
+            cast = DTYPES[attributes["to"]] if kind == "Cast" else result_type(kind, data)
+            indices = kind in ("TopK", "MaxPool")
+            self.types.update({v: torch.int64 if i and indices else cast for i, v in enumerate(names)})
         return self._made[key]
 
     def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> Value:
@@ -143,6 +165,7 @@ class OnnxBuilder:
         if key not in self._constants:
             name = Value(f"constant_{len(self.weights)}")
             self.weights[name] = tensor
+            self.types[name] = tensor.dtype
             self._constants[key] = name
         return self._constants[key]
 
@@ -167,6 +190,7 @@ class OnnxBuilder:
             raise ExportError(f"input_names: expected {len(placeholders)} different names, got {input_names}")
         for name, node in zip(input_names, placeholders, strict=True):
             values[node] = Value(name)
+            self.types[name] = node.meta["val"].dtype
         for node in graph.graph.nodes:
             if node.op == "get_attr":
                 values[node] = self.constant(getattr(graph, node.target))
@@ -203,15 +227,26 @@ class OnnxBuilder:
         args, kwargs = mapped
         target: Any = node.target
         if target.__name__ == "getitem":
+            if args[0][args[1]] is None:
+                raise NodeError(
+                    f"output {args[1]} of {node.args[0].target} has no ONNX form here, at {{where}}", node.name
+                )  # type: ignore[union-attr]
             return args[0][args[1]]
         if target.__name__ in ("mul", "add") and not isinstance(target, torch._ops.OpOverload):
             return self.op(target.__name__.capitalize(), args[0], self.constant([args[1]]))
         if target not in LOWERINGS:
             raise NodeError(f"{target} has no ONNX form here, at {{where}}", node.name)
         try:
-            return LOWERINGS[target](self, node, *args, **kwargs)
+            out = LOWERINGS[target](self, node, *args, **kwargs)
+            if isinstance(out, Value) and self.types[out] != node.meta["val"].dtype:
+                raise NotImplementedError(f"its ONNX form gives {self.types[out]}, not {node.meta['val'].dtype}")
+            return out
         except NotImplementedError as error:
             raise NodeError(f"{target}: {error}, at {{where}}", node.name) from error
+        except (TypeError, ValueError) as error:  # an argument that its lowering does not take, or not as a symbol
+            raise NodeError(
+                f"{target} has no ONNX form for these arguments ({error}), at {{where}}", node.name
+            ) from error
 
     def write(self, model: onnx.ModelProto, folder: Path, name: str) -> None:
         """Write model and weights into `folder`; weights one by one, so that memory holds no second copy."""
