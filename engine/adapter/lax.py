@@ -29,7 +29,7 @@ from ..images import make_folder
 from ..models.load import read_json
 from ..models.protocols import Classifier
 from .quantities import LogOdds, Quantity, check_targets, make_quantity
-from .taps import choose_taps, tapped
+from .taps import choose_taps, resolve_taps, tapped
 
 FORMAT, VERSION = "counterlens-adapter", 3
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -245,14 +245,14 @@ class Maps:
     target: Tensor
 
 
-@dataclass
+@dataclass(repr=False)
 class LAX:
     """A frozen classifier with a trained head.
 
     Attributes:
         classifier: see `engine.models.protocols.Classifier`; never changed.
         head: what was trained.
-        taps: names of the classifier's modules whose outputs the head reads; none: the pixels alone.
+        taps: the classifier's modules whose outputs the head reads, see `taps`; none: the pixels alone.
         quantity: what the maps explain.
         image_size: side in pixels of the images that it was trained on.
         training: how it was trained, as plain values.
@@ -265,6 +265,10 @@ class LAX:
     image_size: int
     width: int
     training: dict[str, Any]
+
+    def __repr__(self) -> str:
+        side, taps = self.image_size, ", ".join(self.taps) or "pixels"
+        return f"LAX({len(self.classifier.labels)} labels, quantity {self.quantity.name}, {side}x{side}, on {taps})"
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The model's logits [B, C] and the tapped features, from one forward pass.
@@ -356,8 +360,8 @@ def new_adapter(
     Args:
         classifier: see `engine.models.protocols.Classifier`.
         image_size: side in pixels.
-        taps: names of modules, finest first; chosen by `choose_taps` without it, and none of them (`[]`) means that the
-            head sees the pixels alone.
+        taps: modules, finest first, see `taps`; layouts are found where they are not said. Chosen by `choose_taps`
+            without it, and none of them (`[]`) means that the head sees the pixels alone.
         quantity: see `make_quantity`.
         width: channels inside the head.
         seed: of its weights.
@@ -372,7 +376,7 @@ def new_adapter(
     image = torch.full((1, 3, image_size, image_size), 0.5, device=parameter.device, dtype=dtype)
     explained = make_quantity(classifier, quantity)
     with frozen(classifier.module):
-        names = choose_taps(classifier, image) if taps is None else list(taps)
+        names = choose_taps(classifier, image) if taps is None else resolve_taps(classifier, image, taps)
     adapter = LAX(classifier, nn.Module(), names, explained, image_size, width, {})  # type: ignore[arg-type]
     _, features = adapter.features(image)
     order = sorted(range(len(features)), key=lambda i: -features[i].shape[2])

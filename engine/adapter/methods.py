@@ -17,7 +17,7 @@ from ..metrics.inputs import Baseline, make_baseline
 from ..models.protocols import Classifier
 from .lax import LAX
 from .quantities import LogOdds, Quantity, check_targets, make_quantity
-from .taps import choose_taps, find_modules
+from .taps import Tap, choose_layer, tapped_edges
 
 IG_STEPS = 32
 NOISE = (16, 0.1)  # SmoothGrad: noisy copies, deviation of the noise for images in [0, 1]
@@ -35,7 +35,7 @@ class Question:
         target: [B] labels to explain.
         hidden: [B, 3, H, W], what hides pixels.
         seed: of noise and masks; they are the same for every image.
-        layer: of Grad-CAM.
+        layer: of Grad-CAM, a tap (see `taps`).
         adapter: of LAX.
     """
 
@@ -97,14 +97,18 @@ def _smoothgrad(q: Question, x: Tensor) -> Tensor:
 
 
 def _grad_cam(q: Question, x: Tensor) -> Tensor:
-    attr = _captum()
-    layer = q.layer or choose_taps(q.classifier, x[:1])[-1]
-    method = attr.LayerGradCam(q.log_odds, find_modules(q.classifier.module, [layer])[0])
-    with torch.enable_grad():
-        cam = method.attribute(x, additional_forward_args=q.target, relu_attributions=True)
-    if cam.ndim != 4:
-        raise UsageError(f"layer: {layer!r} gives {list(cam.shape)}; Grad-CAM needs the maps of a convolution")
-    return attr.LayerAttribution.interpolate(cam.detach(), x.shape[2:], "bilinear")[:, 0]
+    tap = Tap.parse(q.layer or choose_layer(q.classifier, x[:1]))
+    with tapped_edges(q.classifier.module, [tap]) as held, torch.enable_grad():
+        odds = q.log_odds(x.detach().requires_grad_(), q.target)
+        if tap not in held:
+            raise UsageError(f"layer: {str(tap)!r} carries no gradient; Grad-CAM has nothing to show")
+        features, edge = held[tap]
+        (gradient,) = torch.autograd.grad(odds.sum(), [edge], allow_unused=True)
+    if gradient is None:  # the answer does not go through it
+        return torch.zeros_like(x[:, 0])
+    weights = tap.read(gradient).mean((2, 3), keepdim=True)
+    cam = F.relu((weights * tap.read(features)).sum(1, keepdim=True))
+    return F.interpolate(cam, size=x.shape[2:], mode="bilinear")[:, 0].to(x.dtype)
 
 
 def _occlusion(q: Question, x: Tensor) -> Tensor:
@@ -212,7 +216,7 @@ def explain_with(
         quantity: see `make_quantity`. LAX explains the one that it was trained on.
         baseline: what hides pixels, see `engine.metrics.inputs.make_baseline`.
         adapter: for `lax`.
-        layer: for `gradcam`; the last maps without it.
+        layer: for `gradcam`, a tap (see `taps`); the last maps through which the answer goes without it.
         seed: of noise and masks.
         batch: images at once.
 
@@ -230,6 +234,8 @@ def explain_with(
     filled = torch.full((1,), filled).to(images) if not isinstance(filled, Tensor) else filled
     hidden = (filled if filled.ndim == 4 else filled.reshape(1, -1, 1, 1)).expand_as(images)
     scores = []
+    if name == "gradcam" and len(images):
+        layer = choose_layer(classifier, images[:1], layer)
     with frozen(classifier.module), warnings.catch_warnings():
         # captum warns that it sets requires_grad on inputs, which are our own copies.
         warnings.filterwarnings("ignore", message="Input Tensor.*required_grads", category=UserWarning)

@@ -110,7 +110,7 @@ def test_taps_of_convolutions_and_tokens(classifier, images) -> None:
 def test_a_tap_that_is_not_there(classifier) -> None:
     with pytest.raises(UsageError, match=r"features\.44.*nearest:.*features\.4"):
         new_adapter(classifier, SIZE, taps=["features.44"])
-    with pytest.raises(UsageError, match=r"tap: 'head' gives \[1, 4\]"):
+    with pytest.raises(UsageError, match=r"tap: 'head' gives \[B, 4\]; no two axes"):
         new_adapter(classifier, SIZE, taps=["head"])
 
 
