@@ -21,11 +21,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from bench.coverage_list import ENTRIES, Entry
 from bench.record import write_result
+from counterlens.export import ExportError, export_onnx
+from counterlens.export.trace import trace
 
 BATCHES = (1, 3, 8)
 TOLERANCE = 1e-4  # of each output's largest magnitude in the batch; of the entry itself where `Entry.each` says so
@@ -77,10 +80,6 @@ def differs(got: Tensor, want: Tensor, each: bool) -> str:
 
 def measure(entry: Entry) -> tuple[str, str]:
     """An entry's outcome, and the reason of a bad or refused one."""
-    import onnxruntime
-
-    from counterlens.export import ExportError, export_onnx
-
     warnings.filterwarnings("ignore")
     onnxruntime.set_default_logger_severity(4)
     torch.manual_seed(0)
@@ -175,6 +174,8 @@ def main() -> None:
         if unknown := set(options.only) - {e.name for e in chosen}:
             parser.error(f"--only: no entry is called {', '.join(sorted(unknown))}")
         chosen = [e for e in chosen if e.name in options.only]
+    # What the first trace of a process imports and compiles, once for all that are forked from here.
+    trace(with_gradient(lambda x: x.sin()), [torch.ones(2, 1)])
     began, rows = time.perf_counter(), []
     for i, entry in enumerate(chosen, start=1):
         start = time.perf_counter()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 OWN: dict[Any, Callable[..., Any]] = {}
 
@@ -28,3 +30,21 @@ def wide(x: Tensor) -> Tensor:
 def pair_of(v: Sequence[int] | int) -> tuple[int, int]:
     values = (v,) if isinstance(v, int) else tuple(v)
     return (values[0], values[-1]) if values else (0, 0)
+
+
+def derived(forward: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """The pullback of `forward` at `inputs`, as operations of the graph that is being traced."""
+    shapes = [(tuple(x.shape), x.dtype) for x in (grad, *inputs)]
+
+    def pull(cotangent: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = torch.func.vjp(forward, *values)[1](cotangent)
+        return out
+
+    def trace() -> Callable[..., tuple[Tensor, ...]]:
+        examples = [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
+        return make_fx(pull, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+
+    # In a thread of its own: the modes and transforms that are active belong to a thread, and none may see this trace.
+    with ThreadPoolExecutor(1) as alone:
+        graph = alone.submit(trace).result()
+    return graph(grad, *inputs)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
 
-from . import decompose_indexing, decompose_layers, decompose_resampling
+from . import decompose_indexing, decompose_layers, decompose_pointwise, decompose_resampling
 from .decomposing import OWN, decomposes
 
-__all__ = ["OWN", "decompose_indexing", "decompose_layers", "decompose_resampling", "table"]
+__all__ = ["OWN", "decompose_indexing", "decompose_layers", "decompose_pointwise", "decompose_resampling", "table"]
 
 aten = torch.ops.aten
 
@@ -39,6 +39,11 @@ for _primitive, _operator in (
 
 
 # Memory that is written later
+
+
+@decomposes(aten.empty.memory_format)
+def empty(size: Sequence[int], **options: Any) -> Tensor:
+    return torch.full(tuple(size), 0, dtype=options.get("dtype"), device=options.get("device"))
 
 
 @decomposes(aten.empty_permuted.default)

@@ -44,7 +44,6 @@ for _kind, *_operators in (
     ("Round", aten.round.default),
     ("Max", aten.maximum.default),
     ("Min", aten.minimum.default),
-    ("Pow", aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, aten.pow.Scalar),
     ("And", aten.logical_and.default),
     ("Or", aten.logical_or.default),
     ("Xor", aten.logical_xor.default),
@@ -56,9 +55,8 @@ for _kind, *_operators in (
 def _bitwise(kind: str, *operators: Any) -> None:
     @lowers(*operators)
     def lower(g: Builder, node: Node, *values: Any) -> Value:
-        if meta(node).dtype != torch.bool:
-            raise NotImplementedError("bitwise operations are exported for bool only")
-        return g.op(kind, *operands(g, node, torch.bool, values))
+        dtype = meta(node).dtype
+        return g.op(kind if dtype == torch.bool else f"Bitwise{kind}", *operands(g, node, dtype, values))
 
 
 _bitwise("And", aten.bitwise_and.Tensor, aten.bitwise_and.Scalar)
@@ -81,29 +79,63 @@ _scaled_sum("Add", aten.add.Tensor, aten.add.Scalar)
 _scaled_sum("Sub", aten.sub.Tensor, aten.sub.Scalar)
 
 
+@lowers(aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, aten.pow.Scalar)
+def power(g: Builder, node: Node, a: Any, b: Any) -> Value:
+    dtype = meta(node).dtype
+    if not dtype.is_floating_point and a not in (1, 2, 4, 16):  # ONNX Runtime computes it in float64, exact for these
+        raise NotImplementedError("runtimes round powers of whole numbers; convert them to floating point before")
+    return g.op("Pow", *operands(g, node, dtype, (a, b)))
+
+
 @lowers(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode, aten.floor_divide.default)
 def div(g: Builder, node: Node, a: Any, b: Any, rounding_mode: str | None = None) -> Value:
     dtype = meta(node).dtype
+    x, y = operands(g, node, dtype, (a, b))
+    out = g.op("Div", x, y)  # whole numbers: towards zero
     if node.target is aten.floor_divide.default:
         rounding_mode = "floor"
-    if rounding_mode is None or dtype.is_floating_point:
-        out = g.op("Div", *operands(g, node, dtype, (a, b)))
-        return out if rounding_mode is None else g.op("Floor", out) if rounding_mode == "floor" else _truncate(g, out)
-    wide = g.op("Div", *operands(g, node, torch.float64, (a, b)))
-    whole = g.op("Floor", wide) if rounding_mode == "floor" else _truncate(g, wide)
-    return g.cast(whole, torch.float64, dtype)
+    if rounding_mode is None or (rounding_mode == "trunc" and not dtype.is_floating_point):
+        return out
+    if rounding_mode == "trunc":
+        return _truncate(g, out)
+    if not dtype.is_floating_point:
+        return g.op("Sub", out, g.cast(_turned(g, g.op("Sub", x, g.op("Mul", y, out)), y, dtype), torch.bool, dtype))
+    # As PyTorch: from the exact remainder, because the quotient may be rounded up to a whole number.
+    rest = g.op("Mod", x, y, fmod=1)
+    whole = g.op("Div", g.op("Sub", x, rest), y)
+    whole = g.op("Round", g.op("Sub", whole, g.cast(_turned(g, rest, y, dtype), torch.bool, dtype)))
+    return g.op("Where", g.op("Equal", y, g.constant(0, dtype)), out, whole)
 
 
 def _truncate(g: Builder, x: Value) -> Value:
     return g.op("Mul", g.op("Sign", x), g.op("Floor", g.op("Abs", x)))
 
 
-@lowers(aten.remainder.Scalar, aten.remainder.Tensor)
+def _turned(g: Builder, rest: Value, y: Value, dtype: torch.dtype) -> Value:
+    """Where a remainder is not zero and has another sign than the divisor."""
+    zero = g.constant(0, dtype)
+    other = g.op("Xor", g.op("Less", rest, zero), g.op("Less", y, zero))
+    return g.op("And", g.op("Not", g.op("Equal", rest, zero)), other)
+
+
+@lowers(aten.trunc.default)
+def trunc(g: Builder, node: Node, x: Value) -> Value:
+    return _truncate(g, x) if meta(node).dtype.is_floating_point else x
+
+
+@lowers(aten.remainder.Scalar, aten.remainder.Tensor, aten.remainder.Scalar_Tensor)
 def remainder(g: Builder, node: Node, a: Any, b: Any) -> Value:
-    x, y = operands(g, node, meta(node).dtype, (a, b))
-    if not meta(node).dtype.is_floating_point:
+    dtype = meta(node).dtype
+    x, y = operands(g, node, dtype, (a, b))
+    if not dtype.is_floating_point:
         return g.op("Mod", x, y)
-    return g.op("Sub", x, g.op("Mul", y, g.op("Floor", g.op("Div", x, y))))
+    rest = g.op("Mod", x, y, fmod=1)
+    return g.op("Where", _turned(g, rest, y, dtype), g.op("Add", rest, y), rest)
+
+
+@lowers(aten.fmod.Scalar, aten.fmod.Tensor)
+def fmod(g: Builder, node: Node, a: Any, b: Any) -> Value:
+    return g.op("Mod", *operands(g, node, meta(node).dtype, (a, b)), fmod=1)
 
 
 @lowers(aten.tan.default)
@@ -118,12 +150,25 @@ def rsqrt(g: Builder, node: Node, x: Value) -> Value:
 
 @lowers(aten.log1p.default)
 def log1p(g: Builder, node: Node, x: Value) -> Value:
-    return g.op("Log", g.op("Add", x, g.constant(1, meta(node).dtype)))
+    """log(u) of u = 1 + x, and what rounding took from u: right for tiny x, where log(1 + x) has no digit left."""
+    dtype = meta(node).dtype
+    x = operands(g, node, dtype, (x,))[0]
+    u = g.op("Add", x, g.constant(1, dtype))
+    lost = g.op("Sub", x, g.op("Sub", u, g.constant(1, dtype)))
+    # Nothing is lost at x = -1, where u is zero, and nothing that counts where x is huge or infinite.
+    none = g.op("Or", g.op("Equal", u, x), g.op("Equal", lost, g.constant(0, dtype)))
+    return g.op("Add", g.op("Log", u), g.op("Where", none, g.constant(0, dtype), g.op("Div", lost, u)))
 
 
 @lowers(aten.expm1.default)
 def expm1(g: Builder, node: Node, x: Value) -> Value:
-    return g.op("Sub", g.op("Exp", x), g.constant(1, meta(node).dtype))
+    """2 t / (1 - t) of t = tanh(x / 2), which keeps the digits of small x that exp(x) - 1 loses."""
+    dtype = meta(node).dtype
+    x = operands(g, node, dtype, (x,))[0]
+    one, two = g.constant(1, dtype), g.constant(2, dtype)
+    t = g.op("Tanh", g.op("Div", x, two))
+    near = g.op("Div", g.op("Mul", two, t), g.op("Sub", one, t))
+    return g.op("Where", g.op("Less", g.op("Abs", x), one), near, g.op("Sub", g.op("Exp", x), one))
 
 
 @lowers(aten.gelu.default)
@@ -144,18 +189,23 @@ def leaky_relu(g: Builder, node: Node, x: Value, slope: float = 0.01) -> Value:
     return g.op("LeakyRelu", x, alpha=float(slope))
 
 
-@lowers(aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default)
-def clamp(g: Builder, node: Node, x: Value, *limits: Any) -> Value:
+@lowers(
+    aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default,
+    aten.clamp_min.Tensor, aten.clamp_max.Tensor,
+)  # fmt: skip
+def clamp(g: Builder, node: Node, x: Value, *limits: Any, **named: Any) -> Value:
     # Max and Min, not Clip: like PyTorch they let NaN through.
     dtype = meta(node).dtype
     low, high = (*limits, None, None)[:2]
-    if node.target is aten.clamp_max.default:
-        low, high = None, low
+    low_node, high_node = (*node.args[1:], None, None)[:2]
+    low, high = named.get("min", low), named.get("max", high)
+    low_node, high_node = node.kwargs.get("min", low_node), node.kwargs.get("max", high_node)
+    if node.target in (aten.clamp_max.default, aten.clamp_max.Tensor):
+        low, high, low_node, high_node = None, low, None, low_node
     if node.target is aten.hardtanh.default:
         low, high = -1 if low is None else low, 1 if high is None else high
     x = g.cast(x, meta(node.args[0]).dtype, dtype)
-    for kind, limit, position in (("Max", low, 1), ("Min", high, 2)):
-        argument = node.args[position] if position < len(node.args) else None
+    for kind, limit, argument in (("Max", low, low_node), ("Min", high, high_node)):
         if isinstance(argument, Node) and isinstance(argument.meta["val"], torch.Tensor):
             x = g.op(kind, x, g.cast(limit, meta(argument).dtype, dtype))
         elif limit is not None:
