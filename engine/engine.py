@@ -240,7 +240,7 @@ class Engine:
             with self._prepared():
                 settings = self.settings(self.config)
                 most = largest_batch(
-                    diffusion, classifier, settings, memory_budget, SLOTS, self.pullback, self._decoder(settings)
+                    diffusion, classifier, settings, memory_budget, SLOTS, self.pullback, self.tiny_decoder(settings)
                 )
             self.slots = tuple(s for s in SLOTS if s <= most)
 
@@ -263,7 +263,7 @@ class Engine:
         options["device"] = _device(options)
         return cls(*models, config, pack_settings=settings, source=source, **options)
 
-    def _decoder(self, settings: Settings) -> TinyDecoder | None:
+    def tiny_decoder(self, settings: Settings) -> TinyDecoder | None:
         """What guidance differentiates through in place of the full decoder, where the settings ask for it."""
         return self.guidance_decoder if settings.guidance_decoder == "tiny" else None
 
@@ -271,7 +271,7 @@ class Engine:
         """What is compiled for these settings; fields are those of `Spec` that the settings leave open."""
         if fields.get("what", STEP) != STEP:  # a part is the same under all settings
             return Spec(self.diffusion, self.classifier, weights=self._weights(), **fields)
-        decoder = self._decoder(settings)
+        decoder = self.tiny_decoder(settings)
         return Spec(
             self.diffusion,
             self.classifier,
