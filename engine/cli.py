@@ -36,14 +36,15 @@ from .options import (
     JsonFlag,
     LabelsOption,
     ModelOption,
+    OverwriteFlag,
     PackOption,
     PromptsOption,
+    ResumeFlag,
     SeedOption,
     SpeedOption,
     WeightsOption,
     errors,
     open_engine,
-    open_for_append,
     print_json,
     progress_bar,
     saving_options,
@@ -53,7 +54,9 @@ from .options import (
 from .profiling import cli as _profiling
 
 if TYPE_CHECKING:
+    from .data import Item
     from .engine import Engine
+    from .outputs import Run
 
 # torch, diffusers and everything that needs them are imported inside the commands: --help must answer at once.
 
@@ -73,6 +76,7 @@ def demo(
     count: Annotated[int, typer.Option(help="How many test digits.", min=1, max=20)] = 10,
     seed: SeedOption = 0,
     pack: PackOption = "digits",
+    overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Explain two classifiers of the digits pack, one honest and one with a planted shortcut.
@@ -83,16 +87,19 @@ def demo(
     Example: counterlens demo --out /tmp/demo
     """
     from .drawing import draw_strips
-    from .images import make_folder, write_png
+    from .images import write_png
+    from .outputs import open_run
+    from .provenance import pack_facts
 
-    out = make_folder(out)
-    from .demo import run_demo
-
-    with progress_bar("demo") as progress:
-        task = progress.task_ids[0]
-        parts = run_demo(pack, count, seed, lambda i, n: progress.update(task, completed=i, total=n))
     path = out / "counterfactuals.png"
-    write_png(draw_strips([p.strip for p in parts]), path)
+    facts = {"command": "counterlens demo", "count": count, "seed": seed, **pack_facts(pack)}
+    with open_run(out, facts, files=[path.name], overwrite=overwrite):
+        from .demo import run_demo
+
+        with progress_bar("demo") as progress:
+            task = progress.task_ids[0]
+            parts = run_demo(pack, count, seed, lambda i, n: progress.update(task, completed=i, total=n))
+        write_png(draw_strips([p.strip for p in parts]), path, facts)
     console = text_console(as_json)
     table = Table("explained", "images", "flipped", "judge agrees", "L1", "marker touched", box=box.SIMPLE)
     table.columns[0].no_wrap = True
@@ -172,21 +179,28 @@ def counterfactual(
     guidance_end: Annotated[float | None, typer.Option(help="Share of the run up to which steps are guided.")] = None,
     guidance_every: Annotated[int | None, typer.Option(help="Every n-th step asks, the others reuse it.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds for each image; then what there is.")] = None,
+    overwrite: OverwriteFlag = False,
+    resume: ResumeFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Change each image as little as needed for the classifier to say the target.
 
-    Writes one PNG per image and results.jsonl, each batch as soon as it is done. An image that fails is reported and
-    the others go on; the exit code is 1 then.
+    Writes one PNG per image, results.jsonl and run.json, each batch as soon as it is done. An image that fails is
+    reported and the others go on; the exit code is 1 then.
+
+    A folder takes one run: the same command goes on in it, where finished images are skipped; --resume adds images to
+    it, --overwrite replaces it, and what differs in a setting is refused.
 
     With --model, any classifier is explained by any diffusion model; --preset picks a published setting for them.
 
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from .config import Config
-    from .data import collect, output_names, read_manifest
+    from .data import collect, read_manifest
     from .images import make_folder
+    from .outputs import Source, open_run
+    from .provenance import engine_facts
 
     items = collect(images or []) + (read_manifest(manifest) if manifest else [])
     if not items:
@@ -201,10 +215,6 @@ def counterfactual(
     )  # fmt: skip
     if budget is not None and not budget > 0:
         raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
-    names = output_names(images)
-    overwritten = {(out / f"{n}.png").resolve() for n in names} & {p.resolve() for p in images}
-    if overwritten:
-        raise UsageError(f"out: {min(overwritten)} is an input and would be overwritten; choose another folder")
     out = make_folder(out)
     saving = saving_options(
         checkpointing, memory_budget, neighbours, attention=attention, guidance_decoder=tiny_decoder, device=device,
@@ -222,17 +232,19 @@ def counterfactual(
     console = text_console(as_json)
     table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
     failed = 0
-    log_path = out / "results.jsonl"
-    with progress_bar("counterfactuals") as progress, open_for_append(log_path) as log:
-        task = progress.task_ids[0]
-        for item, record in zip(
-            items, _counterfactual_records(engine, images, names, choices, out, budget, progress, task), strict=True
-        ):
-            if item.label is not None:
-                record["label"] = item.label
+    facts = {
+        "command": "counterlens counterfactual", **engine_facts(engine, config), "target": target, "budget_s": budget,
+    }  # fmt: skip
+    sources = [Source(item.path.stem, {"image": str(item.path), "target": item.target}, item.path) for item in items]
+    with (
+        progress_bar("counterfactuals") as progress,
+        open_run(
+            out, facts, sources=sources, endings=(".png",), overwrite=overwrite, resume=resume,
+            say=lambda text: errors.print(text, markup=False),
+        ) as run,
+    ):  # fmt: skip
+        for record in _counterfactual_records(engine, items, choices, run, budget, progress):
             failed += "error" in record
-            log.write(json.dumps(record) + "\n")
-            log.flush()
             if as_json:
                 print_json(record)
             if "error" in record:
@@ -256,56 +268,62 @@ def _as_target(target: str, engine: Engine) -> str | int:
 
 def _counterfactual_records(
     engine: Engine,
-    paths: list[Path],
-    names: list[str],
+    items: list[Item],
     targets: list[str | int],
-    out: Path,
+    run: Run,
     budget_s: float | None,
     progress: Progress,
-    task: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one record per image in order, batch by batch; files that cannot be read or written become errors."""
+    """Yield one line per image in order, batch by batch, as it was written; what cannot be read or written is one too.
+
+    Those that are done already come as they are.
+    """
     import torch
+
+    from counterlens.export.store import file_digest
 
     from .images import load_image, save_png
 
-    batches = -(-len(paths) // BATCH)
-    for b in range(batches):
-        rows = range(b * BATCH, min((b + 1) * BATCH, len(paths)))
+    task = progress.task_ids[0]
+    todo = [i for i, line in enumerate(run.done) if line is None]
+    batches = [todo[k : k + BATCH] for k in range(0, len(todo), BATCH)]
+    told = 0
+    for b, rows in enumerate(batches):
+        records = {i: {"image": str(items[i].path)} for i in rows}
         loaded: dict[int, torch.Tensor] = {}
-        problems: dict[int, str] = {}
         for i in rows:
             try:
-                loaded[i] = load_image(paths[i], engine.image_size)
-            except CounterlensError as error:
-                problems[i] = str(error).removeprefix(f"{paths[i]}: ")
+                loaded[i] = load_image(items[i].path, engine.image_size)
+                records[i]["input_sha256"] = file_digest(items[i].path)
+            except (CounterlensError, OSError) as error:
+                records[i]["error"] = str(error).removeprefix(f"{items[i].path}: ")
 
         def show(i: int, n: int, b: int = b) -> None:
-            progress.update(task, completed=b + i / n, total=batches)
+            progress.update(task, completed=b + i / n, total=len(batches))
 
-        result = None
         if loaded:
             result = engine.counterfactual(
-                torch.stack(list(loaded.values())),
-                [targets[i] for i in loaded],
-                on_step=show,
-                budget_s=budget_s,
+                torch.stack(list(loaded.values())), [targets[i] for i in loaded], on_step=show, budget_s=budget_s
             )
-        order = list(loaded)
-        for i in rows:
-            record: dict[str, Any] = {"image": str(paths[i])}
-            if i in problems or result is None:
-                yield record | {"error": problems[i]}
+        for k, i in enumerate(loaded):
+            records[i] |= result.record(k) | {"runtime": result.provenance[k]["runtime"]}
+            if "error" in records[i]:
                 continue
-            fields = result.record(order.index(i))
-            if "error" not in fields:
-                path = out / f"{names[i]}.png"
-                try:
-                    save_png(result.images[order.index(i)], path)
-                    fields["path"] = str(path)
-                except CounterlensError as error:
-                    fields = {"error": str(error)}
-            yield record | fields
+            path = run.folder / f"{run.names[i]}.png"
+            try:
+                save_png(result.images[k], path, run.line(run.names[i], records[i]))
+                records[i]["path"] = str(path)
+            except CounterlensError as error:
+                records[i]["error"] = str(error)
+        for i in rows:
+            yield from (line for line in run.done[told:i] if line is not None)
+            told = i
+            if (label := items[i].label) is not None:
+                records[i]["label"] = label
+            line = run.line(run.names[i], records[i])
+            run.append(line)
+            yield line
+    yield from (line for line in run.done[told:] if line is not None)
 
 
 @app.command()
@@ -314,6 +332,7 @@ def samples(
     count: Annotated[int, typer.Option(help="How many, spread evenly over the digits.", min=1)] = 20,
     marker: Annotated[str, typer.Option(help="none, random, matching or conflicting.")] = "none",
     out: Annotated[Path, typer.Option(help="Folder for the images and labels.csv.")] = Path("samples"),
+    overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
     pack: PackOption = "digits",
     as_json: JsonFlag = False,
@@ -325,23 +344,27 @@ def samples(
 
     Example: counterlens samples --split test --count 50 --marker matching --out digits
     """
-    from .images import make_folder, save_png
+    from .images import save_png
+    from .outputs import open_run
     from .packs import Pack
+    from .provenance import pack_facts
 
     drawn = Pack(pack).samples(split, count=count, marker=marker, seed=seed)
-    out = make_folder(out)
+    names = [f"{split}-{number:04d}-{label}.png" for number, label in zip(drawn.ids, drawn.labels, strict=True)]
+    facts = {"command": "counterlens samples", "split": split, "count": count, "marker": marker, "seed": seed}
+    facts |= pack_facts(pack)
     rows = []
-    for image, label, planted, number in zip(drawn.images, drawn.labels, drawn.markers, drawn.ids, strict=True):
-        name = f"{split}-{number:04d}-{label}.png"
-        save_png(image, out / name)
-        rows.append({"file": name, "label": str(label), "marker": str(planted) if planted else "none"})
-        if as_json:
-            print_json(rows[-1])
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["file", "label", "marker"])
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "labels.csv", table.getvalue())
+    with open_run(out, facts, files=[*names, "labels.csv"], overwrite=overwrite):
+        for image, label, planted, name in zip(drawn.images, drawn.labels, drawn.markers, names, strict=True):
+            rows.append({"file": name, "label": str(label), "marker": str(planted) if planted else "none"})
+            save_png(image, out / name, facts | rows[-1])
+            if as_json:
+                print_json(rows[-1])
+        table = io.StringIO()
+        writer = csv.DictWriter(table, ["file", "label", "marker"])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(out / "labels.csv", table.getvalue())
     text_console(as_json).print(f"{len(rows)} images and labels.csv in {out}")
 
 
@@ -374,6 +397,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of the artefact's files.")] = None,
     store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
+    overwrite: OverwriteFlag = False,
     measure: Annotated[bool, typer.Option(help="Time it against eager, for runtime auto.")] = True,
     seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
     as_json: JsonFlag = False,
@@ -409,7 +433,7 @@ def export(
             task = progress.task_ids[0]
             report = export_artefact(
                 engine, what=part, target=format, dtype=dtype, force=force, measure=measure,
-                out=out / part if out is not None and what == "all" else out,
+                out=out / part if out is not None and what == "all" else out, overwrite=overwrite,
                 say=lambda text, p=progress, t=task: p.update(t, description=text),  # type: ignore[misc]
             )  # fmt: skip
         if as_json:

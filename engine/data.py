@@ -25,18 +25,6 @@ class Item:
     label: str | None = None
 
 
-def output_names(paths: Sequence[Path]) -> list[str]:
-    """One name per image, none twice: its stem, numbered where that is taken."""
-    names: dict[str, None] = {}
-    for path in paths:
-        name, n = path.stem, 1
-        while name in names:
-            n += 1
-            name = f"{path.stem}-{n}"
-        names[name] = None
-    return list(names)
-
-
 def collect(paths: Sequence[Path]) -> list[Item]:
     """Files as they are; folders as the images in them, labelled by subfolder where there are subfolders.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +17,19 @@ from counterlens.export.store import Store, weights_digest
 
 from .attention import ATTENTIONS, memory_efficient_attention, not_supported_reasons
 from .config import PRESET_PROMPTS, SPEEDS, Config, Settings, default_settings, preset_misfit
-from .errors import UsageError
-from .files import write_atomically
+from .errors import CounterlensError, UsageError
 from .guidance.pullback import PullbackMode, frozen
 from .guidance.sampler import Job, Outcome, Sampler, count_ticks
 from .guidance.schedule import make_schedule
 from .guidance.spans import span
-from .images import as_saved, make_folder, save_png, to_uint8
+from .images import as_saved, save_png, to_uint8
 from .memory import checkpointed, largest_batch
 from .models.latent import ClassConditionalLatentDiffusion
 from .models.placing import choose_device, computing_on, place
 from .models.protocols import Classifier, Diffusion, probabilities
 from .models.tiny import TinyDecoder, check_decoder, open_decoder
 from .packs import Pack
+from .provenance import engine_facts
 from .runtime import onnxruntime
 from .runtime.choice import RUNTIMES, Choice, StepRunner
 from .runtime.spec import STEP, Spec, flat
@@ -73,6 +72,7 @@ class Counterfactuals:
         seeds: one per sample.
         errors: one message or None per sample.
         labels: names of the classifier's labels.
+        provenance: for each sample what made it: classifier, mode, settings, seed, weights, versions, threads, ...
     """
 
     images: Tensor
@@ -91,6 +91,7 @@ class Counterfactuals:
     seeds: list[int]
     errors: list[str | None]
     labels: list[str]
+    provenance: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.errors)
@@ -113,32 +114,64 @@ class Counterfactuals:
             "seconds": round(self.seconds[i].item(), 4),
         }
 
-    def save(self, folder: str | Path, names: Sequence[str] | None = None) -> list[Path]:
-        """Write one 8-bit PNG per finished sample and `results.jsonl` with one record per sample.
+    def save(
+        self,
+        folder: str | Path,
+        names: Sequence[str] | None = None,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+    ) -> list[Path]:
+        """Write one 8-bit PNG per finished sample, `results.jsonl` with one line per sample, and `run.json`.
+
+        A folder takes one run: the same result can be saved there again, and with `resume` others that were made with
+        the same models and settings.
 
         Args:
             folder: created if needed.
-            names: file names without ending; `0000`, `0001`, ... without them.
+            names: file names without ending, made safe where they are not; `0000`, `0001`, ... without them.
+            overwrite: remove what an earlier run wrote there.
+            resume: add to it.
 
         Returns:
             The paths of the PNG files, in order; failed samples have none.
 
         Raises:
-            UsageError: the folder cannot be written, or names do not fit. CounterlensError: a file cannot be written.
+            UsageError: the folder cannot be written or holds another run, or names do not fit. CounterlensError: a
+                file cannot be written; the others are.
         """
+        from .outputs import Source, open_run
+
         names = [f"{i:04d}" for i in range(len(self))] if names is None else list(names)
         if len(names) != len(self) or len(set(names)) != len(names):
             raise UsageError(f"names: expected {len(self)} different names, got {len(names)}")
-        folder = make_folder(Path(folder))
-        paths, lines = [], []
-        for i, name in enumerate(names):
-            record: dict[str, Any] = {"name": name}
-            if self.errors[i] is None:
-                paths.append(folder / f"{name}.png")
-                save_png(self.images[i], paths[-1])
-                record["path"] = paths[-1].name
-            lines.append(json.dumps(record | self.record(i)))
-        write_atomically(folder / "results.jsonl", "".join(line + "\n" for line in lines))
+        made = self.provenance or [{} for _ in names]
+        shared = {k: v for k, v in (made[0] if made else {}).items() if all(m.get(k) == v for m in made)}
+        sources = [
+            Source(name, {"name": name, "input": _pixels(image), "target": self.labels[int(target)], "seed": seed})
+            for name, image, target, seed in zip(names, self.inputs, self.target, self.seeds, strict=True)
+        ]
+        paths, failures = [], []
+        with open_run(
+            Path(folder), {"command": "Counterfactuals.save", **shared}, sources=sources, endings=(".png",),
+            overwrite=overwrite, resume=resume, redo=True, option="{}=True",
+        ) as run:  # fmt: skip
+            for i, name in enumerate(run.names):
+                line = run.line(name, {"image": names[i], **self.record(i), "run_seed": made[i].get("seed")})
+                line |= {k: v for k, v in made[i].items() if k not in ("seed", "started")}
+                if self.errors[i] is None:
+                    path = run.folder / f"{name}.png"
+                    try:
+                        save_png(self.images[i], path, line)
+                    except CounterlensError as error:
+                        failures.append(str(error))
+                        line |= {"error": str(error)}
+                    else:
+                        paths.append(path)
+                        line["path"] = path.name
+                run.append(line)
+        if failures:
+            raise CounterlensError(f"{failures[0]} ({len(failures)} of {len(self)} failed; the others are there)")
         return paths
 
 
@@ -202,6 +235,8 @@ class Engine:
         self.speeds = speeds or SPEEDS
         self.backend = backend
         self.source = source or {}
+        self.names = dict(self.source)  # of the models, as results say them
+        self.digest: tuple[Any, str] | None = None
         if isinstance(guidance_decoder, str | Path):
             guidance_decoder = open_decoder(guidance_decoder)
         if guidance_decoder is not None:
@@ -453,7 +488,10 @@ class Engine:
             pack = Pack(str(model))
             tuned = pack.manifest["settings"]
             options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
-        return cls(diffusion, explained, config, pack_settings=tuned, **options | {"device": _device(options)})
+        engine = cls(diffusion, explained, config, pack_settings=tuned, **options | {"device": _device(options)})
+        named = str(classifier) if isinstance(classifier, str | Path) else type(explained.module).__name__
+        engine.names = {"model": str(model), "classifier": named}
+        return engine
 
     def settings(self, config: Config) -> Settings:
         """Every number of a run with this config.
@@ -481,9 +519,9 @@ class Engine:
             yield
 
     def _check_source(self, config: Config) -> None:
-        for field, mine in self.source.items():
-            if field in config.model_fields_set and getattr(config, field) != mine:
-                raise UsageError(f"{field}: this engine has {mine!r}, the config asks for {getattr(config, field)!r}")
+        for name, mine in self.source.items():
+            if name in config.model_fields_set and getattr(config, name) != mine:
+                raise UsageError(f"{name}: this engine has {mine!r}, the config asks for {getattr(config, name)!r}")
 
     @property
     def labels(self) -> list[str]:
@@ -622,7 +660,10 @@ class Engine:
             outcomes = self._run(jobs, [i for i, error in enumerate(errors) if error is None], progress, on_step)
             for i, outcome in outcomes.items():
                 errors[i] = outcome.error
-            return self._measure(images, source, target, list(seeds), errors, outcomes, list(decided.values()))
+            result = self._measure(images, source, target, list(seeds), errors, outcomes, list(decided.values()))
+            made = {c: engine_facts(self, c, len(outcomes)) | {"budget_s": budget_s} for c in decided}
+            result.provenance = [made[c] for c in configs]
+            return result
 
     def explain(
         self,
@@ -804,6 +845,11 @@ def _batches(count: int, slots: Sequence[int] = SLOTS) -> list[tuple[list[int], 
         size = next(s for s in slots if s >= len(rows))
         batches.append((rows + rows[:1] * (size - len(rows)), len(rows)))
     return batches
+
+
+def _pixels(image: Tensor) -> str:
+    """A short hash of an image's 8-bit pixels."""
+    return hashlib.sha256(to_uint8(image.nan_to_num()).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def image_seed(image: Tensor, seed: int) -> int:

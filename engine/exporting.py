@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from counterlens.export.store import MANIFEST
 
 from .engine import PARTS, SLOTS, Engine
-from .errors import CounterlensError
+from .files import write_atomically
 from .guidance.pullback import frozen
-from .images import make_folder
 from .models.placing import computing_on
+from .outputs import open_run
+from .provenance import engine_facts
 from .runtime import artefacts
 from .runtime.choice import TARGETS, StepRunner
 from .runtime.spec import STEP
@@ -30,6 +33,7 @@ def export_artefact(
     force: bool = False,
     measure: bool = True,
     out: Path | None = None,
+    overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Build an artefact into the engine's store and return its report with `built`, `files` and `measured`.
@@ -39,7 +43,8 @@ def export_artefact(
         what, target, dtype: see `runtime.spec.Spec` and `runtime.artefacts.TARGETS`.
         force: build again.
         measure: time what the engine runs, in float32, against eager at every slot count, for `runtime="auto"`.
-        out: folder for a copy of the files.
+        out: folder for a copy of the files, and run.json.
+        overwrite: remove what an earlier run wrote there.
         say: told what is being done.
 
     Raises:
@@ -47,7 +52,12 @@ def export_artefact(
         CounterlensError: the copy cannot be written.
     """
     spec = engine.spec(engine.settings(engine.config), what=what, dtype=dtype)
-    with computing_on(spec.device), frozen(*spec.modules):
+    with ExitStack() as stack:
+        facts = {"command": "counterlens export", "what": what, "format": target, "dtype": dtype}
+        facts = engine_facts(engine, engine.config) | facts
+        run = None if out is None else stack.enter_context(open_run(out, facts, overwrite=overwrite))
+        stack.enter_context(computing_on(spec.device))
+        stack.enter_context(frozen(*spec.modules))
         before = engine.store.path(artefacts.key_of(spec, target)).exists()
         artefact = artefacts.build(spec, target, engine.store, force=force, say=say)
         measured: dict[str, dict[str, float]] = {}
@@ -56,14 +66,13 @@ def export_artefact(
             for slots in SLOTS:
                 say(f"measuring batch {slots}")
                 measured[str(slots)] = runner.measure(slots)
-    folder = artefact.folder
-    if out is not None:
-        folder = make_folder(out)
-        try:
+        folder = artefact.folder
+        if run is not None:
+            folder = run.folder
+            run.claim(path.name for path in artefact.folder.iterdir())
             for path in artefact.folder.iterdir():
-                shutil.copy2(path, folder / path.name)
-        except OSError as error:
-            raise CounterlensError(f"{folder}: cannot be written ({error.strerror or error})") from error
+                with path.open("rb") as file:
+                    write_atomically(folder / path.name, partial(shutil.copyfileobj, file))
     files = sorted(str(p) for p in folder.iterdir() if p.name in (MANIFEST, *artefacts.FILES.values()))
     return {
         **artefact.report,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .errors import CounterlensError, UsageError
 from .files import write_atomically
 
 MAX_PIXELS = 64_000_000
+TIMES = ("started", "seconds", "path")
 MAX_BYTES = 2**29  # of a file; some decoders hold all of it
 # What Pillow may open. Not all that it can: some of its formats start other programs (EPS) or hold no picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX")
@@ -199,22 +202,37 @@ def as_saved(image: Tensor) -> Tensor:
 def save_png(
     image: Tensor,  # [3, H, W] in [0, 1]
     path: Path,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an 8-bit PNG; the file appears whole or not at all.
+    """Write an 8-bit PNG; the file appears whole or not at all. `facts`: see `write_png`.
 
     Raises:
         CounterlensError: it cannot be written; the message names it.
     """
-    write_png(Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().cpu().numpy()), path)
+    write_png(Image.fromarray(to_uint8(image).permute(1, 2, 0).contiguous().cpu().numpy()), path, facts)
 
 
-def write_png(picture: Image.Image, path: Path) -> None:
+def write_png(picture: Image.Image, path: Path, facts: Mapping[str, Any] | None = None) -> None:
     """Write a picture as PNG; the file appears whole or not at all.
 
+    Args:
+        picture: any that PNG can hold.
+        path: of the file.
+        facts: what made it, kept in the file as JSON in a text chunk named `counterlens`; without what differs between
+            two runs of the same (`TIMES`), so that the same picture is the same file.
+
     Raises:
         CounterlensError: it cannot be written; the message names it.
     """
-    write_atomically(path, lambda file: picture.save(file, format="PNG"))
+    write_atomically(path, lambda file: picture.save(file, format="PNG", pnginfo=png_text(facts or {})))
+
+
+def png_text(facts: Mapping[str, Any]) -> PngInfo:
+    """Facts as a PNG's text chunk named `counterlens`; none where there are none."""
+    info = PngInfo()
+    if facts:
+        info.add_text("counterlens", json.dumps({k: v for k, v in facts.items() if k not in TIMES}))
+    return info
 
 
 def make_folder(path: Path) -> Path:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from .errors import CounterlensError, UsageError
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from .config import Config
@@ -39,6 +39,8 @@ ClassesOption = Annotated[str | None, typer.Option(help="The diffusion model's c
 HeadOption = Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")]
 WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")]
 ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
+OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Remove what an earlier run wrote into --out.")]
+ResumeFlag = Annotated[bool, typer.Option("--resume", help="Add images to the run in --out; settings must be its own.")]
 RUNTIMES = "auto, eager, cudagraphs, inductor, onnxruntime, aoti or tensorrt"
 ForwardOption = Annotated[
     str, typer.Option(help="Of the metrics' forward passes: eager, or onnxruntime (compiled for the CPU).")
@@ -57,20 +59,6 @@ def text_console(as_json: bool) -> Console:
 def print_json(record: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(record) + "\n")
     sys.stdout.flush()
-
-
-@contextmanager
-def open_for_append(path: Path) -> Iterator[Any]:
-    """A text file to add lines to.
-
-    Raises:
-        CounterlensError: it cannot be written.
-    """
-    try:
-        with path.open("a") as file:
-            yield file
-    except OSError as error:
-        raise CounterlensError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +20,10 @@ from ..options import (
     ForwardOption,
     JsonFlag,
     LabelsOption,
+    OverwriteFlag,
     PackOption,
+    ResumeFlag,
     errors,
-    open_for_append,
     print_json,
     progress_bar,
 )
@@ -69,6 +71,8 @@ AlphaOption = Annotated[
 MarkerOption = Annotated[str, typer.Option(help="On the pack's images: none, random, matching or conflicting.")]
 LayerOption = Annotated[str | None, typer.Option(help="Of gradcam; the last maps without it.")]
 METHODS = "lax, gradxinput, ig, smoothgrad, gradcam, occlusion, ablation, rise"
+COMPILED = ("adapter.onnx", "curve.onnx")
+EVALUATED = ("summary.json", "scores.parquet", "curves.png", "methods.png")
 SHOWN = 8  # images in the picture of methods
 
 app = typer.Typer(no_args_is_help=True, help="Train LAX on a frozen classifier, and use it.")
@@ -247,6 +251,7 @@ def export(
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
     labels: LabelsOption = None,
     image_size: SizeOption = None,
+    overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compile an adapter, its frozen model included, and the perturbation curve of MSI to ONNX, checked against eager.
@@ -256,43 +261,48 @@ def export(
 
     Example: counterlens adapter export --classifier shortcut --out compiled
     """
-
     from counterlens.export.store import Store
 
-    from ..images import make_folder
+    from ..outputs import open_run
     from ..runtime.artefacts import FILES
     from .exporting import build_artefacts
 
-    opened, explained, _, _ = _open(pack, classifier, adapter, labels, image_size, option="--adapter")
+    opened, explained, size, _ = _open(pack, classifier, adapter, labels, image_size, option="--adapter")
     trained = _adapter(opened, classifier, explained, quantity, adapter)
-    folder = None if out is None else make_folder(out)
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    with progress_bar("exporting"):
-        built = build_artefacts(trained, Store(store), alpha_min=alpha_min, steps=steps, force=force)
-    for what, artefact in built.items():
-        path = artefact.file(FILES["onnx"])
-        if folder is not None:
-            copy = folder / f"{what}.onnx"
-            write_atomically(copy, path.read_bytes())
-            path = copy
-        if as_json:
-            print_json({**artefact.report, "path": str(path)})
-        parity = artefact.report["parity"]
-        console.print(f"{what}: worst error {parity['worst']:.1e} (allowed {parity['tolerance']:g}); {path}")
+    facts = {
+        "command": "counterlens adapter export", "alpha_min": alpha_min, "steps": steps,
+        **_facts(opened, classifier, explained, size, quantity, trained, 0, None),
+    }  # fmt: skip
+    with nullcontext() if out is None else open_run(out, facts, files=COMPILED, overwrite=overwrite) as run:
+        with progress_bar("exporting"):
+            built = build_artefacts(trained, Store(store), alpha_min=alpha_min, steps=steps, force=force)
+        for what, artefact in built.items():
+            path = artefact.file(FILES["onnx"])
+            if run is not None:
+                path = run.folder / f"{what}.onnx"
+                write_atomically(path, artefact.file(FILES["onnx"]).read_bytes())
+            if as_json:
+                print_json({**artefact.report, "path": str(path)})
+            parity = artefact.report["parity"]
+            console.print(f"{what}: worst error {parity['worst']:.1e} (allowed {parity['tolerance']:g}); {path}")
 
 
 def _saliency(
     images: list[Path], method: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None,
     target: str | None, labels: str | None, image_size: int | None, alpha_min: float, layer: str | None, device: str,
-    seed: int, as_json: bool,
+    overwrite: bool, resume: bool, seed: int, as_json: bool, command: str,
 ) -> None:  # fmt: skip
     """Overlay PNG, arrays and a line of results.jsonl for each image; a file that cannot be read is reported."""
     import torch
     from safetensors.torch import save
 
-    from ..data import collect, output_names
-    from ..images import load_image, make_folder
+    from counterlens.export.store import file_digest
+
+    from ..data import collect
+    from ..images import load_image
     from ..models.placing import choose_device, computing_on
+    from ..outputs import Source, open_run
     from .drawing import save_overlay
     from .evaluation import score_maps
     from .methods import check_methods, explain_with
@@ -309,67 +319,88 @@ def _saliency(
             raise UsageError(f"target: {target!r} is no label; expected one of {', '.join(explained.labels[:12])}")
         wanted = explained.labels.index(target)
     trained = _adapter(opened, classifier, explained, quantity, adapter) if method == "lax" else None
-    out = make_folder(out)
+    facts = {
+        "command": command, "method": method, "target_option": target, "alpha_min": alpha_min, "layer": layer,
+        **_facts(opened, classifier, explained, size, question.name, trained, seed, there),
+    }  # fmt: skip
     console = Console(stderr=as_json, highlight=False)
     table = Table("image", "target", "probability", "MSI", "marked", "file", box=box.SIMPLE)
     failed = 0
-    record: dict[str, Any]
-    with open_for_append(out / "results.jsonl") as log:
-        for path, name in zip(paths, output_names(paths), strict=True):
-            try:
-                image = load_image(path, size)[None].to(there)
-            except CounterlensError as error:
-                failed += 1
-                message = str(error).removeprefix(f"{path}: ")
-                errors.print(f"error: {path}: {message}", markup=False, style="red")
-                table.add_row(str(path), "", "", "", "", "failed")
-                record = {"image": str(path), "error": message}
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                if as_json:
-                    print_json(record)
-                continue
-            with computing_on(there):
-                with torch.no_grad():
-                    label = (
-                        explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted], device=there)
-                    )
-                saliency, scores = explain_with(
-                    method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
-                    seed=seed,
-                )  # fmt: skip
-                scored = score_maps(
-                    explained, image, saliency, scores, label, question, alpha_min=alpha_min, baseline=baseline
-                )
-            curves = scored.msi.curves
-            assert curves.keep is not None
-            assert curves.remove is not None
-            picture, arrays = out / f"{name}.png", out / f"{name}.safetensors"
-            if picture.resolve() == path.resolve():
-                raise UsageError(f"out: {picture} is an input and would be overwritten; choose another folder")
-            save_overlay(image[0], saliency[0], picture)
-            maps = {"saliency": saliency[0].cpu().contiguous(), "scores": scores[0].cpu().contiguous()}
-            write_atomically(arrays, save(maps))
-            record = {
-                "image": str(path), "method": method, "target": explained.labels[int(label)],
-                "probability": round(curves.full[0].item(), 6),
-                **{k: round(v[0].item(), 6) for k, v in scored.values.items()},
-                "thresholds": [round(v, 6) for v in curves.abscissae[0].tolist()],
-                "keep": [round(v, 6) for v in curves.keep[0].tolist()],
-                "remove": [round(v, 6) for v in curves.remove[0].tolist()],
-                "path": str(picture), "arrays": str(arrays),
-            }  # fmt: skip
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+
+    def explain_one(path: Path, name: str, folder: Path) -> dict[str, Any]:
+        image = load_image(path, size)[None].to(there)
+        with computing_on(there):
+            with torch.no_grad():
+                label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted], device=there)
+            saliency, scores = explain_with(
+                method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
+                seed=seed,
+            )  # fmt: skip
+            scored = score_maps(
+                explained, image, saliency, scores, label, question, alpha_min=alpha_min, baseline=baseline
+            )
+        curves = scored.msi.curves
+        assert curves.keep is not None
+        assert curves.remove is not None
+        picture, arrays = folder / f"{name}.png", folder / f"{name}.safetensors"
+        record = {
+            "image": str(path), "input_sha256": file_digest(path), "method": method,
+            "target": explained.labels[int(label)], "probability": round(curves.full[0].item(), 6),
+            **{k: round(v[0].item(), 6) for k, v in scored.values.items()},
+            "thresholds": [round(v, 6) for v in curves.abscissae[0].tolist()],
+            "keep": [round(v, 6) for v in curves.keep[0].tolist()],
+            "remove": [round(v, 6) for v in curves.remove[0].tolist()],
+        }  # fmt: skip
+        line = run.line(name, record)
+        save_overlay(image[0], saliency[0], picture, line)
+        maps = {"saliency": saliency[0].cpu().contiguous(), "scores": scores[0].cpu().contiguous()}
+        write_atomically(arrays, save(maps, metadata={"counterlens": json.dumps(line)}))
+        return record | {"path": str(picture), "arrays": str(arrays)}
+
+    sources = [Source(path.stem, {"image": str(path)}, path) for path in paths]
+    with open_run(
+        out, facts, sources=sources, endings=(".png", ".safetensors"), overwrite=overwrite, resume=resume,
+        say=lambda text: errors.print(text, markup=False),
+    ) as run:  # fmt: skip
+        for path, name, done in zip(paths, run.names, run.done, strict=True):
+            line = done
+            if line is None:
+                try:
+                    record = explain_one(path, name, run.folder)
+                except (CounterlensError, OSError) as error:
+                    if isinstance(error, UsageError):
+                        raise
+                    record = {"image": str(path), "error": str(error).removeprefix(f"{path}: ")}
+                line = run.line(name, record)
+                run.append(line)
             if as_json:
-                print_json(record)
+                print_json(line)
+            if "error" in line:
+                failed += 1
+                errors.print(f"error: {path}: {line['error']}", markup=False, style="red")
+                table.add_row(str(path), "", "", "", "", "failed")
+                continue
             table.add_row(
-                str(path), record["target"], f"{record['probability']:.3f}", f"{record['msi']:.3f}",
-                f"{100 * record['mask_area']:.1f} %", str(picture),
+                str(path), line["target"], f"{line['probability']:.3f}", f"{line['msi']:.3f}",
+                f"{100 * line['mask_area']:.1f} %", line["path"],
             )  # fmt: skip
     console.print(table)
     if failed:
         raise CounterlensError(f"{failed} of {len(paths)} images failed; the others are in {out}")
+
+
+def _facts(
+    pack: Any, name: str, classifier: Classifier, size: int, quantity: str, adapter: LAX | None, seed: int, there: Any
+) -> dict[str, Any]:
+    """What makes maps of this classifier, and the session."""
+    from ..provenance import models_digest, session
+
+    return {
+        "pack": pack.name if pack else None, "classifier": name, "image_size": size, "quantity": quantity,
+        "weights": models_digest([classifier.module], classifier.labels),
+        "adapter": None if adapter is None else models_digest([adapter.head], adapter.taps), "seed": seed,
+        "runtime": "eager", **session(there),
+    }  # fmt: skip
 
 
 def saliency(
@@ -386,6 +417,8 @@ def saliency(
     alpha_min: AlphaOption = 0.5,
     layer: LayerOption = None,
     device: DeviceOption = "auto",
+    overwrite: OverwriteFlag = False,
+    resume: ResumeFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -395,7 +428,7 @@ def saliency(
     """
     _saliency(
         images, method, out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, layer, device,
-        seed, as_json,
+        overwrite, resume, seed, as_json, "counterlens saliency",
     )  # fmt: skip
 
 
@@ -412,6 +445,8 @@ def explain(
     image_size: SizeOption = None,
     alpha_min: AlphaOption = 0.5,
     device: DeviceOption = "auto",
+    overwrite: OverwriteFlag = False,
+    resume: ResumeFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -421,17 +456,18 @@ def explain(
     """
     _saliency(
         images, "lax", out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, None, device,
-        seed, as_json,
+        overwrite, resume, seed, as_json, "counterlens adapter explain",
     )  # fmt: skip
 
 
 def _evaluate(
     methods: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None, images: Path | None,
     labels: str | None, image_size: int | None, split: str, count: int | None, marker: str, alpha_min: float,
-    layer: str | None, runtime: str, device: str, seed: int, as_json: bool,
+    layer: str | None, runtime: str, device: str, overwrite: bool, seed: int, as_json: bool, command: str,
 ) -> None:  # fmt: skip
-    from ..images import make_folder, write_png
+    from ..images import write_png
     from ..models.placing import choose_device, computing_on
+    from ..outputs import open_run
     from ..runtime.forward import forward_by
     from .drawing import check_charts, draw_charts, draw_methods
     from .evaluation import METRICS, summarise, write_parquet
@@ -451,48 +487,54 @@ def _evaluate(
         names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
     trained = _adapter(opened, classifier, explained, quantity, adapter) if "lax" in chosen else None
     forward = forward_by(runtime, explained, size)
-    out = make_folder(out)
-    with progress_bar("methods", len(chosen)) as progress:
+    facts = {
+        "command": command, "methods": chosen, "images": None if images is None else str(images), "split": split,
+        "count": count, "marker": marker, "shown": len(shown), "alpha_min": alpha_min, "layer": layer,
+        "runtime_option": runtime, **_facts(opened, classifier, explained, size, quantity, trained, seed, there),
+        "runtime": runtime,
+    }  # fmt: skip
+    with open_run(out, facts, files=EVALUATED, inputs=[images] if images else [], overwrite=overwrite):
+        with progress_bar("methods", len(chosen)) as progress:
 
-        def show(name: str) -> None:
-            progress.update(progress.task_ids[0], description=name)
-            progress.advance(progress.task_ids[0])
+            def show(name: str) -> None:
+                progress.update(progress.task_ids[0], description=name)
+                progress.advance(progress.task_ids[0])
 
-        with computing_on(there):
-            scored = compare(
-                explained, shown.to(there), chosen, quantity=quantity, adapter=trained, forward=forward,
-                alpha_min=alpha_min, baseline=baseline, layer=layer, seed=seed, seeds=ids, on_method=show,
-            )  # fmt: skip
-    summary = summarise(scored)
-    write_parquet(scored, names, explained.labels, out / "scores.parquet")
-    first = next(iter(scored.values()))
-    captions = [explained.labels[int(t)] for t in first.target[:SHOWN]]
-    notes = {name: [f"MSI {v:.2f}" for v in s.values["msi"][:SHOWN].tolist()] for name, s in scored.items()}
-    maps = {name: minmax(s.saliency[:SHOWN]).cpu() for name, s in scored.items()}
-    write_png(draw_methods(shown[:SHOWN], captions, maps, notes), out / "methods.png")
-    lines: dict[str, dict[str, Any]] = {"keep": {}, "remove": {}, "msi": {}}
-    for name, s in scored.items():
-        assert s.msi.curves.keep is not None
-        assert s.msi.curves.remove is not None
-        lines["keep"][name] = (s.inserted.shares.tolist(), s.inserted.values.mean(0).tolist())
-        lines["remove"][name] = (s.removed.shares.tolist(), s.removed.values.mean(0).tolist())
-        difference = (s.msi.curves.keep - s.msi.curves.remove).mean(0)
-        lines["msi"][name] = (s.msi.curves.abscissae.mean(0).tolist(), difference.tolist())
-    charts = [
-        ("most salient pixels shown", "share shown", "probability", lines["keep"]),
-        ("most salient pixels hidden", "share hidden", "probability", lines["remove"]),
-        ("MSI", "threshold", "Ins - Del", lines["msi"]),
-    ]
-    draw_charts(charts, out / "curves.png")
-    table = Table("method", *METRICS, "marked", "ms", box=box.SIMPLE)
-    for name, row in summary.items():
-        cells = [f"{row[m]['mean']:.3f} ({row[m]['low']:.3f} to {row[m]['high']:.3f})" for m in METRICS]
-        table.add_row(name, *cells, f"{100 * row['mask_area']['mean']:.1f} %", f"{row['ms_per_image']:.2f}")
-        if as_json:
-            print_json({"method": name, **row})
-    Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    files = ", ".join(f"{out / name}" for name in ("summary.json", "scores.parquet", "curves.png", "methods.png"))
+            with computing_on(there):
+                scored = compare(
+                    explained, shown.to(there), chosen, quantity=quantity, adapter=trained, forward=forward,
+                    alpha_min=alpha_min, baseline=baseline, layer=layer, seed=seed, seeds=ids, on_method=show,
+                )  # fmt: skip
+        summary = summarise(scored)
+        write_parquet(scored, names, explained.labels, out / "scores.parquet")
+        first = next(iter(scored.values()))
+        captions = [explained.labels[int(t)] for t in first.target[:SHOWN]]
+        notes = {name: [f"MSI {v:.2f}" for v in s.values["msi"][:SHOWN].tolist()] for name, s in scored.items()}
+        maps = {name: minmax(s.saliency[:SHOWN]).cpu() for name, s in scored.items()}
+        write_png(draw_methods(shown[:SHOWN], captions, maps, notes), out / "methods.png", facts)
+        lines: dict[str, dict[str, Any]] = {"keep": {}, "remove": {}, "msi": {}}
+        for name, s in scored.items():
+            assert s.msi.curves.keep is not None
+            assert s.msi.curves.remove is not None
+            lines["keep"][name] = (s.inserted.shares.tolist(), s.inserted.values.mean(0).tolist())
+            lines["remove"][name] = (s.removed.shares.tolist(), s.removed.values.mean(0).tolist())
+            difference = (s.msi.curves.keep - s.msi.curves.remove).mean(0)
+            lines["msi"][name] = (s.msi.curves.abscissae.mean(0).tolist(), difference.tolist())
+        charts = [
+            ("most salient pixels shown", "share shown", "probability", lines["keep"]),
+            ("most salient pixels hidden", "share hidden", "probability", lines["remove"]),
+            ("MSI", "threshold", "Ins - Del", lines["msi"]),
+        ]
+        draw_charts(charts, out / "curves.png")
+        table = Table("method", *METRICS, "marked", "ms", box=box.SIMPLE)
+        for name, row in summary.items():
+            cells = [f"{row[m]['mean']:.3f} ({row[m]['low']:.3f} to {row[m]['high']:.3f})" for m in METRICS]
+            table.add_row(name, *cells, f"{100 * row['mask_area']['mean']:.1f} %", f"{row['ms_per_image']:.2f}")
+            if as_json:
+                print_json({"method": name, **row})
+        Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+        write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    files = ", ".join(f"{out / name}" for name in EVALUATED)
     Console(stderr=as_json, highlight=False, soft_wrap=True).print(f"{len(shown)} images; {files}")
     if failed:
         raise CounterlensError(f"{failed} of {len(shown) + failed} images could not be read; the others are compared")
@@ -519,6 +561,7 @@ def evaluate(
     layer: LayerOption = None,
     runtime: ForwardOption = "eager",
     device: DeviceOption = "auto",
+    overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -530,7 +573,7 @@ def evaluate(
     """
     _evaluate(
         methods, out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
-        layer, runtime, device, seed, as_json,
+        layer, runtime, device, overwrite, seed, as_json, "counterlens evaluate",
     )  # fmt: skip
 
 
@@ -550,6 +593,7 @@ def evaluate_adapter(
     alpha_min: AlphaOption = 0.5,
     runtime: ForwardOption = "eager",
     device: DeviceOption = "auto",
+    overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -559,5 +603,5 @@ def evaluate_adapter(
     """
     _evaluate(
         "lax", out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
-        None, runtime, device, seed, as_json,
+        None, runtime, device, overwrite, seed, as_json, "counterlens adapter evaluate",
     )  # fmt: skip

@@ -60,8 +60,10 @@ def overlay(
     return (1 - weight) * (0.1 + 0.5 * grey) + weight * heat(saliency.clamp(0, 1))
 
 
-def save_overlay(image: Tensor, saliency: Tensor, path: Path) -> None:
+def save_overlay(image: Tensor, saliency: Tensor, path: Path, facts: Mapping[str, Any] | None = None) -> None:
     """Write the image and its overlay side by side, enlarged without smoothing to 256 pixels at least.
+
+    `facts` go into the file, see `images.write_png`.
 
     Raises:
         CounterlensError: the file cannot be written.
@@ -70,7 +72,7 @@ def save_overlay(image: Tensor, saliency: Tensor, path: Path) -> None:
     times = max(1, -(-SHOWN // max(h, w)))
     tiles = torch.cat([image, overlay(image, saliency)], dim=2)
     picture = _picture(tiles)
-    write_png(picture.resize((2 * w * times, h * times), Image.Resampling.NEAREST), path)
+    write_png(picture.resize((2 * w * times, h * times), Image.Resampling.NEAREST), path, facts)
 
 
 def _picture(image: Tensor) -> Image.Image:

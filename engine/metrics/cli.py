@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from ..options import ForwardOption
+from ..options import ForwardOption, OverwriteFlag
 
 # torch and everything that needs it are imported inside the commands: --help must answer at once.
 
@@ -35,6 +35,7 @@ def calibrate(
     ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
     steps: Annotated[int, typer.Option(help="Thresholds of MSI.", min=1)] = 16,
     runtime: ForwardOption = "eager",
+    overwrite: OverwriteFlag = False,
     seed: Annotated[int, typer.Option(help="Of the samples' rendering.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout.")] = False,
 ) -> None:
@@ -51,8 +52,11 @@ def calibrate(
     from rich.console import Console
     from rich.table import Table
 
-    from ..images import make_folder
+    from counterlens.export.store import file_digest
+
+    from ..outputs import open_run
     from ..packs import Pack
+    from ..provenance import pack_facts
     from ..runtime.forward import forward_by
     from .calibration import calibrate as choose
     from .reference_maps import gradient_maps, read_maps
@@ -64,17 +68,23 @@ def calibrate(
     saliency = (
         gradient_maps(model, samples.images, sigma=SIGMA * size) if maps is None else read_maps(maps, samples.images)
     )
-    folder = make_folder(out)
-    result = choose(
-        forward_by(runtime, model, size), samples.images, saliency, candidates=values, steps=steps,
-        baseline=opened.mean_colour, seeds=samples.ids,
-    )  # fmt: skip
-    path = folder / "calibration.json"
-    content = result.save(
-        path, pack=opened.name, classifier=classifier, split=split, seed=seed, baseline="training mean colour",
-        maps=maps.name if maps else f"|gradient of log p|, summed over channels, smoothed with sigma = {SIGMA:g} H",
-        forwards=result.forwards,
-    )  # fmt: skip
+    path = out / "calibration.json"
+    facts = {
+        "command": "counterlens metrics calibrate", "classifier": classifier, "split": split, "count": count,
+        "maps": None if maps is None else [str(maps), file_digest(maps)], "candidates": values, "steps": steps,
+        "runtime_option": runtime, "seed": seed, **pack_facts(pack),
+    }  # fmt: skip
+    inputs = [] if maps is None else [maps]
+    with open_run(out, facts, files=[path.name], inputs=inputs, overwrite=overwrite):
+        result = choose(
+            forward_by(runtime, model, size), samples.images, saliency, candidates=values, steps=steps,
+            baseline=opened.mean_colour, seeds=samples.ids,
+        )  # fmt: skip
+        content = result.save(
+            path, pack=opened.name, classifier=classifier, split=split, seed=seed, baseline="training mean colour",
+            maps=maps.name if maps else f"|gradient of log p|, summed over channels, smoothed with sigma = {SIGMA:g} H",
+            forwards=result.forwards,
+        )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps(content | {"path": str(path)}) + "\n")
         return

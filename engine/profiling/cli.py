@@ -21,6 +21,7 @@ from ..options import (
     JsonFlag,
     LabelsOption,
     ModelOption,
+    OverwriteFlag,
     PackOption,
     PromptsOption,
     SeedOption,
@@ -62,6 +63,7 @@ def profile(
     device: DeviceOption = "auto",
     store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for profile.html, profile.json and trace.json.")] = Path("profile"),
+    overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -74,7 +76,9 @@ def profile(
     """
     from ..config import Config
     from ..data import collect
-    from ..images import load_image, make_folder
+    from ..images import load_image
+    from ..outputs import open_run
+    from ..provenance import engine_facts
 
     config = Config.make(
         mode=mode, **source_fields(pack, classifier, model), speed=speed, preset=preset, steps=steps, gradient=gradient,
@@ -83,7 +87,6 @@ def profile(
     items = collect(images or [])[:count]
     if model and not items:
         raise UsageError("images: none given; name files or folders (only a pack has its own)")
-    out = make_folder(out)
     options = {"runtime": runtime, "store": store, "device": device}
     engine = open_engine(
         config, pack, classifier, model, options, labels=labels, prompts=prompts, classes=classes, head=head,
@@ -99,18 +102,21 @@ def profile(
         pictures = torch.stack([load_image(item.path, engine.image_size) for item in items])
     else:
         pictures = Pack(pack).samples("test", count=count, marker="random").images
-    with progress_bar("profile") as progress:
+    facts = {
+        "command": "counterlens profile", "images": [str(item.path) for item in items], "target": target,
+        "batch": batch, "count": count, **engine_facts(engine, config, batch),
+    }  # fmt: skip
+    names = ("profile.html", "profile.json", "trace.json")
+    inputs = [item.path for item in items]
+    with open_run(out, facts, files=names, inputs=inputs, overwrite=overwrite), progress_bar("profile") as progress:
         task = progress.task_ids[0]
         result = measure(
             engine, pictures, target, batch=batch, say=lambda text: progress.update(task, description=text)
         )
-    files = {
-        out / "profile.html": page(result),
-        out / "profile.json": json.dumps(result.as_json(), indent=1) + "\n",
-        out / "trace.json": perfetto(result.spans),
-    }
-    for path, text in files.items():
-        write_atomically(path, text)
+        texts = (page(result), json.dumps(result.as_json(), indent=1) + "\n", perfetto(result.spans))
+        files = dict(zip((out / name for name in names), texts, strict=True))
+        for path, text in files.items():
+            write_atomically(path, text)
     if as_json:
         print_json(result.as_json() | {"files": [str(path) for path in files]})
     console = text_console(as_json)

@@ -119,7 +119,8 @@ def test_evaluate_writes_its_table_curves_and_pictures(untrained: Path, tmp_path
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [r["method"] for r in records] == ["lax", "gradcam"]
     assert all(r["msi"]["low"] <= r["msi"]["mean"] <= r["msi"]["high"] for r in records)
-    assert {p.name for p in tmp_path.iterdir()} == {"summary.json", "scores.parquet", "curves.png", "methods.png"}
+    written = {"summary.json", "scores.parquet", "curves.png", "methods.png", "run.json"}
+    assert {p.name for p in tmp_path.iterdir() if p.name != ".lock"} == written
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["gradcam"]["msi"] == records[1]["msi"]
     alone = tmp_path / "alone"

@@ -71,7 +71,7 @@ def test_samples_writes_what_it_says(digits: Path) -> None:
     assert [r["label"] for r in rows] == ["0", "1", "2", "3"]
     assert all(r["marker"].startswith("bottom-right:") for r in rows)
     assert load_image(digits / rows[0]["file"], 32).shape == (3, 32, 32)
-    assert len(list(digits.iterdir())) == 5
+    assert len(list(digits.glob("*.png"))) == 4
 
 
 def test_counterfactual_json(digits: Path, tmp_path: Path) -> None:
@@ -85,7 +85,8 @@ def test_counterfactual_json(digits: Path, tmp_path: Path) -> None:
     one_line_error(result, 1, "broken.png")
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [r["image"] for r in records] == [str(p) for p in (files[0], broken, files[1], big)]
-    assert list(records[1]) == ["image", "error"]
+    assert "error" in records[1]
+    assert "path" not in records[1]
     for record in (records[0], records[2], records[3]):
         assert {"source", "target", "prediction", "confidence", "flipped", "l1", "l2", "path", "seconds"} <= set(record)
         back, before = load_image(Path(record["path"]), 32), load_image(Path(record["image"]), 32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from counterlens.engine.data import Item, collect, output_names, read_manifest, read_names, read_neighbours
+from counterlens.engine.data import Item, collect, read_manifest, read_names, read_neighbours
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 
@@ -95,8 +95,3 @@ def test_relative_targets(tiny) -> None:
         Engine(diffusion, classifier, neighbours={"0": ["1"]}).check_target("neighbour")
     with pytest.raises(UsageError, match=r"^target: 'eleven' is no label"):
         Engine(diffusion, classifier, neighbours={"0": ["eleven"]})
-
-
-def test_no_two_images_share_an_output_name() -> None:
-    paths = [Path(p) for p in ("a/x.png", "b/x.png", "c/x-2.png", "d/y.png", "e/x.jpg")]
-    assert output_names(paths) == ["x", "x-2", "x-2-2", "y", "x-3"]

@@ -67,9 +67,9 @@ def test_readme_python(folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     engine = runpy.run_path(str(script))["engine"]
     assert engine.diffusion.prompts == ["a photo of a cat, a type of pet.", "a photo of a dog, a type of pet."]
-    record = json.loads((tmp_path / "changed" / "results.jsonl").read_text())
+    record = json.loads((tmp_path / "opposite" / "results.jsonl").read_text())
     assert record["target"] != record["source"]
-    assert load_image(tmp_path / "changed" / "0000.png", tiny.IMAGE_SIZE).shape == (3, 16, 16)
+    assert load_image(tmp_path / "opposite" / "0000.png", tiny.IMAGE_SIZE).shape == (3, 16, 16)
 
 
 def test_readme_command(folder: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_class_conditional_model_by_manifest_with_neighbours(folder: Path, tmp_p
 
 def test_zero_shot_linear_head_and_binary_by_command(folder: Path, tmp_path: Path) -> None:
     image = folder / "photos" / "2.png"
-    common = ["counterfactual", image, "--json", "--out", tmp_path, *QUICK]
+    common = ["counterfactual", image, "--json", "--overwrite", "--out", tmp_path, *QUICK]
     for options in (
         ["--model", folder / "dit", "--classifier", folder / "clip", "--labels", folder / "labels.txt"],
         ["--model", folder / "sd-eps", "--classifier", folder / "dino", "--labels", folder / "labels.txt",
