@@ -18,7 +18,8 @@ from torch.fx import GraphModule, Node
 from .dtypes import STAND_INS, TO_BOOL, data_type, held, result_type
 from .errors import ExportError, NodeError
 from .lowering import LOWERINGS, Value
-from .trace import Size, aten, located, trace
+from .simplify import Size, aten
+from .trace import located, trace
 
 OPSET = 18
 OPSETS = range(18, 22)  # what the lowerings are right for, and TensorRT 10 reads
@@ -76,7 +77,7 @@ def export_onnx(
             output_names=output_names, opset=opset, metadata=metadata,
         )  # fmt: skip
     except NodeError as error:
-        raise located(error, fn, example_inputs) from None
+        raise located(error, fn, example_inputs, dynamic_batch) from None
 
 
 def write_onnx(
