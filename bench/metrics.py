@@ -62,7 +62,7 @@ def quantus_flipping(module: nn.Module, images: Tensor, saliency: Tensor, target
     try:
         import quantus
     except ImportError as error:
-        return f"not measured: quantus cannot be imported ({error}); pip install 'counterlens[comparisons]'"
+        return f"not measured: quantus cannot be imported ({error}); pip install '.[comparisons]'"
     metric = quantus.PixelFlipping(features_in_step=per_step, disable_warnings=True, display_progressbar=False)
     device = str(images.device)
     arrays = {"x_batch": images, "y_batch": targets, "a_batch": saliency}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .errors import UsageError
+from .errors import UsageError, install_hint
 
 ATTENTIONS = ("sdpa", "xformers")
 
@@ -18,7 +18,7 @@ def not_supported_reasons(modules: Sequence[nn.Module]) -> list[str]:
     """Why xformers' attention cannot run these modules; empty when it can."""
     reasons = []
     if importlib.util.find_spec("xformers") is None:
-        reasons.append("xformers is not installed; pip install 'counterlens[gpu]'")
+        reasons.append(f"xformers is not installed; {install_hint('gpu')}")
     parameters = [p for m in modules for p in m.parameters()]
     if any(p.device.type != "cuda" for p in parameters):
         reasons.append(f"the models are on {parameters[0].device}, xformers needs CUDA")

@@ -8,14 +8,13 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from typer.core import TyperCommand
 
 from counterlens.export.errors import ExportError
 
@@ -42,6 +41,7 @@ from .options import (
     ResumeFlag,
     SeedOption,
     SpeedOption,
+    UnusedSeedOption,
     WeightsOption,
     errors,
     open_engine,
@@ -52,6 +52,7 @@ from .options import (
     text_console,
 )
 from .profiling import cli as _profiling
+from .terminal import StreamError, Terminated, safe_streams, stopping
 
 if TYPE_CHECKING:
     from .data import Item
@@ -64,10 +65,32 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
-    help="Show what would have to change in an image for a model to change its mind.",
 )
 BATCH = 16
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = []
+        for package in ("counterlens", "torch", "diffusers", "onnxruntime", "onnxruntime-gpu"):
+            with suppress(PackageNotFoundError):
+                found.append(f"{package} {version(package)}")
+        text_console(as_json=False).print(", ".join([*found, f"Python {sys.version.split()[0]}"]))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", help="Say the versions.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Show what would have to change in an image for a model to change its mind."""
 
 
 @app.command()
@@ -101,15 +124,14 @@ def demo(
             parts = run_demo(pack, count, seed, lambda i, n: progress.update(task, completed=i, total=n))
         write_png(draw_strips([p.strip for p in parts]), path, facts)
     console = text_console(as_json)
-    table = Table("explained", "images", "flipped", "judge agrees", "L1", "marker touched", box=box.SIMPLE)
-    table.columns[0].no_wrap = True
+    rows = []
     for p in parts:
         s = p.summary
-        table.add_row(
+        rows.append([
             f"{p.classifier}, {p.mode}", str(s["images"]), f"{s['flip_rate']:.0%}", f"{s['transfer_rate']:.0%}",
             f"{s['l1_mean']:.3f}", f"{s['touched_rate']:.0%}",
-        )  # fmt: skip
-    console.print(table)
+        ])  # fmt: skip
+    console.table(["explained", "images", "flipped", "judge agrees", "L1", "marker touched"], rows)
     console.print(
         "`clean` changes its mind when the digit changes; `shortcut` when the marker does. The 45 degree filter of "
         "mode realistic hides part of that, because the generator knows that the marker means nothing; mode audit "
@@ -230,7 +252,7 @@ def counterfactual(
     if engine.settings(config).guidance_decoder != "tiny" and tiny_decoder is not None:
         raise UsageError("tiny_decoder: it is not used; add --guidance-decoder tiny")
     console = text_console(as_json)
-    table = Table("image", "from", "target", "now", "confidence", "flipped", "L1", "file", box=box.SIMPLE)
+    rows = []
     failed = 0
     facts = {
         "command": "counterlens counterfactual", **engine_facts(engine, config), "target": target, "budget_s": budget,
@@ -240,7 +262,7 @@ def counterfactual(
         progress_bar("counterfactuals") as progress,
         open_run(
             out, facts, sources=sources, endings=(".png",), overwrite=overwrite, resume=resume,
-            say=lambda text: errors.print(text, markup=False),
+            say=errors.print,
         ) as run,
     ):  # fmt: skip
         for record in _counterfactual_records(engine, items, choices, run, budget, progress):
@@ -248,15 +270,15 @@ def counterfactual(
             if as_json:
                 print_json(record)
             if "error" in record:
-                errors.print(f"error: {record['image']}: {record['error']}", markup=False, style="red")
-                table.add_row(record["image"], "", "", "", "", "", "", "failed")
+                errors.print(f"error: {record['image']}: {record['error']}", style="red")
+                rows.append([record["image"], "", "", "", "", "", "", "failed"])
             else:
-                table.add_row(
+                rows.append([
                     record["image"], record["source"], record["target"], record["prediction"],
                     f"{record['confidence']:.3f}", "yes" if record["flipped"] else "no", f"{record['l1']:.4f}",
                     record["path"],
-                )  # fmt: skip
-    console.print(table)
+                ])  # fmt: skip
+    console.table(["image", "from", "target", "now", "confidence", "flipped", "L1", "file"], rows)
     if failed:
         raise CounterlensError(f"{failed} of {len(images)} images failed; the others are in {out}")
 
@@ -399,7 +421,7 @@ def export(
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
     overwrite: OverwriteFlag = False,
     measure: Annotated[bool, typer.Option(help="Time it against eager, for runtime auto.")] = True,
-    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
+    seed: UnusedSeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Compile the guided step, its gradients included, or a part of the models, and check it against eager.
@@ -443,7 +465,7 @@ def export(
 
 
 def _print_export(report: dict[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = text_console(as_json=False)
     parity = report["parity"]
     built = ", ".join(f"{name} {seconds:g} s" for name, seconds in report["seconds"].items())
     console.print(f"{report['what']} ({report['dtype']}) as {report['target']}, {report['operations']} operations")
@@ -453,10 +475,8 @@ def _print_export(report: dict[str, Any]) -> None:
         f"{', '.join(map(str, parity['batches']))} (allowed {parity['tolerance']:g}), {parity['left_out']:.0%} left out"
     )
     if report["measured"]:
-        table = Table("batch", *next(iter(report["measured"].values())), box=box.SIMPLE)
-        for batch, times in report["measured"].items():
-            table.add_row(batch, *(f"{seconds * 1e3:.1f} ms" for seconds in times.values()))
-        console.print(table)
+        rows = [[batch, *(f"{s * 1e3:.1f} ms" for s in times.values())] for batch, times in report["measured"].items()]
+        console.table(["batch", *next(iter(report["measured"].values()))], rows)
     for path in report["files"]:
         console.print(path)
 
@@ -469,7 +489,7 @@ def convert(
     prediction: Annotated[str, typer.Option(help="epsilon or v_prediction.")] = "epsilon",
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a CLIP tokenizer; SD files hold none.")] = None,
     labels: Annotated[str | None, typer.Option(help="Names of the classes: a .txt file, one a line.")] = None,
-    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
+    seed: UnusedSeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Convert cin256-v2 or a Stable Diffusion single file to a folder for --model; every tensor is accounted for.
@@ -493,7 +513,7 @@ def convert(
 @app.command()
 def info(
     out: Annotated[Path | None, typer.Option(help="Folder to write info.json to as well.")] = None,
-    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
+    seed: UnusedSeedOption = 0,
     pack: PackOption = "digits",
     as_json: JsonFlag = False,
 ) -> None:
@@ -511,24 +531,22 @@ def info(
     if as_json:
         print_json(facts)
         return
-    console = Console(highlight=False)
+    console = text_console(as_json)
     console.print("  ".join(f"{name} {version}" for name, version in facts["versions"].items()))
     console.print(f"device: {facts['device']}, {facts['threads']} threads")
-    table = Table("operation", "auto runs", "because", "also runs here", box=box.SIMPLE)
+    rows = []
     against: dict[str, None] = {}
     for name, operation in facts["operations"].items():
         others = [b for b, reasons in operation["backends"].items() if not reasons and b != operation["auto"]]
-        table.add_row(name, operation["auto"], operation["why"], ", ".join(others))
+        rows.append([name, operation["auto"], operation["why"], ", ".join(others)])
         for backend, reasons in operation["backends"].items():
             against |= dict.fromkeys(f"{backend} does not run here: {reason}" for reason in reasons)
-    console.print(table)
+    console.table(["operation", "auto runs", "because", "also runs here"], rows)
     for line in against:
         console.print(line)
-    table = Table("pack", "classifiers", "mode", "settings", box=box.SIMPLE)
-    for mode, settings in facts["pack"]["settings"].items():
-        text = ", ".join(f"{k} {v}" for k, v in settings.items())
-        table.add_row(facts["pack"]["name"], ", ".join(facts["pack"]["classifiers"]), mode, text)
-    console.print(table)
+    named = [facts["pack"]["name"], ", ".join(facts["pack"]["classifiers"])]
+    described = {mode: ", ".join(f"{k} {v}" for k, v in s.items()) for mode, s in facts["pack"]["settings"].items()}
+    console.table(["pack", "classifiers", "mode", "settings"], [[*named, *row] for row in described.items()])
 
 
 app.command("profile")(_profiling.profile)
@@ -539,22 +557,76 @@ app.add_typer(_metrics.app, name="metrics")
 register_adapter(app)
 
 
+class Command(TyperCommand):
+    """A command that refuses what no option means, and says that it began before torch takes its seconds."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse empty texts, which a shell makes of a variable that is not set: as a path they are this folder."""
+        for before, text in zip(["", *args], args, strict=False):
+            if text == "" or (text.startswith("--") and text.endswith("=")):
+                name = text[2:-1] or before.lstrip("-") if before.startswith("--") or text else "argument"
+                raise UsageError(f"{name}: it is empty")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it."""
+        out = ctx.params.get("out")
+        if isinstance(out, Path) and out.exists() and not out.is_dir():
+            raise UsageError(f"out: {out} is not a folder; every command writes a folder of files")
+        errors.print(f"{ctx.command_path.removeprefix('counterlens ')}: opening ...", style="dim")
+        return super().invoke(ctx)
+
+
+def _as_commands(parent: typer.Typer) -> None:
+    for command in parent.registered_commands:
+        command.cls = Command
+    for group in parent.registered_groups:
+        assert group.typer_instance is not None
+        _as_commands(group.typer_instance)
+
+
+_as_commands(app)
+
+
 def _warn(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
     """A warning as one line, without the source that it comes from."""
-    errors.print(f"warning: {message}", markup=False, style="yellow")
+    errors.print(f"warning: {message}", style="yellow")
+
+
+def _run() -> int:
+    """Run the command line; the exit code."""
+    ClickException: Any = typer.BadParameter.__mro__[2]  # newer typers carry their own copy of click's
+    try:
+        code = app(prog_name="counterlens", standalone_mode=False)
+    except (CounterlensError, ExportError) as error:
+        errors.print(f"error: {error}", style="red")
+        return getattr(error, "exit_code", 1)
+    except ClickException as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # that one has printed the help
+            command = error.ctx.command_path if getattr(error, "ctx", None) else "counterlens"
+            errors.print(f"error: {' '.join(error.format_message().split())} ({command} --help)", style="red")
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Terminated:
+        errors.print("terminated; finished results are kept")
+        return 143
+    if code == 130:  # typer makes it of KeyboardInterrupt
+        errors.print("interrupted; finished results are kept")
+    return code or 0
 
 
 def main() -> None:
     """Run the command line; errors become one line on stderr and exit code 2 (usage) or 1 (failure)."""
     warnings.showwarning = _warn
     try:
-        app()
-    except (CounterlensError, ExportError) as error:
-        errors.print(f"error: {error}", markup=False, style="red")
-        sys.exit(getattr(error, "exit_code", 1))
-    except KeyboardInterrupt:
-        errors.print("interrupted; finished results are kept", markup=False)
-        sys.exit(130)
+        with safe_streams(), stopping():
+            code = _run()
+    except StreamError as error:
+        code = error.exit_code
+        if not error.quiet:
+            errors.print(f"error: {error}", style="red")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import UsageError
+from .errors import MAX_SEED, UsageError
 
 ModeName = Literal["official", "realistic", "audit"]
 SpeedName = Literal["exact", "balanced", "fast"]
@@ -151,7 +151,7 @@ class Config(BaseModel):
     guidance_start: float | None = Field(None, ge=0, lt=1, description="Share of the run from which steps are guided.")
     guidance_end: float | None = Field(None, gt=0, le=1, description="Share of the run up to which steps are guided.")
     guidance_every: int | None = Field(None, ge=1, description="Every n-th step asks; those between reuse its score.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Combined with each sample's own id.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Combined with each sample's own id.")
 
     @classmethod
     def make(cls, **fields: Any) -> Config:

@@ -10,19 +10,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from .errors import UsageError
+from .errors import MAX_SEED, UsageError
+from .terminal import Terminal
 
 if TYPE_CHECKING:
     from .config import Config
     from .engine import Engine
 
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
+errors = Terminal(stderr=True)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per result on stdout, text on stderr.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of the run; combined with each image's own pixels or id.", min=0)]
+SeedOption = Annotated[
+    int, typer.Option(help="Of everything random; combined with each image's own pixels or id.", min=0, max=MAX_SEED)
+]
+UnusedSeedOption = Annotated[
+    int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0, max=MAX_SEED)
+]
 PackOption = Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")]
 ClassifierOption = Annotated[
     str | None,
@@ -51,9 +64,9 @@ GuidanceDecoderOption = Annotated[str | None, typer.Option(help="full, or tiny: 
 DistanceOption = Annotated[str | None, typer.Option(help="To the input, over image (pixels) or latent.")]
 
 
-def text_console(as_json: bool) -> Console:
+def text_console(as_json: bool) -> Terminal:
     """Where text for people goes: stderr when stdout belongs to a machine."""
-    return Console(stderr=as_json, highlight=False)
+    return Terminal(stderr=as_json)
 
 
 def print_json(record: dict[str, Any]) -> None:
@@ -61,12 +74,24 @@ def print_json(record: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def text_column(text: str) -> TextColumn:
+    """A column of a progress bar, without markup."""
+    return TextColumn(text, markup=False)
+
+
+def progress_of(*columns: ProgressColumn) -> Progress:
+    """A bar on stderr, shown on terminals only and gone when done; JSON on a stdout elsewhere stays there."""
+    return Progress(
+        *columns, console=errors, transient=True, disable=not errors.is_terminal, redirect_stdout=sys.stdout.isatty()
+    )
+
+
 @contextmanager
 def progress_bar(title: str, total: int | None = None) -> Iterator[Progress]:
     """A progress bar on stderr, shown on terminals only and gone when done; it counts to a total that is known."""
     done = TaskProgressColumn() if total is None else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    columns = (text_column("{task.description}"), BarColumn(), done, TimeRemainingColumn())
+    with progress_of(*columns) as progress:
         progress.add_task(title, total=total)
         yield progress
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
@@ -23,9 +19,11 @@ from ..options import (
     OverwriteFlag,
     PackOption,
     ResumeFlag,
+    SeedOption,
     errors,
     print_json,
     progress_bar,
+    text_console,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from ..models.protocols import Classifier
     from .lax import LAX
 
-SeedOption = Annotated[int, typer.Option(help="Of weights, batches, noise and masks.", min=0)]
 ClassifierOption = Annotated[
     str, typer.Option(help="Of the pack; with --images also a folder, hub id or torchvision:NAME.")
 ]
@@ -131,7 +128,7 @@ def _load(folder: Path, size: int) -> tuple[list[str], Tensor, int]:
         try:
             images.append(load_image(item.path, size))
         except CounterlensError as error:
-            errors.print(f"error: {error}", markup=False, style="red")
+            errors.print(f"error: {error}", style="red")
         else:
             names.append(str(item.path))
     if not images:
@@ -230,7 +227,7 @@ def train(
     if as_json:
         print_json(record)
     scores = ", ".join(f"{'MSI' if name == 'msi' else 'BaseScore_area'} {v:.3f}" for name, v in validated.items())
-    Console(stderr=as_json, highlight=False, soft_wrap=True).print(
+    text_console(as_json).print(
         f"{record['steps']} steps, validation {scores}; {record['parameters']} parameters on "
         f"{', '.join(adapter.taps) or 'pixels'}; adapter and loss.png in {out}"
     )
@@ -269,7 +266,7 @@ def export(
 
     opened, explained, size, _ = _open(pack, classifier, adapter, labels, image_size, option="--adapter")
     trained = _adapter(opened, classifier, explained, quantity, adapter)
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    console = text_console(as_json)
     facts = {
         "command": "counterlens adapter export", "alpha_min": alpha_min, "steps": steps,
         **_facts(opened, classifier, explained, size, quantity, trained, 0, None),
@@ -323,8 +320,8 @@ def _saliency(
         "command": command, "method": method, "target_option": target, "alpha_min": alpha_min, "layer": layer,
         **_facts(opened, classifier, explained, size, question.name, trained, seed, there),
     }  # fmt: skip
-    console = Console(stderr=as_json, highlight=False)
-    table = Table("image", "target", "probability", "MSI", "marked", "file", box=box.SIMPLE)
+    console = text_console(as_json)
+    rows = []
     failed = 0
 
     def explain_one(path: Path, name: str, folder: Path) -> dict[str, Any]:
@@ -360,7 +357,7 @@ def _saliency(
     sources = [Source(path.stem, {"image": str(path)}, path) for path in paths]
     with open_run(
         out, facts, sources=sources, endings=(".png", ".safetensors"), overwrite=overwrite, resume=resume,
-        say=lambda text: errors.print(text, markup=False),
+        say=errors.print,
     ) as run:  # fmt: skip
         for path, name, done in zip(paths, run.names, run.done, strict=True):
             line = done
@@ -377,14 +374,14 @@ def _saliency(
                 print_json(line)
             if "error" in line:
                 failed += 1
-                errors.print(f"error: {path}: {line['error']}", markup=False, style="red")
-                table.add_row(str(path), "", "", "", "", "failed")
+                errors.print(f"error: {path}: {line['error']}", style="red")
+                rows.append([str(path), "", "", "", "", "failed"])
                 continue
-            table.add_row(
+            rows.append([
                 str(path), line["target"], f"{line['probability']:.3f}", f"{line['msi']:.3f}",
                 f"{100 * line['mask_area']:.1f} %", line["path"],
-            )  # fmt: skip
-    console.print(table)
+            ])  # fmt: skip
+    console.table(["image", "target", "probability", "MSI", "marked", "file"], rows)
     if failed:
         raise CounterlensError(f"{failed} of {len(paths)} images failed; the others are in {out}")
 
@@ -526,16 +523,17 @@ def _evaluate(
             ("MSI", "threshold", "Ins - Del", lines["msi"]),
         ]
         draw_charts(charts, out / "curves.png")
-        table = Table("method", *METRICS, "marked", "ms", box=box.SIMPLE)
+        rows = []
         for name, row in summary.items():
             cells = [f"{row[m]['mean']:.3f} ({row[m]['low']:.3f} to {row[m]['high']:.3f})" for m in METRICS]
-            table.add_row(name, *cells, f"{100 * row['mask_area']['mean']:.1f} %", f"{row['ms_per_image']:.2f}")
+            rows.append([name, *cells, f"{100 * row['mask_area']['mean']:.1f} %", f"{row['ms_per_image']:.2f}"])
             if as_json:
                 print_json({"method": name, **row})
-        Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+        console = text_console(as_json)
+        console.table(["method", *METRICS, "marked", "ms"], rows)
         write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     files = ", ".join(f"{out / name}" for name in EVALUATED)
-    Console(stderr=as_json, highlight=False, soft_wrap=True).print(f"{len(shown)} images; {files}")
+    console.print(f"{len(shown)} images; {files}")
     if failed:
         raise CounterlensError(f"{failed} of {len(shown) + failed} images could not be read; the others are compared")
 

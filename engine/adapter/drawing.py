@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..drawing import CAPTION, CELL, FAINT, GAP, INK, LEFT
-from ..errors import CounterlensError
+from ..errors import CounterlensError, install_hint
 from ..files import write_atomically
 from ..images import to_uint8, write_png
 
@@ -111,7 +111,7 @@ def check_charts() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise CounterlensError(
-            f"matplotlib cannot be imported ({error}); charts need it: pip install 'counterlens[explain]'"
+            f"matplotlib cannot be imported ({error}); charts need it: {install_hint('explain')}"
         ) from error
     return Figure
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CounterlensError
+from ..errors import CounterlensError, install_hint
 from ..files import write_atomically
 from ..metrics.imputation import road
 from ..metrics.inputs import Baseline, ConstantMaps
@@ -179,7 +179,7 @@ def write_parquet(scored: dict[str, Scored], names: Sequence[str], labels: Seque
         import pyarrow.parquet
     except ImportError as error:
         raise CounterlensError(
-            f"pyarrow cannot be imported ({error}); the table per image needs it: pip install 'counterlens[explain]'"
+            f"pyarrow cannot be imported ({error}); the table per image needs it: {install_hint('explain')}"
         ) from error
     columns: dict[str, list[Any]] = {"image": [], "method": [], "target": []}
     for method, s in scored.items():

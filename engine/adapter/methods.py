@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CounterlensError, UsageError
+from ..errors import CounterlensError, UsageError, install_hint
 from ..guidance.pullback import frozen
 from ..metrics.inputs import Baseline, make_baseline
 from ..models.protocols import Classifier
@@ -61,7 +61,7 @@ def _captum() -> ModuleType:
     except ImportError as error:
         raise CounterlensError(
             f"captum cannot be imported ({error}); gradient and ablation methods need it: "
-            "pip install 'counterlens[explain]' (lax and rise do without)"
+            f"{install_hint('explain')}; lax and rise do without"
         ) from error
     return captum.attr
 

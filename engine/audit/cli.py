@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from ..errors import CounterlensError, UsageError
 from ..options import (
@@ -26,12 +25,15 @@ from ..options import (
     PromptsOption,
     SeedOption,
     SpeedOption,
+    UnusedSeedOption,
     WeightsOption,
     errors,
     open_engine,
     print_json,
+    progress_of,
     saving_options,
     source_fields,
+    text_column,
     text_console,
 )
 
@@ -132,7 +134,7 @@ def audit(
     )  # fmt: skip
     console = text_console(as_json)
     for note in auditor.notes:
-        errors.print(f"note: {note}", markup=False)
+        errors.print(f"note: {note}")
     if dry_run:
         _dry_run(auditor, out, as_json)
         return
@@ -142,18 +144,19 @@ def audit(
             if as_json:
                 print_json({k: v for k, v in row.items() if v is not None and not k.endswith(("_grid", "_curve"))})
             if row["status"] == "failed":
-                errors.print(f"error: {row['id']}: {row['error']}", markup=False, style="red")
+                errors.print(f"error: {row['id']}: {row['error']}", style="red")
 
     with _bar() as update:
         results = run_audit(
             auditor, out, shard=part, workers=workers, ray=ray, shortcuts=shortcuts, on_progress=update, on_rows=show,
-            say=lambda text: errors.print(text, markup=False),
+            say=lambda text: errors.print(text),
         )  # fmt: skip
     from .report import write_report
     from .summary import summarise
 
     summary = summarise(results)
-    console.print(summary.text())
+    for line in summary.lines():
+        console.print(line)
     if as_json:
         print_json(summary.record())
     console.print(f"results: {out}")
@@ -166,7 +169,7 @@ def audit(
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="Folders of the shards.")],
     out: Annotated[Path, typer.Option(help="Folder for the whole audit.")],
-    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
+    seed: UnusedSeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Put the shards of one audit together; says which are missing.
@@ -177,7 +180,9 @@ def merge(
     from .summary import summarise
 
     summary = summarise(merge_shards(folders, out))
-    text_console(as_json).print(summary.text())
+    console = text_console(as_json)
+    for line in summary.lines():
+        console.print(line)
     if as_json:
         print_json(summary.record())
 
@@ -185,7 +190,7 @@ def merge(
 def report(
     folder: Annotated[Path, typer.Argument(help="An audit's folder.")],
     out: Annotated[Path | None, typer.Option(help="Taken like everywhere; the report stands in the folder.")] = None,
-    seed: Annotated[int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0)] = 0,
+    seed: UnusedSeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Write an audit's report.html again, also of an audit that is not finished.
@@ -252,10 +257,10 @@ def duration(seconds: float) -> str:
 def _bar() -> Iterator[Any]:
     """A progress bar on stderr with rate, flips and failures; shown on terminals only and gone when done."""
     columns = (
-        TextColumn("audit"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(), TextColumn("{task.fields[flips]} flipped, {task.fields[failures]} failed"),
+        text_column("audit"), BarColumn(), MofNCompleteColumn(), text_column("{task.fields[rate]}"),
+        TimeRemainingColumn(), text_column("{task.fields[flips]} flipped, {task.fields[failures]} failed"),
     )  # fmt: skip
-    with Bar(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with progress_of(*columns) as bar:
         task = bar.add_task("audit", total=None, rate="", flips=0, failures=0)
 
         def update(progress: Progress, part: float) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import ENDINGS, collect
-from ..errors import CounterlensError, UsageError
+from ..errors import CounterlensError, UsageError, install_hint
 
 KNOWN = ("image", "label", "target", "id")
 IMAGE_NAMES = ("image", "file", "file_name", "path")  # what other tools call the column `image`
@@ -117,8 +117,8 @@ def need(module: str, purpose: str, package: str | None = None, extra: str | Non
         return import_module(module)
     except ImportError as error:
         name = package or module.partition(".")[0]
-        install = f"'counterlens[{extra}]'" if extra else name
-        raise CounterlensError(f"{purpose} needs {name}: pip install {install}") from error
+        install = install_hint(extra) if extra else f"pip install {name}"
+        raise CounterlensError(f"{purpose} needs {name}: {install}") from error
 
 
 def _folder(path: Path) -> Source:

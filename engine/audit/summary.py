@@ -123,7 +123,7 @@ class Summary:
             "seconds": self.seconds,
         }
 
-    def text(self) -> str:
+    def lines(self) -> list[str]:
         """A few lines for a terminal."""
         lines = [f"{self.samples} samples: {self.done} explained, {self.skipped} skipped, {self.failed} failed"]
         names = {
@@ -135,7 +135,7 @@ class Summary:
                 lines.append(f"{name}: {v.mean:.1%} ({between}of {v.n})")
         if self.seconds:
             lines.append(f"{self.seconds['p50']:.2f} s for each counterfactual (p50)")
-        return "\n".join(lines)
+        return lines
 
 
 def summarise(results: Results) -> Summary:

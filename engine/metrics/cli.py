@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import UsageError
-from ..options import ForwardOption, OverwriteFlag
+from ..options import ForwardOption, OverwriteFlag, SeedOption, print_json, text_console
 
 # torch and everything that needs it are imported inside the commands: --help must answer at once.
 
@@ -36,7 +34,7 @@ def calibrate(
     steps: Annotated[int, typer.Option(help="Thresholds of MSI.", min=1)] = 16,
     runtime: ForwardOption = "eager",
     overwrite: OverwriteFlag = False,
-    seed: Annotated[int, typer.Option(help="Of the samples' rendering.", min=0)] = 0,
+    seed: SeedOption = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The result as one JSON object on stdout.")] = False,
 ) -> None:
     """Choose MSI's alpha_min on a validation split and freeze it in a file that says how it was chosen.
@@ -48,10 +46,6 @@ def calibrate(
     if split == "test":
         raise UsageError("split: alpha_min is not chosen on the test split, on which methods are compared")
     values = _numbers(candidates)
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from counterlens.export.store import file_digest
 
     from ..outputs import open_run
@@ -86,13 +80,13 @@ def calibrate(
             forwards=result.forwards,
         )  # fmt: skip
     if as_json:
-        sys.stdout.write(json.dumps(content | {"path": str(path)}) + "\n")
+        print_json(content | {"path": str(path)})
         return
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table("alpha_min", "effect", "MSI, own map", "MSI, another image's map", box=box.SIMPLE)
-    for row in result.candidates:
-        table.add_row(f"{row.alpha_min:g}", f"{row.effect:.3f}", f"{row.own:.3f}", f"{row.other:.3f}")
-    console.print(table)
+    console = text_console(as_json)
+    rows = [
+        [f"{row.alpha_min:g}", f"{row.effect:.3f}", f"{row.own:.3f}", f"{row.other:.3f}"] for row in result.candidates
+    ]
+    console.table(["alpha_min", "effect", "MSI, own map", "MSI, another image's map"], rows)
     console.print(f"alpha_min {result.alpha_min:g}, frozen in {path}")
 
 

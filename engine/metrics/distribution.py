@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CounterlensError, UsageError
+from ..errors import CounterlensError, UsageError, install_hint
 from ..guidance.pullback import frozen
 from .inputs import check_images
 
@@ -137,7 +137,7 @@ def _torchmetrics(part: str) -> Any:
             from torchmetrics.image import kid as module
     except ImportError as error:
         raise CounterlensError(
-            f"FID and KID need torchmetrics ({error}): pip install 'counterlens[quality]'; torchvision is not needed"
+            f"FID and KID need torchmetrics ({error}): {install_hint('quality')}; torchvision is not needed"
         ) from error
     return module
 

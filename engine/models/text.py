@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CounterlensError
+from ..errors import CounterlensError, install_hint
 from .load import read_part
 
 
@@ -21,7 +21,7 @@ def import_transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise CounterlensError("transformers is not installed; pip install 'counterlens[models]'") from error
+        raise CounterlensError(f"transformers is not installed; {install_hint('models')}") from error
     # Bars for the fraction of a second in which a text encoder loads would only hide what the command line says.
     transformers.utils.logging.disable_progress_bar()
     return transformers

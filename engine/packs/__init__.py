@@ -159,7 +159,7 @@ class Pack:
         index = index[(rank * 10 + labels).argsort()][:count]
         ids = index.tolist()
         # Above every seed that training used.
-        seeds = [2**32 + 2**16 * seed + i for i in ids]
+        seeds = [_sample_seed(seed, i) for i in ids]
         label_list = self.digits["label"][index].tolist()
         try:
             markers = choose_markers(label_list, seeds, marker)
@@ -167,6 +167,13 @@ class Pack:
             raise UsageError(str(error)) from error
         images = draw_markers(render(self.digits["glyph"][index], seeds), markers)
         return Samples((images * 255).round() / 255, label_list, markers, ids, seeds)
+
+
+def _sample_seed(seed: int, number: int) -> int:
+    """A rendering's seed, above every seed that training used; where a run's seed is too large to count up, hashed."""
+    if seed < 2**31:
+        return 2**32 + 2**16 * seed + number
+    return 2**62 + int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:7], "little")
 
 
 def _load(module: torch.nn.Module, path: Path) -> None:

@@ -121,4 +121,5 @@ def profile(
         print_json(result.as_json() | {"files": [str(path) for path in files]})
     console = text_console(as_json)
     print_profile(result, console)
-    console.print("\n".join(str(path) for path in files))
+    for path in files:
+        console.print(str(path))

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
+from ..terminal import Terminal
 from .profile import Profile
 from .recorder import Span
 
@@ -35,32 +32,31 @@ COLOURS = {
 }
 
 
-def print_profile(profile: Profile, console: Console) -> None:
+def print_profile(profile: Profile, console: Terminal) -> None:
     """The tables of a terminal."""
     console.print(
         f"{profile.images} images in calls of {profile.batch} ({profile.slots} slots), {profile.steps} steps each; "
         f"{profile.runtime} on {profile.device} ({profile.why})"
     )
-    table = Table("where the time of an image goes", "ms", "share", box=box.SIMPLE)
     total = sum(profile.stages.values())
-    for name, seconds in profile.stages.items():
-        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}")
-    console.print(table)
+    rows = [[name, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}"] for name, seconds in profile.stages.items()]
+    console.table(["where the time of an image goes", "ms", "share"], rows)
     of = "" if profile.parts_runtime == profile.runtime else f" (in {profile.parts_runtime}: compiled, it is one call)"
-    table = Table(f"a guided step{of}", "ms", "share", "GFLOP", "MB", "roofline", "peak MB", box=box.SIMPLE)
-    table.columns[0].no_wrap = True
+    rows = []
     for name, part in profile.parts.items():
         times = f" ({part.calls:g} x)" if part.calls != 1 else ""
-        table.add_row(
+        rows.append([
             name + times, f"{part.seconds * 1e3:.2f}", f"{part.share:.1%}", f"{part.gflop:.2f}",
             f"{part.mbytes:.1f}", f"{part.roofline:.0%}", f"{part.peak_mbytes:.1f}",
-        )  # fmt: skip
-    table.add_row("between the parts", "", f"{profile.gap_share:.1%}")
-    console.print(table)
-    table = Table("latency", "p50", "p95", "p99", "of", box=box.SIMPLE)
-    for name, levels in (("a call", profile.latency), ("a guided step", profile.step)):
-        table.add_row(name, *(f"{levels[p] * 1e3:.2f} ms" for p in ("p50", "p95", "p99")), str(int(levels["count"])))
-    console.print(table)
+        ])  # fmt: skip
+    rows.append(["between the parts", "", f"{profile.gap_share:.1%}", "", "", "", ""])
+    columns = ["part", "ms", "share", "GFLOP", "MB", "roofline", "peak MB"]
+    console.table(columns, rows, title=f"a guided step{of}")
+    rows = [
+        [name, *(f"{levels[p] * 1e3:.2f} ms" for p in ("p50", "p95", "p99")), str(int(levels["count"]))]
+        for name, levels in (("a call", profile.latency), ("a guided step", profile.step))
+    ]
+    console.table(["latency", "p50", "p95", "p99", "of"], rows)
     overhead = profile.overhead
     console.print(
         f"guidance overhead: {overhead['step']:.2f} times an unguided step ({overhead['guided_step'] * 1e3:.1f} ms "

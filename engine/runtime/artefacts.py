@@ -15,7 +15,7 @@ from torch import Tensor
 from counterlens.export.errors import ExportError
 from counterlens.export.store import Artefact, Store
 
-from ..errors import UsageError
+from ..errors import UsageError, install_hint
 from . import aoti, onnxruntime, tensorrt
 from .compiled import CompiledStep, as_json, expected_inputs, from_json
 from .parity import check_parity
@@ -35,7 +35,7 @@ def missing(target: str, device: torch.device = CPU) -> list[str]:
         try:
             import onnx  # noqa: F401
         except ImportError as error:
-            return [f"onnx cannot be imported ({error}); pip install 'counterlens[cpu]'"]
+            return [f"onnx cannot be imported ({error}); {install_hint('cpu')}"]
         return onnxruntime.missing(onnxruntime.provider_for(device))
     return tensorrt.missing() if target == "tensorrt" else []
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from counterlens.export.errors import ExportError
 
+from ..errors import install_hint
+
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -29,7 +31,7 @@ def missing(provider: str = "cpu") -> list[str]:
     try:
         import onnxruntime
     except ImportError as error:
-        return [f"onnxruntime cannot be imported ({error}); pip install 'counterlens[cpu]' or 'counterlens[gpu]'"]
+        return [f"onnxruntime cannot be imported ({error}); {install_hint('cpu')}"]
     if PROVIDERS[provider] not in onnxruntime.get_available_providers():
         return [f"this onnxruntime has no {PROVIDERS[provider]}; pip install onnxruntime-gpu in its place"]
     if provider != "cpu" and not torch.cuda.is_available():

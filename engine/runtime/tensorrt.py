@@ -16,6 +16,7 @@ from torch import Tensor
 
 from counterlens.export.errors import ExportError
 
+from ..errors import install_hint
 from .spec import STEP, Spec
 
 SLOTS = (1, 2, 4, 8, 16)  # one optimisation profile each
@@ -28,7 +29,7 @@ def missing() -> list[str]:
     try:
         import tensorrt  # noqa: F401
     except ImportError as error:
-        reasons.append(f"tensorrt cannot be imported ({error}); pip install 'counterlens[tensorrt]'")
+        reasons.append(f"tensorrt cannot be imported ({error}); {install_hint('tensorrt')}")
     if not torch.cuda.is_available():
         reasons.append("there is no CUDA device")
     return reasons

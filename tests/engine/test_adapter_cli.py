@@ -129,7 +129,7 @@ def test_evaluate_writes_its_table_curves_and_pictures(untrained: Path, tmp_path
 
 
 def test_metrics_through_onnx_runtime(untrained: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install 'counterlens[cpu]'")
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install '.[cpu]'")
     scores = []
     for runtime in ("eager", "onnxruntime"):
         command = ("adapter", "evaluate", "--adapter", untrained, "--count", 3, "--out", tmp_path / runtime, "--json")

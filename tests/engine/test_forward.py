@@ -19,7 +19,7 @@ from counterlens.export.errors import ExportError
 from counterlens.export.store import Store
 
 for package in ("onnx", "onnxruntime"):
-    pytest.importorskip(package, reason=f"needs {package}: pip install 'counterlens[cpu]'")
+    pytest.importorskip(package, reason=f"needs {package}: pip install '.[cpu]'")
 onnx = pytest.importorskip("counterlens.export.onnx")
 
 SIZE = 16

@@ -106,7 +106,7 @@ def test_agrees_with_quantus_pixel_flipping(per_step: int) -> None:
 
 def test_agrees_with_quantus_itself() -> None:
     quantus = pytest.importorskip(
-        "quantus", reason="needs quantus (pip install 'counterlens[comparisons]')", exc_type=ImportError
+        "quantus", reason="needs quantus (pip install '.[comparisons]')", exc_type=ImportError
     )
     images, _ = sample(3, (6, 5))
     saliency = torch.rand(images.shape, generator=torch.Generator().manual_seed(2))  # no ties: its sort is not stable

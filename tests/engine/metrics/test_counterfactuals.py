@@ -90,7 +90,7 @@ def test_lpips_when_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fid_against_the_closed_form() -> None:
-    pytest.importorskip("torchmetrics", reason="needs torchmetrics (pip install 'counterlens[quality]')")
+    pytest.importorskip("torchmetrics", reason="needs torchmetrics (pip install '.[quality]')")
     g = torch.Generator().manual_seed(0)
     real = torch.randn(200, 1, 1, 2, generator=g)
     fake = torch.randn(150, 1, 1, 2, generator=g) * 0.5 + 1
@@ -108,7 +108,7 @@ def test_fid_against_the_closed_form() -> None:
 
 
 def test_few_images_warn() -> None:
-    pytest.importorskip("torchmetrics", reason="needs torchmetrics (pip install 'counterlens[quality]')")
+    pytest.importorskip("torchmetrics", reason="needs torchmetrics (pip install '.[quality]')")
     images, _ = sample(8, (2, 2))
     with pytest.warns(UserWarning, match="8 images for 12 features"):
         fid(images, images.flip(0), flat)
@@ -120,7 +120,7 @@ def test_few_images_warn() -> None:
 
 
 def test_kid_against_the_estimator_written_out() -> None:
-    pytest.importorskip("torchmetrics", reason="needs torchmetrics (pip install 'counterlens[quality]')")
+    pytest.importorskip("torchmetrics", reason="needs torchmetrics (pip install '.[quality]')")
     a, b = sample(9, (1, 2), channels=1)[0], sample(9, (1, 2), channels=1)[1][:, None] + 0.5
     x, y = a.flatten(1).double(), b.flatten(1).double()
 
