@@ -651,6 +651,8 @@ class Engine:
                 for s, t in zip(source.tolist(), target.tolist(), strict=True)
             ]
             for i in range(len(images)):
+                if not before[i].isfinite().all():
+                    errors[i] = "the classifier gives NaN or infinity for the image"
                 if not images[i].isfinite().all():
                     errors[i] = "the image holds NaN or infinite values"
             jobs = [

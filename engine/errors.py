@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 MAX_SEED = 2**63 - 1  # what fits into a signed number of 64 bits: generators, Parquet and JSON readers take it
 
@@ -17,6 +18,19 @@ class UsageError(CounterlensError, ValueError):
     """Something was asked for that does not make sense (exit code 2)."""
 
     exit_code = 2
+
+
+class NotFinite(CounterlensError, ArithmeticError):
+    """A model or a method gave NaN or infinity.
+
+    Attributes:
+        what: gave it. samples: for which images of the call, from 0.
+    """
+
+    def __init__(self, what: str, samples: Sequence[int]) -> None:
+        shown = ", ".join(map(str, samples[:8])) + (", ..." if len(samples) > 8 else "")
+        super().__init__(f"{what}: NaN or infinity for image {shown}")
+        self.what, self.samples = what, list(samples)
 
 
 def install_hint(extra: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CounterlensError, UsageError
+from ..errors import CounterlensError, NotFinite, UsageError
 from ..files import write_atomically
 from ..options import (
     DeviceOption,
@@ -302,7 +302,7 @@ def _saliency(
     from ..outputs import Source, open_run
     from .drawing import save_overlay
     from .evaluation import score_maps
-    from .methods import check_methods, explain_with
+    from .methods import check_methods, explain_with, predicted
     from .quantities import make_quantity
 
     check_methods([method])
@@ -327,8 +327,7 @@ def _saliency(
     def explain_one(path: Path, name: str, folder: Path) -> dict[str, Any]:
         image = load_image(path, size)[None].to(there)
         with computing_on(there):
-            with torch.no_grad():
-                label = explained.logits(image).argmax(1) if wanted is None else torch.tensor([wanted], device=there)
+            label = predicted(explained, image) if wanted is None else torch.tensor([wanted], device=there)
             saliency, scores = explain_with(
                 method, explained, image, label, quantity=question, baseline=baseline, adapter=trained, layer=layer,
                 seed=seed,
@@ -367,7 +366,10 @@ def _saliency(
                 except (CounterlensError, OSError) as error:
                     if isinstance(error, UsageError):
                         raise
-                    record = {"image": str(path), "error": str(error).removeprefix(f"{path}: ")}
+                    message = str(error).removeprefix(f"{path}: ")
+                    if isinstance(error, NotFinite):
+                        message = f"{error.what}: NaN or infinity for this image"
+                    record = {"image": str(path), "error": message}
                 line = run.line(name, record)
                 run.append(line)
             if as_json:
@@ -491,19 +493,30 @@ def _evaluate(
         "runtime": runtime,
     }  # fmt: skip
     with open_run(out, facts, files=EVALUATED, inputs=[images] if images else [], overwrite=overwrite):
-        with progress_bar("methods", len(chosen)) as progress:
+        rest, lost = list(range(len(shown))), dict[str, str]()
+        with progress_bar("methods", len(chosen)) as progress, computing_on(there):
 
             def show(name: str) -> None:
-                progress.update(progress.task_ids[0], description=name)
-                progress.advance(progress.task_ids[0])
+                progress.update(progress.task_ids[0], description=name, completed=chosen.index(name) + 1)
 
-            with computing_on(there):
-                scored = compare(
-                    explained, shown.to(there), chosen, quantity=quantity, adapter=trained, forward=forward,
-                    alpha_min=alpha_min, baseline=baseline, layer=layer, seed=seed, seeds=ids, on_method=show,
-                )  # fmt: skip
-        summary = summarise(scored)
-        write_parquet(scored, names, explained.labels, out / "scores.parquet")
+            while True:  # methods are compared on the same images: one that fails on any method is left out of all
+                try:
+                    scored = compare(
+                        explained, shown[rest].to(there), chosen, quantity=quantity, adapter=trained, forward=forward,
+                        alpha_min=alpha_min, baseline=baseline, layer=layer, seed=seed, seeds=[ids[i] for i in rest],
+                        on_method=show,
+                    )  # fmt: skip
+                    break
+                except NotFinite as error:
+                    for name in (names[rest[k]] for k in error.samples):
+                        lost[name] = f"{error.what}: NaN or infinity for this image"
+                        errors.print(f"error: {name}: {lost[name]}", markup=False, style="red")
+                    rest = [i for k, i in enumerate(rest) if k not in error.samples]
+                    if not rest:
+                        raise
+        summary, failed = summarise(scored), failed + len(lost)
+        shown, names = shown[rest], [names[i] for i in rest]
+        write_parquet(scored, names, explained.labels, out / "scores.parquet", lost)
         first = next(iter(scored.values()))
         captions = [explained.labels[int(t)] for t in first.target[:SHOWN]]
         notes = {name: [f"MSI {v:.2f}" for v in s.values["msi"][:SHOWN].tolist()] for name, s in scored.items()}
@@ -535,7 +548,7 @@ def _evaluate(
     files = ", ".join(f"{out / name}" for name in EVALUATED)
     console.print(f"{len(shown)} images; {files}")
     if failed:
-        raise CounterlensError(f"{failed} of {len(shown) + failed} images could not be read; the others are compared")
+        raise CounterlensError(f"{failed} of {len(shown) + failed} images failed; the others are compared")
 
 
 CountOption = Annotated[int | None, typer.Option(help="How many of the pack's images; all without it.", min=1)]

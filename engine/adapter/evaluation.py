@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from ..metrics.msi_score import MSI, msi
 from ..metrics.paths import Faithfulness, deletion, insertion
 from ..models.protocols import Classifier
 from .lax import LAX
-from .methods import check_methods, explain_with
+from .methods import check_methods, explain_with, predicted
 from .quantities import LogOdds, Quantity, make_quantity
+from .taps import NoMaps
 
 # Metric: whether more is better.
 METRICS = {"msi": True, "base_score_area": True, "insertion": True, "deletion": False, "road": False}
@@ -122,22 +123,32 @@ def evaluate(
         on_method: told the name of each method before it runs.
         classifier, images, quantity, adapter, baseline, layer, seed, batch: see `methods.explain_with`.
 
+    Returns:
+        Scores by method; one that has nothing to look at in this classifier is left out, with a warning.
+
     Raises:
-        UsageError: an argument does not fit.
+        UsageError: an argument does not fit. NotFinite: the classifier or a method gives NaN or infinity for an image.
     """
     explained = make_quantity(classifier, quantity)
     if target is None:
-        with torch.no_grad():
-            target = torch.cat([classifier.logits(part).argmax(1) for part in images.split(batch)])
+        parts = [predicted(classifier, part, i * batch) for i, part in enumerate(images.split(batch))]
+        target = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=images.device)
     out = {}
-    for name in check_methods(methods):
+    chosen = check_methods(methods)
+    for name in chosen:
         on_method(name)
         _wait(images)
         started = time.perf_counter()
-        saliency, scores = explain_with(
-            name, classifier, images, target, quantity=explained, baseline=baseline, adapter=adapter, layer=layer,
-            seed=seed, batch=batch,
-        )  # fmt: skip
+        try:
+            saliency, scores = explain_with(
+                name, classifier, images, target, quantity=explained, baseline=baseline, adapter=adapter, layer=layer,
+                seed=seed, batch=batch,
+            )  # fmt: skip
+        except NoMaps as error:
+            if len(chosen) == 1:
+                raise
+            warnings.warn(f"{name} is left out: {error}", stacklevel=2)
+            continue
         _wait(images)
         seconds = (time.perf_counter() - started) / max(1, len(images))
         out[name] = score_maps(
@@ -168,8 +179,14 @@ def summarise(scored: dict[str, Scored]) -> dict[str, dict[str, Any]]:
     }
 
 
-def write_parquet(scored: dict[str, Scored], names: Sequence[str], labels: Sequence[str], path: Path) -> None:
-    """One row for each image and method: image, target, every metric.
+def write_parquet(
+    scored: dict[str, Scored],
+    names: Sequence[str],
+    labels: Sequence[str],
+    path: Path,
+    failed: Mapping[str, str] | None = None,
+) -> None:
+    """One row for each image and method: image, target, every metric; and one for each image that failed: its error.
 
     Raises:
         CounterlensError: pyarrow is missing, or the file cannot be written.
@@ -181,11 +198,15 @@ def write_parquet(scored: dict[str, Scored], names: Sequence[str], labels: Seque
         raise CounterlensError(
             f"pyarrow cannot be imported ({error}); the table per image needs it: {install_hint('explain')}"
         ) from error
-    columns: dict[str, list[Any]] = {"image": [], "method": [], "target": []}
+    columns: dict[str, list[Any]] = {"image": [], "method": [], "target": [], "error": []}
     for method, s in scored.items():
         columns["image"] += list(names)
         columns["method"] += [method] * len(names)
         columns["target"] += [labels[t] for t in s.target.tolist()]
+        columns["error"] += [None] * len(names)
         for metric, values in s.values.items():
             columns.setdefault(metric, []).extend(values.tolist())
+    for image, message in (failed or {}).items():
+        for column, cells in columns.items():
+            cells.append({"image": image, "error": message}.get(column))
     write_atomically(path, lambda file: pyarrow.parquet.write_table(pyarrow.table(columns), file))

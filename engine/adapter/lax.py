@@ -26,6 +26,7 @@ from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..guidance.pullback import frozen
 from ..images import make_folder
+from ..metrics.inputs import check_computed
 from ..models.load import read_json
 from ..models.protocols import Classifier
 from .quantities import LogOdds, Quantity, check_targets, make_quantity
@@ -299,7 +300,7 @@ class LAX:
             batch: images in one forward pass.
 
         Raises:
-            UsageError: images or targets do not fit.
+            UsageError: images or targets do not fit. NotFinite: the model gives NaN or infinity.
         """
         size = self.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
@@ -316,6 +317,7 @@ class LAX:
             targets.append(wanted)
             scores.append(self.head(x, features, self.quantity.condition(wanted)))
         joined, *others = (x[0] if len(x) == 1 else torch.cat(x) for x in (scores, logits, targets))
+        check_computed("lax", joined)
         return Maps(torch.sigmoid(joined), joined, *others)
 
     def save(self, folder: str | Path) -> Path:

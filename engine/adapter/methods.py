@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CounterlensError, UsageError, install_hint
+from ..errors import CounterlensError, NotFinite, UsageError, install_hint
 from ..guidance.pullback import frozen
-from ..metrics.inputs import Baseline, make_baseline
+from ..metrics.inputs import Baseline, check_computed, make_baseline
+from ..metrics.quantities import undefined
 from ..models.protocols import Classifier
 from .lax import LAX
 from .quantities import LogOdds, Quantity, check_targets, make_quantity
@@ -61,7 +62,7 @@ def _captum() -> ModuleType:
     except ImportError as error:
         raise CounterlensError(
             f"captum cannot be imported ({error}); gradient and ablation methods need it: "
-            f"{install_hint('explain')}; lax and rise do without"
+            f"{install_hint('explain')}; lax, gradcam and rise do without"
         ) from error
     return captum.attr
 
@@ -107,7 +108,8 @@ def _grad_cam(q: Question, x: Tensor) -> Tensor:
     if gradient is None:  # the answer does not go through it
         return torch.zeros_like(x[:, 0])
     weights = tap.read(gradient).mean((2, 3), keepdim=True)
-    cam = F.relu((weights * tap.read(features)).sum(1, keepdim=True))
+    cam = (weights * tap.read(features)).sum(1, keepdim=True)
+    cam = F.relu(torch.where(cam.isfinite(), cam, torch.nan))  # minus infinity is no evidence of nothing
     return F.interpolate(cam, size=x.shape[2:], mode="bilinear")[:, 0].to(x.dtype)
 
 
@@ -188,7 +190,25 @@ def check_methods(names: Sequence[str]) -> list[str]:
 def minmax(maps: Tensor) -> Tensor:
     """Each map [B, H, W] brought to [0, 1]; a constant one to 0."""
     low, high = maps.flatten(1).amin(1)[:, None, None], maps.flatten(1).amax(1)[:, None, None]
-    return torch.where(high > low, (maps - low) / torch.where(high > low, high - low, 1), 0)
+    return torch.where(high == low, 0, (maps - low) / torch.where(high == low, 1, high - low))  # NaN stays NaN
+
+
+@torch.no_grad()
+def predicted(
+    classifier: Classifier,
+    images: Tensor,  # [B, 3, H, W]
+    first: int = 0,
+) -> Tensor:
+    """The classifier's labels [B].
+
+    Raises:
+        NotFinite: a logit is NaN or endless; images are counted from `first`.
+    """
+    logits = classifier.logits(images)
+    bad = undefined(logits).nonzero().flatten()
+    if len(bad):
+        raise NotFinite("classifier", (first + bad).tolist())
+    return logits.argmax(1)
 
 
 def explain_with(
@@ -221,7 +241,8 @@ def explain_with(
         batch: images at once.
 
     Raises:
-        UsageError: an argument does not fit. CounterlensError: captum is missing.
+        UsageError: an argument does not fit. CounterlensError: captum is missing. NotFinite: the classifier or the
+            method gives NaN or infinity, such as the gradient of a square root at 0; `samples` says for which images.
     """
     check_methods([name])
     explained = make_quantity(classifier, quantity)
@@ -242,12 +263,9 @@ def explain_with(
         warnings.filterwarnings("ignore", message="Setting (forward, )?backward hooks", category=UserWarning)
         for start in range(0, len(images), batch):
             x = images[start : start + batch].detach().clone()
-            if everyone is not None:
-                wanted = everyone[start : start + batch]
-            else:
-                with torch.no_grad():
-                    wanted = classifier.logits(x).argmax(1)
+            wanted = predicted(classifier, x, start) if everyone is None else everyone[start : start + batch]
             question = Question(classifier, explained, wanted, hidden[start : start + batch], seed, layer, adapter)
             scores.append(saliency_methods[name](question, x).detach())
     joined = torch.cat(scores) if scores else images.new_zeros((0, *images.shape[2:]))
+    check_computed(name, joined)
     return (torch.sigmoid(joined) if name == "lax" else minmax(joined)), joined

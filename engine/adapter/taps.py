@@ -330,7 +330,7 @@ class _Probe:
 
 
 def grids(tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(tokens in front, rows, columns) that so many tokens may be: squares, and twice as long as wide without a rest."""
+    """(tokens in front, rows, columns) that N may be: squares, or all of it and at most twice as long as wide."""
     for side in range(2, math.isqrt(tokens) + 1):
         if tokens - side * side <= min(FRONT, side * side):
             yield tokens - side * side, side, side

@@ -21,6 +21,7 @@ from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
 from ..images import as_saved, load_image
+from ..metrics.inputs import check_computed
 from ..models.protocols import Classifier, probabilities
 from .results import (
     COLUMNS,
@@ -318,7 +319,13 @@ class Auditor:
         """Fill in predictions; samples on which the classifier fails are recorded and dropped."""
         if not at:
             return at, images
-        results, errors = self._retrying(lambda some: [self.engine.probabilities(images[some])], len(at))
+
+        def predict(some: list[int]) -> list[Tensor]:
+            p = self.engine.probabilities(images[some])
+            check_computed("classifier", p)
+            return [p]
+
+        results, errors = self._retrying(predict, len(at))
         for k, i in enumerate(at):
             row = rows[i]
             row["image"] = images[k]

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
 from .distribution import Features, extract_features
-from .inputs import check_images
+from .inputs import check_computed, check_finite, check_images
 from .intervals import Interval, bootstrap
-from .quantities import Explained, check_targets
+from .quantities import Explained, check_targets, undefined
 from .transition import Transition, cout
 
 
@@ -93,7 +93,8 @@ def counterfactual_quality(
         batch_size: images in a forward.
 
     Raises:
-        UsageError: an argument does not fit; the message names it. CounterlensError: lpips is missing.
+        UsageError: an argument does not fit; the message names it. CounterlensError: lpips is missing. NotFinite: a
+            model gives NaN or infinity for an image.
 
     Source: flip rate, S3 and COUT as in Jeanneret et al., ACE (arXiv 2303.09962); LPIPS: Zhang et al. (1801.03924).
     """
@@ -101,15 +102,17 @@ def counterfactual_quality(
     if not isinstance(counterfactuals, Tensor) or counterfactuals.shape != images.shape:
         got = list(counterfactuals.shape) if isinstance(counterfactuals, Tensor) else type(counterfactuals).__name__
         raise UsageError(f"counterfactuals: expected {list(images.shape)} as the images, got {got}")
+    check_finite("counterfactuals", counterfactuals)
     if not 0 <= changed_above <= 1:
         raise UsageError(f"changed_above: expected a number in [0, 1], got {changed_above}")
     explained = Explained(classifier)
-    before, after = _logits(explained, images, batch_size), _logits(explained, counterfactuals, batch_size)
+    before = _logits("classifier", explained, images, batch_size)
+    after = _logits("classifier", explained, counterfactuals, batch_size)
     targets, source = check_targets(target, after), before.argmax(1)
     difference = (counterfactuals - images).abs().double()
     transfer = {}
     for name, judge in (judges or {}).items():
-        said = _logits(Explained(judge), counterfactuals, batch_size)
+        said = _logits(f"judge {name}", Explained(judge), counterfactuals, batch_size)
         transfer[name] = (said.argmax(1) == check_targets(target, said)).cpu()
     similarity = None
     if encoder is not None:
@@ -132,9 +135,11 @@ def counterfactual_quality(
     )
 
 
-def _logits(explained: Explained, images: Tensor, batch_size: int) -> Tensor:
+def _logits(name: str, explained: Explained, images: Tensor, batch_size: int) -> Tensor:
     with torch.no_grad(), frozen(*explained.modules):
-        return torch.cat([explained.logits(part) for part in images.split(batch_size)])
+        logits = torch.cat([explained.logits(part) for part in images.split(batch_size)])
+    check_computed(name, torch.zeros(len(logits)).masked_fill(undefined(logits).cpu(), torch.nan))
+    return logits
 
 
 def _lpips(network: str | Callable[[Tensor, Tensor], Tensor], before: Tensor, after: Tensor, batch_size: int) -> Tensor:
@@ -156,4 +161,6 @@ def _lpips(network: str | Callable[[Tensor, Tensor], Tensor], before: Tensor, af
             distance(a * 2 - 1, b * 2 - 1).reshape(len(a))
             for a, b in zip(before.split(batch_size), after.split(batch_size), strict=True)
         ]
-    return torch.cat(parts).double().cpu()
+    distances = torch.cat(parts).double().cpu()
+    check_computed("lpips", distances)
+    return distances

@@ -19,6 +19,7 @@ from .inputs import (
     Channels,
     Normalize,
     Ties,
+    check_computed,
     check_images,
     check_normalisation,
     constant_maps,
@@ -294,7 +295,8 @@ def perturbation_curve(
         backend: of `kernels.perturb`.
 
     Raises:
-        UsageError: an argument does not fit; the message names it.
+        UsageError: an argument does not fit; the message names it. NotFinite: the classifier gives NaN or infinity for
+            an image, or for what is left of it.
     """
     check_images(images)
     check_normalisation(mean, std, images.shape[1])
@@ -358,5 +360,6 @@ def run(
         targets.append(check_targets(target, logits))
         return lambda part, samples: explained(part, targets[0][samples])
 
-    values = evaluate(explained, ready, plan, fill, score, batch_size)
-    return targets[0].cpu(), values.double().cpu(), plan
+    values = evaluate(explained, ready, plan, fill, score, batch_size).double().cpu()
+    check_computed("classifier", values, torch.cat([torch.arange(len(ready)), plan.sample]))
+    return targets[0].cpu(), values, plan

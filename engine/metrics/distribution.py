@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CounterlensError, UsageError, install_hint
 from ..guidance.pullback import frozen
-from .inputs import check_images
+from .inputs import check_computed, check_images
 
 Features = Callable[[Tensor], Tensor]
 
@@ -115,7 +116,7 @@ def kid(
         metric.update(a, real=True)
         metric.update(b, real=False)
         mean, deviation = metric.compute()
-    return float(mean), float(deviation)
+    return _number("KID", mean), _number("KID", deviation)
 
 
 class _AsGiven(nn.Module):
@@ -146,7 +147,13 @@ def _fid(a: Tensor, b: Tensor) -> float:
     metric = _torchmetrics("fid").FrechetInceptionDistance(_AsGiven(a.shape[1]))
     metric.update(a, real=True)
     metric.update(b, real=False)
-    return float(metric.compute())
+    return _number("FID", metric.compute())
+
+
+def _number(name: str, value: Any) -> float:
+    if not math.isfinite(value):
+        raise CounterlensError(f"{name}: the features are too large for it, it comes to {float(value)}")
+    return float(value)
 
 
 def extract_features(
@@ -157,7 +164,7 @@ def extract_features(
     """Features [N, D] in float64 on the CPU, batch by batch.
 
     Raises:
-        UsageError: fewer than two images, or the function does not return [B, D].
+        UsageError: fewer than two images, or the function does not return [B, D]. NotFinite: it gives NaN or infinity.
     """
     check_images(images)
     if len(images) < 2:
@@ -170,7 +177,9 @@ def extract_features(
                 got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
                 raise UsageError(f"features: expected [{len(batch)}, D] of images {list(batch.shape)}, got {got}")
             parts.append(out.double().cpu())
-    return torch.cat(parts)
+    everything = torch.cat(parts)
+    check_computed("features", everything)
+    return everything
 
 
 def _warn_of_few(images: int, features: int, name: str) -> None:

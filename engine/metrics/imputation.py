@@ -16,6 +16,7 @@ from .curves import Fill, run
 from .inputs import (
     NOISE_STREAM,
     Ties,
+    check_finite,
     check_images,
     check_normalisation,
     constant_maps,
@@ -53,6 +54,7 @@ def impute(
 
     Source: Rong, Leemann et al., ROAD (arXiv 2202.00449), section 4.
     """
+    check_finite("images", images)
     x = images.double()
     holes = [removed[:, None].double()]  # [N, 1, h, w] of every grid
     while max(holes[-1].shape[2:]) > 2:
@@ -176,8 +178,8 @@ def road(
         raise UsageError(f"first: expected most or least, got {first!r}")
     if compat not in (None, "quantus"):
         raise UsageError(f"compat: road has quantus, got {compat!r}")
-    if not noise >= 0:
-        raise UsageError(f"noise: expected 0 or more, got {noise}")
+    if not 0 <= noise < torch.inf:
+        raise UsageError(f"noise: expected a number from 0 on, got {noise}")
     explained = Explained(classifier, quantity or "correct")
     n, c, h, w = images.shape
     chosen = sample_seeds(seeds, n)

@@ -15,7 +15,7 @@ from counterlens.kernels.dispatch import FLOATING, compute_dtype
 from counterlens.kernels.perturb import rank_pixels as _rank_seeded
 from counterlens.kernels.perturb.reference import rank_pixels as _rank_by_permutation
 
-from ..errors import UsageError
+from ..errors import NotFinite, UsageError
 
 Baseline = Literal["mean", "zero", "blur", "noise"] | float | Tensor
 Channels = Literal["together", "apart"]
@@ -48,6 +48,18 @@ def check_finite(
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
         raise UsageError(f"{name}: expected finite values, got NaN or infinity in sample {shown}")
+
+
+def check_computed(
+    what: str,
+    values: Tensor,  # [N, ...]
+    samples: Tensor | None = None,  # [N] whose they are; each its own without it
+) -> None:
+    """Raise NotFinite where something that was computed is NaN or infinite: a map of it would look empty."""
+    wrong = ~values.isfinite()
+    bad = (wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong).nonzero().flatten().cpu()
+    if len(bad):
+        raise NotFinite(what, (bad if samples is None else samples.cpu()[bad].unique()).tolist())
 
 
 def check_normalisation(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:

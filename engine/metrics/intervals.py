@@ -35,19 +35,19 @@ def bootstrap(
     of length 0: a rate of 0 or 1 says nothing here about how sure it is.
 
     Args:
-        values: [N] numbers or bools without NaN. confidence: share of resampled means inside, in (0, 1).
+        values: [N] numbers or bools, finite. confidence: share of resampled means inside, in (0, 1).
         draws: resamples. seed: the same values and seed give the same interval.
 
     Raises:
-        UsageError: values are not [N], one is NaN, or a number is out of range.
+        UsageError: values are not [N], one is NaN or infinite, or a number is out of range.
     """
     if values.ndim != 1:
         raise UsageError(f"values: expected [N], got {list(values.shape)}")
     if not 0 < confidence < 1 or draws < 1:
         raise UsageError(f"bootstrap: expected confidence in (0, 1) and draws of at least 1: {confidence}, {draws}")
     values = values.detach().double().cpu()
-    if bool(values.isnan().any()):
-        raise UsageError(f"values: {int(values.isnan().sum())} of {len(values)} are NaN; leave those samples out")
+    if bad := int((~values.isfinite()).sum()):
+        raise UsageError(f"values: {bad} of {len(values)} are NaN or infinite; leave those samples out")
     n = len(values)
     if n == 0:
         return Interval(torch.nan, torch.nan, torch.nan, 0)

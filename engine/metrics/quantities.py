@@ -84,17 +84,24 @@ class Explained:
             if not isinstance(value, Tensor) or value.shape != target.shape:
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise UsageError(f"quantity: expected [{len(target)}] of logits {list(logits.shape)}, got {got}")
-            return value.to(logits.dtype)
+            return value.to(logits.dtype).masked_fill(undefined(logits), torch.nan)
         chosen = logits.gather(1, target[:, None])[:, 0]
         if self.quantity == "logit":
             return chosen
         if self.quantity == "correct":
-            return (logits.argmax(1) == target).to(logits.dtype)
+            return (logits.argmax(1) == target).to(logits.dtype).masked_fill(undefined(logits), torch.nan)
         if self.link == "sigmoid":
             return torch.sigmoid(chosen) if self.quantity == "probability" else nn.functional.logsigmoid(chosen)
         if self.quantity == "probability":
             return target_probability(logits, target)
         return torch.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
+
+
+def undefined(
+    logits: Tensor,  # [B, classes]
+) -> Tensor:
+    """Of which samples a logit is NaN or endless: [B] bool; one of minus infinity is a class that was ruled out."""
+    return ~(logits < torch.inf).all(1)
 
 
 def check_targets(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..guidance.pullback import frozen
-from .inputs import blur
+from .inputs import blur, check_computed
 from .quantities import Explained, Quantity
 
 
@@ -40,6 +40,7 @@ def gradient_maps(
             (gradient,) = torch.autograd.grad(explained(logits, logits.detach().argmax(1)).sum(), x)
             maps.append(gradient.abs().sum(1))
     planes = torch.cat(maps)
+    check_computed("gradient", planes)
     return blur(planes[:, None], sigma)[:, 0] if sigma > 0 else planes
 
 

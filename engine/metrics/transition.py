@@ -12,7 +12,16 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .curves import Score, evaluate, make_plan, perturbing
-from .inputs import Ties, check_images, check_normalisation, constant_maps, rank_planes, saliency_planes, sample_seeds
+from .inputs import (
+    Ties,
+    check_computed,
+    check_images,
+    check_normalisation,
+    constant_maps,
+    rank_planes,
+    saliency_planes,
+    sample_seeds,
+)
 from .paths import score_of
 from .quantities import Explained, Quantity, check_targets
 
@@ -111,6 +120,8 @@ def cout(
     rows = values[plan.place[:, 0].to(values.device)]  # [N, K, classes]
     flat, k = rows.flatten(0, 1), rows.shape[1]
     of = [explained(flat, end.repeat_interleave(k)).view(n, k).double().cpu() for end in ends]
+    for value in of:
+        check_computed("classifier", value)
     zero = torch.zeros(n, dtype=torch.float64)
     if compat == "ace":
         areas = [score_of(v, shares, zero, "steps") * group / pixels for v in of]

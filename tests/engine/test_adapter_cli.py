@@ -107,7 +107,7 @@ def test_an_image_that_cannot_be_read_and_constant_maps(digits: Path, tmp_path: 
     assert sum("warning: saliency: 1 of 1 maps are constant" in line for line in lines) == 1
     assert "Warning:" not in result.stderr
     assert "broken.png" in lines[0]
-    assert lines[-1].startswith("error: 1 of 2 images could not be read")
+    assert lines[-1].startswith("error: 1 of 2 images failed")
 
 
 def test_evaluate_writes_its_table_curves_and_pictures(untrained: Path, tmp_path: Path) -> None:

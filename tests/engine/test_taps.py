@@ -61,7 +61,7 @@ NONE = {
     "a relative position bias": lambda m: torch.linspace(0, 1, 4 * 16 * 16).view(4, 16, 16),
     "attention": lambda m: attention(m),
     "attention of one head": lambda m: attention(m)[:, 0],
-    "a mask of windows": lambda m: m.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 4, 5, 1).flatten(0, 2).flatten(1, 2),
+    "windows": lambda m: m.unfold(2, 2, 2).unfold(3, 2, 2).movedim(1, 5).flatten(0, 2).flatten(1, 2),
     "mirrored": lambda m: m.flip(2, 3),
     "indices": lambda m: m.argmax(1, keepdim=True).expand_as(m),
     "nothing": lambda m: None,
