@@ -51,6 +51,7 @@ from .options import (
     source_fields,
     text_console,
 )
+from .portable.cli import register as register_portable
 from .profiling import cli as _profiling
 from .terminal import StreamError, Terminated, safe_streams, stopping
 
@@ -68,6 +69,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
+
 BATCH = 16
 
 
@@ -302,7 +304,7 @@ def _counterfactual_records(
     """
     import torch
 
-    from counterlens.export.store import file_digest
+    from counterlens.export.hashing import file_digest
 
     from .images import load_image, save_png
 
@@ -395,7 +397,8 @@ def export(
     what: Annotated[
         str,
         typer.Option(
-            help="guided-step (gradient included), unet, vae-encoder, vae-decoder, classifier, or all (engine)."
+            help="guided-step (gradient included), unet, vae-encoder, vae-decoder, classifier, all (engine), or "
+            "counterfactual: the whole run, loop and all, as one file for any ONNX Runtime."
         ),
     ] = "guided-step",
     format: Annotated[str, typer.Option(help="onnx, aoti (AOTInductor package) or tensorrt.")] = "onnx",
@@ -421,6 +424,21 @@ def export(
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
     overwrite: OverwriteFlag = False,
     measure: Annotated[bool, typer.Option(help="Time it against eager, for runtime auto.")] = True,
+    batch: Annotated[str, typer.Option(help="Of counterfactual: open, or the one size that the file takes.")] = "open",
+    storage: Annotated[
+        str,
+        typer.Option(help="Of counterfactual's weights: lossless (float16 where nothing is lost), float16, float32."),
+    ] = "lossless",
+    share: Annotated[
+        str, typer.Option(help="Of counterfactual's weights: local (fast on a CPU) or outer (one copy in memory).")
+    ] = "local",
+    page: Annotated[bool, typer.Option("--page", help="Also a page for any static host that runs it.")] = False,
+    single_page: Annotated[
+        bool, typer.Option("--single-page", help="Also one HTML file that runs it, offline, by double click.")
+    ] = False,
+    ort_web: Annotated[
+        Path | None, typer.Option(help="onnxruntime-web as npm packs it, or unpacked; fetched by npm without it.")
+    ] = None,
     seed: UnusedSeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -431,6 +449,8 @@ def export(
     UNet beside it.
 
     Example: counterlens export --what guided-step --format onnx
+
+    Example: counterlens export --what counterfactual --speed fast --single-page --out whole
 
     Example: counterlens export --model ./sd15 --classifier ./resnet-50 --preset imagenet-text --format aoti
     """
@@ -450,6 +470,12 @@ def export(
         config, pack, classifier, model, options, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size,
     )  # fmt: skip
+    if what == "counterfactual":
+        from .portable.cli import export_whole
+
+        return export_whole(engine, config, out, batch, storage, share, page, single_page, ort_web, as_json)
+    if page or single_page or ort_web is not None or (batch, storage, share) != ("open", "lossless", "local"):
+        raise UsageError("what: batch, storage, share, page and ort-web are of --what counterfactual")
     for part in ALL if what == "all" else (what,):
         with progress_bar("export") as progress:
             task = progress.task_ids[0]
@@ -555,6 +581,7 @@ app.command("audit-merge")(_audit.merge)
 app.command("audit-report")(_audit.report)
 app.add_typer(_metrics.app, name="metrics")
 register_adapter(app)
+register_portable(app)
 
 
 class Command(TyperCommand):

@@ -420,6 +420,15 @@ class Engine:
                 out[slots] = runner.choose(slots)
         return out
 
+    def export_counterfactual(self, folder: str | Path, config: Config | None = None, **options: Any) -> dict[str, Any]:
+        """Write a whole counterfactual, loop and all, as one ONNX file with a card that says how to use it.
+
+        Args and errors: see `whole_run.export_counterfactual`. Returns what the card, counterfactual.json, holds.
+        """
+        from .whole_run import export_counterfactual
+
+        return export_counterfactual(self, folder, config, **options)
+
     @classmethod
     def from_pretrained(
         cls,

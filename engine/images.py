@@ -9,16 +9,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from .errors import CounterlensError, UsageError
 from .files import write_atomically
+
+if TYPE_CHECKING:  # reading pixels needs no PyTorch, and `counterlens run` does without it
+    from torch import Tensor
 
 MAX_PIXELS = 64_000_000
 TIMES = ("started", "seconds", "path")
@@ -71,6 +73,13 @@ def load_image(file: Path | BytesIO, size: int, name: str | None = None) -> Tens
             than 64 megapixels (refused before decoding), or uses so little of its pixels' range that it would be black;
             the message names it.
     """
+    import torch
+
+    return torch.from_numpy(load_pixels(file, size, name)).permute(2, 0, 1).contiguous()
+
+
+def load_pixels(file: Path | BytesIO, size: int, name: str | None = None) -> NDArray[np.float32]:
+    """What `load_image` reads, as an array [size, size, 3] in [0, 1]."""
     path = name or file
     check_file(file, path)
     with decoding(path):
@@ -83,7 +92,7 @@ def load_image(file: Path | BytesIO, size: int, name: str | None = None) -> Tens
             raise CounterlensError(f"{path}: not an image that can be read{_hint(file)}") from error
         if rgb.size != (size, size):
             rgb = rgb.resize((size, size), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.asarray(rgb, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
+        return np.asarray(rgb, dtype=np.float32) / np.float32(255)
 
 
 def check_file(file: Path | str | BytesIO, name: object) -> None:
@@ -191,7 +200,7 @@ def _to_8_bits(image: Image.Image, path: object) -> Image.Image:
 
 def to_uint8(image: Tensor) -> Tensor:
     """Image in [0, 1] to 8 bits, rounded to nearest, values outside clamped; same shape, uint8."""
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    return (image.clamp(0, 1) * 255).round().byte()
 
 
 def as_saved(image: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 
 import filelock
 
-from counterlens.export.store import file_digest
+from counterlens.export.hashing import file_digest
 
 from .errors import CounterlensError, UsageError
 from .files import cannot_write, write_atomically

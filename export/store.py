@@ -22,6 +22,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from .errors import ExportError
+from .hashing import file_digest
 
 FORMAT = 1
 MANIFEST = "artefact.json"
@@ -169,15 +170,6 @@ def open_artefact(folder: Path) -> Artefact:
         raise ExportError(f"{error.filename}: missing; {advice}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{folder / MANIFEST}: damaged ({error}); {advice}") from error
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _name(key: Mapping[str, Any]) -> str:

@@ -294,7 +294,7 @@ def _saliency(
     import torch
     from safetensors.torch import save
 
-    from counterlens.export.store import file_digest
+    from counterlens.export.hashing import file_digest
 
     from ..data import collect
     from ..images import load_image

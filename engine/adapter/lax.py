@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from counterlens.export.store import file_digest, weights_digest
+from counterlens.export.hashing import file_digest
+from counterlens.export.store import weights_digest
 from counterlens.kernels.dispatch import exporting
 
 from ..errors import CounterlensError, UsageError

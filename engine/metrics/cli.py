@@ -46,7 +46,7 @@ def calibrate(
     if split == "test":
         raise UsageError("split: alpha_min is not chosen on the test split, on which methods are compared")
     values = _numbers(candidates)
-    from counterlens.export.store import file_digest
+    from counterlens.export.hashing import file_digest
 
     from ..outputs import open_run
     from ..packs import Pack

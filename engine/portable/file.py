@@ -72,6 +72,7 @@ class CounterfactualFile:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except (RuntimeError, onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf) as error:
             raise CounterlensError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]})") from error
+        self.runtime_version: str = onnxruntime.__version__
         self.labels: list[str] = self.card["labels"]
         self.image_size: int = self.card["image_size"]
         shapes = {entry["name"]: entry["shape"] for entry in self.card["inputs"]}

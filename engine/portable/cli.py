@@ -1,0 +1,200 @@
+"""`counterlens export --what counterfactual`, and `counterlens run`, which works without PyTorch."""
+
+from __future__ import annotations
+
+import base64
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import CounterlensError, UsageError
+from ..options import (
+    JsonFlag,
+    OverwriteFlag,
+    ResumeFlag,
+    SeedOption,
+    errors,
+    print_json,
+    progress_bar,
+    text_console,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..config import Config
+    from ..engine import Engine
+    from .file import CounterfactualFile
+
+
+def export_whole(
+    engine: Engine, config: Config, out: Path | None, batch: str, storage: Any, share: Any, page: bool,
+    single_page: bool, ort_web: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """What `export --what counterfactual` does: the file, its card, and pages that run it."""
+    from .file import CARD
+    from .page import web_runtime, write_page
+
+    if out is None:
+        raise UsageError("out: a whole counterfactual goes to a folder; name it (--out whole)")
+    if batch != "open" and not (batch.isdecimal() and int(batch) > 0):
+        raise UsageError(f"batch: expected open or a number above 0, got {batch!r}")
+    if (page or single_page) and batch not in ("open", "1"):
+        raise UsageError(f"batch: a page shows one image at a time; take open or 1, not {batch}")
+    runtime = web_runtime(ort_web) if page or single_page else None  # what is missing is said before minutes of work
+    with progress_bar("export") as progress:
+        task = progress.task_ids[0]
+        card = engine.export_counterfactual(
+            out, config, batch=None if batch == "open" else int(batch), storage=storage, share=share,
+            page=None if runtime is None else page_card(engine, runtime.version),
+            say=lambda text: progress.update(task, description=text),
+        )  # fmt: skip
+    files = [out / card["file"], out / CARD]
+    if runtime is not None:
+        for single in [True] * single_page + [False] * page:
+            files += write_page(out, card, runtime, single=single)
+    report = {**card, "files": [str(path) for path in files]}
+    report.pop("page", None)
+    if as_json:
+        return print_json(report)
+    console, parity = text_console(False), card["parity"]
+    say: Any = lambda text: console.print(text, markup=False, soft_wrap=True)  # noqa: E731
+    say(f"{card['steps']} steps in one file of {card['bytes'] / 1e6:.1f} MB, made in {card['seconds']['in all']:.0f} s")
+    say(
+        f"against the eager run on {parity['images']}: {parity['predictions_equal']:.1%} of the predictions equal, "
+        f"{parity['within_1_of_255']:.1%} of the images within 1/255, the worst off by {parity['worst_in_255']:g}/255"
+    )
+    if "warning" in parity:
+        say(f"warning: {parity['warning']}")
+    for path in files:
+        say(str(path))
+
+
+def page_card(engine: Engine, version: str) -> dict[str, Any]:
+    """What a page shows beside the file: samples of the pack, the empty ground, and what the model is."""
+    pack = engine.source.get("pack")
+    about, samples = "The model inside was brought by whoever made this page.", []
+    if pack is not None:
+        from ..images import to_uint8
+        from ..packs import Pack
+
+        held = Pack(pack)
+        drawn = held.samples("test", count=10)
+        about = (
+            f"Inside is the {engine.source.get('classifier', '')} classifier of counterlens' {held.name} pack, with "
+            "its diffusion model. Digits: UCI, as shipped with scikit-learn (E. Alpaydin, C. Kaynak; CC BY 4.0)."
+        )
+        samples = [
+            {
+                "name": str(label),
+                "pixels": base64.b64encode(to_uint8(image).permute(1, 2, 0).contiguous().numpy().tobytes()).decode(),
+            }
+            for image, label in zip(drawn.images, drawn.labels, strict=True)
+        ]
+    return {"about": about, "samples": samples, "ground": "#1a1a1a", "onnxruntime_web": version}
+
+
+def register(app: typer.Typer) -> None:
+    """Add `run`."""
+    app.command()(run)
+
+
+def run(
+    file: Annotated[Path, typer.Argument(help="counterfactual.onnx; its card, counterfactual.json, lies beside it.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    target: Annotated[str, typer.Option(help="Label name, index or runner-up.")] = "runner-up",
+    out: Annotated[Path, typer.Option(help="Folder for the counterfactuals.")] = Path("counterfactuals"),
+    threads: Annotated[int | None, typer.Option(help="Of ONNX Runtime; its own choice without it.", min=1)] = None,
+    overwrite: OverwriteFlag = False,
+    resume: ResumeFlag = False,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Change images with a counterfactual's file alone: without PyTorch, in about a second.
+
+    `counterlens export --what counterfactual` writes the file. The output is that of `counterlens counterfactual`: one
+    PNG per image, results.jsonl and run.json.
+
+    Example: counterlens run whole/counterfactual.onnx digits/test-0000-0.png --target 7 --out changed
+    """
+    from PIL import Image
+
+    from counterlens.export.hashing import file_digest
+
+    from ..data import collect
+    from ..images import load_pixels, write_png
+    from ..outputs import Source, open_run
+    from .file import CounterfactualFile
+
+    items = collect(images)
+    opened = CounterfactualFile(file, threads)
+    wanted, card = opened.target(target), opened.card
+    facts = {
+        "command": "counterlens run", "file": str(file), "file_sha256": card["sha256"],
+        "classifier": card["classifier"], "mode": card["mode"], "speed": card["speed"],
+        "settings": card["settings"], "weights": card["weights"],
+        "target": target, "seed": seed, "threads": threads,
+        "made_with": card["versions"],
+        "versions": {"counterlens": version("counterlens"), "onnxruntime": opened.runtime_version},
+    }  # fmt: skip
+    sources = [Source(item.path.stem, {"image": str(item.path)}, item.path) for item in items]
+    console, rows, failed = text_console(as_json), [], 0
+    with open_run(
+        out, facts, sources=sources, endings=(".png",), inputs=[file], overwrite=overwrite, resume=resume,
+        say=errors.print,
+    ) as folder:  # fmt: skip
+        for item, name, done in zip(items, folder.names, folder.done, strict=True):
+            record = done
+            if record is None:
+                record = {"image": str(item.path)}
+                try:
+                    pixels = load_pixels(item.path, opened.image_size).transpose(2, 0, 1)
+                    record |= {"input_sha256": file_digest(item.path), **_answer(opened, pixels, wanted, seed)}
+                    changed = record.pop("counterfactual", None)
+                    if changed is not None:
+                        path = folder.folder / f"{name}.png"
+                        write_png(Image.fromarray(changed), path, folder.line(name, record))
+                        record["path"] = str(path)
+                except (CounterlensError, OSError) as error:
+                    record["error"] = str(error).removeprefix(f"{item.path}: ")
+                record = folder.line(name, record)
+                folder.append(record)
+            if as_json:
+                print_json(record)
+            if "error" in record:
+                failed += 1
+                errors.print(f"error: {record['image']}: {record['error']}", style="red")
+                rows.append([record["image"], "", "", "", "", "", "", "failed"])
+            else:
+                rows.append([
+                    record["image"], record["source"], record["target"], record["prediction"],
+                    f"{record['confidence']:.3f}", "yes" if record["flipped"] else "no", f"{record['l1']:.4f}",
+                    record["path"],
+                ])  # fmt: skip
+    console.table(["image", "from", "target", "now", "confidence", "flipped", "L1", "file"], rows)
+    if failed:
+        raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
+
+
+def _answer(opened: CounterfactualFile, pixels: NDArray[np.float32], target: int, seed: int) -> dict[str, Any]:
+    """One image's record, its counterfactual [S, S, 3] in 8 bits; or why there is none."""
+    started = time.perf_counter()
+    answers = opened.run(pixels[None], target, seed)
+    if (error := answers.errors[0]) is not None:
+        return {"error": error}
+    labels, said, wanted = opened.labels, int(answers.prediction[0]), int(answers.target[0])
+    return {
+        "source": labels[answers.source[0]],
+        "target": labels[wanted],
+        "prediction": labels[said],
+        "confidence": round(float(answers.probabilities[0, said]), 6),
+        "target_confidence": round(float(answers.probabilities[0, wanted]), 6),
+        "flipped": said == wanted,
+        "l1": round(float(answers.l1[0]), 6),
+        "seconds": round(time.perf_counter() - started, 4),
+        "counterfactual": (answers.counterfactual[0].transpose(1, 2, 0) * 255).round().astype("uint8"),
+    }
