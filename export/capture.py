@@ -39,7 +39,7 @@ def rehearse(fn: Callable[..., Any], examples: Sequence[Tensor]) -> None:
         with torch.no_grad():
             fn(*(x.clone() for x in examples))
     except Exception as error:  # the user's code may raise anything
-        raise ExportError(f"the function fails on inputs {_shapes(examples)}: {explain(error)}") from error
+        raise ExportError(f"the function fails on inputs {shapes_of(examples)}: {explain(error)}") from error
 
 
 def capture(fn: Callable[..., Any], examples: Sequence[Tensor], record: bool = False) -> GraphModule:
@@ -172,5 +172,6 @@ def source_of(node: Node) -> str:
     return best or f"node {node.name}"
 
 
-def _shapes(examples: Sequence[Tensor]) -> str:
+def shapes_of(examples: Sequence[Tensor]) -> str:
+    """Their shapes, for a message."""
     return ", ".join(str(list(x.shape)) for x in examples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .errors import ExportError, NodeError
 from .lowering import LOWERINGS, Value
 from .simplify import Size, aten
 from .trace import located, trace
+from .verify import MEMORY, SMALL, check_file, check_structure
 
 OPSET = 18
 OPSETS = range(18, 22)  # what the lowerings are right for, and TensorRT 10 reads
@@ -48,36 +50,66 @@ def export_onnx(
     dynamic_batch: bool = True,
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
+    memory: int = MEMORY,
+    report: dict[str, Any] | None = None,
 ) -> Path:
     """Write `fn` to an ONNX file; it may call `torch.func.vjp`, `grad`, `jacrev` or `vmap` inside.
 
     Parameters become initializers, beside the file (`<name>.data`) when there are over 2 GB of them. The file appears
-    when it is complete, or not at all.
+    when it is complete and checked, or not at all: onnx's checker and full shape inference, loaded by ONNX Runtime and
+    compared with `fn` on random inputs in the examples' own ranges at batches 1, 3 and 8 (at its own without an open
+    batch). A warning says what could not be run.
 
     Args:
         fn: a module or function from tensors to a tensor or a tuple of tensors.
-        example_inputs: tensors of the right shapes and dtypes; their values do not matter.
+        example_inputs: tensors of the right shapes and dtypes with values that `fn` can take.
         path: of the file.
         input_names, output_names: default to the parameters' names and `output_0`, ...
         dynamic_batch: leave the batch open, see `counterlens.export.trace`.
         opset: 18 (the default) to 21.
         metadata: strings to keep in the file.
+        memory: bytes of activations that the comparison may take; batches beyond it are left out.
+        report: filled with what was compared, see `counterlens.export.verify.check_file`.
 
     Returns:
         The path.
 
     Raises:
-        ExportError: `fn` cannot be traced, or an operation has no ONNX form; the message holds its source line.
+        ExportError: `fn` cannot be traced, an operation has no ONNX form, the result is not what `fn` gives, or the
+            file cannot be written; the message holds the source line.
     """
     target = Path(path)
+    opset = _checked_opset(opset)
     traced = trace(fn, example_inputs, dynamic_batch=dynamic_batch)
+    found: dict[str, Any] = {}
+
+    def check(file: Path, builder: OnnxBuilder) -> None:
+        found.update(
+            check_file(
+                file,
+                traced,
+                fn,
+                example_inputs,
+                dynamic_batch=dynamic_batch,
+                values=builder.values,
+                origins=builder.origins,
+                memory=memory,
+            )
+        )
+
+    names = input_names or _parameter_names(fn, len(example_inputs))
     try:
-        return write_onnx(
-            traced, target, input_names=input_names or _parameter_names(fn, len(example_inputs)),
-            output_names=output_names, opset=opset, metadata=metadata,
-        )  # fmt: skip
+        _write(traced, target, list(names), output_names, opset, metadata, check)
     except NodeError as error:
         raise located(error, fn, example_inputs, dynamic_batch) from None
+    except OSError as error:
+        raise ExportError(f"{target}: cannot be written ({error})") from error
+    if left_out := found["left_out"]:
+        said = "; ".join(f"{'' if batch == 'all' else f'batch {batch} '}{why}" for batch, why in left_out.items())
+        warnings.warn(f"{target}: not compared with the function: {said}", stacklevel=2)
+    if report is not None:
+        report.update(found)
+    return target
 
 
 def write_onnx(
@@ -89,25 +121,45 @@ def write_onnx(
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a graph that `trace` made; see `export_onnx`."""
-    target = Path(path)
+    """Write a graph that `trace` made; see `export_onnx`. Its shapes are checked, running it is left to the caller."""
+    _write(graph, Path(path), list(input_names), output_names, _checked_opset(opset), metadata, lambda *_: None)
+    return Path(path)
+
+
+def _checked_opset(opset: int | None) -> int:
     opset = OPSET if opset is None else opset
     if opset not in OPSETS:
         raise ExportError(f"opset: expected {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
+    return opset
+
+
+def _write(
+    graph: GraphModule,
+    target: Path,
+    input_names: list[str],
+    output_names: Sequence[str] | None,
+    opset: int,
+    metadata: Mapping[str, str] | None,
+    check: Callable[[Path, OnnxBuilder], None],
+) -> None:
     builder = OnnxBuilder()
-    model = builder.build(graph, list(input_names), output_names, opset)
+    model = builder.build(graph, input_names, output_names, opset)
     helper.set_model_props(model, dict(metadata or {}))
+    builder.check(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
         builder.write(model, Path(work), target.name)
+        check(Path(work) / target.name, builder)
         # The data first: a model without its data would be half a file.
         for part in sorted(Path(work).iterdir(), key=lambda p: p.name == target.name):
             os.replace(part, target.parent / part.name)
-    return target
 
 
 def _parameter_names(fn: Callable[..., Any], count: int) -> list[str]:
-    signature = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
+    try:
+        signature = inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
+    except ValueError:  # a built-in function
+        return [f"input_{i}" for i in range(count)]
     names = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return names[:count] if len(names) >= count else [f"input_{i}" for i in range(count)]
 
@@ -119,6 +171,8 @@ class OnnxBuilder:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, Tensor] = {}
         self.types: dict[str, torch.dtype] = {}
+        self.values: dict[Node, Any] = {}  # of the graph's nodes
+        self.origins: dict[str, str] = {}  # the graph's node that an operator was written for
         self._made: dict[Any, Any] = {}
         self._constants: dict[Any, Value] = {}
 
@@ -185,7 +239,7 @@ class OnnxBuilder:
         self, graph: GraphModule, input_names: list[str], output_names: Sequence[str] | None, opset: int
     ) -> onnx.ModelProto:
         """The model without its weights."""
-        values: dict[Node, Any] = {}
+        values = self.values
         placeholders = [n for n in graph.graph.nodes if n.op == "placeholder"]
         if len(input_names) != len(placeholders) or len(set(input_names)) != len(input_names):
             raise ExportError(f"input_names: expected {len(placeholders)} different names, got {input_names}")
@@ -193,10 +247,12 @@ class OnnxBuilder:
             values[node] = Value(name)
             self.types[name] = node.meta["val"].dtype
         for node in graph.graph.nodes:
+            first = len(self.nodes)
             if node.op == "get_attr":
                 values[node] = self.constant(getattr(graph, node.target))
             elif node.op == "call_function":
                 values[node] = self._lower(node, values)
+            self.origins.update({n.name: node.name for n in self.nodes[first:]})
         (result,) = next(n for n in graph.graph.nodes if n.op == "output").args
         results = list(result) if isinstance(result, (list, tuple)) else [result]
         output_names = list(output_names or (f"output_{i}" for i in range(len(results))))
@@ -229,9 +285,8 @@ class OnnxBuilder:
         target: Any = node.target
         if target.__name__ == "getitem":
             if args[0][args[1]] is None:
-                raise NodeError(
-                    f"output {args[1]} of {node.args[0].target} has no ONNX form here, at {{where}}", node.name
-                )  # type: ignore[union-attr]
+                source: Any = node.args[0]
+                raise NodeError(f"output {args[1]} of {source.target} has no ONNX form here, at {{where}}", node.name)
             return args[0][args[1]]
         if target.__name__ in ("mul", "add") and not isinstance(target, torch._ops.OpOverload):
             return self.op(target.__name__.capitalize(), args[0], self.constant([args[1]]))
@@ -249,10 +304,26 @@ class OnnxBuilder:
                 f"{target} has no ONNX form for these arguments ({error}), at {{where}}", node.name
             ) from error
 
+    def _used(self) -> dict[str, Tensor]:
+        used = {v for n in self.nodes for v in n.input}
+        return {n: t for n, t in self.weights.items() if n in used}
+
+    def check(self, model: onnx.ModelProto) -> None:
+        """onnx's checker and full shape inference; NodeError where it is no valid model."""
+        whole = onnx.ModelProto()
+        whole.CopyFrom(model)
+        large: dict[str, tuple[int, Sequence[int]]] = {}
+        for name, tensor in self._used().items():
+            if tensor.numel() * tensor.element_size() > SMALL:
+                large[name] = (TYPES[tensor.dtype], tensor.shape)
+            else:
+                proto = whole.graph.initializer.add(name=name, data_type=TYPES[tensor.dtype], dims=tensor.shape)
+                proto.raw_data = _bytes(tensor)
+        check_structure(whole, large, self.origins)
+
     def write(self, model: onnx.ModelProto, folder: Path, name: str) -> None:
         """Write model and weights into `folder`; weights one by one, so that memory holds no second copy."""
-        used = {v for n in self.nodes for v in n.input}
-        weights = {n: t for n, t in self.weights.items() if n in used}
+        weights = self._used()
         external = sum(t.numel() * t.element_size() for t in weights.values()) > EXTERNAL_ABOVE
         data = (folder / f"{name}.data").open("wb") if external else None
         for weight, tensor in weights.items():

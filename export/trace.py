@@ -95,7 +95,7 @@ def _same_result(graph: GraphModule, fn: Callable[..., Any], examples: list[Tens
     try:
         with torch.no_grad():
             got = [v.detach().cpu() for v in outputs(graph(*inputs))]
-    except RuntimeError:  # sizes that do not fit
+    except (RuntimeError, ValueError, IndexError, TypeError):  # sizes that do not fit
         return False
     return not compare(got, fn, inputs, tolerance_of(graph)).fault
 
@@ -129,6 +129,12 @@ def batch_dependence(fn: Callable[..., Any], examples: Sequence[Tensor], batch: 
         except NodeError as found:
             error = found
     return None if error is None else located(error, fn, examples)
+
+
+def traced_alone(fn: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
+    """The function at these sizes only, in core ATen operations."""
+    with preserved(fn, devices_of(examples)) as state:
+        return _at_sizes(fn, list(examples), state)
 
 
 def devices_of(examples: Sequence[Tensor]) -> list[int]:
