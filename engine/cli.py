@@ -512,7 +512,7 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Original checkpoint: .safetensors, or a pickle of tensors.")],
     out: Annotated[Path, typer.Option(help="New folder in diffusers' layout.")] = Path("converted"),
     image_size: Annotated[int | None, typer.Option(help="Side that it was trained for: 256 (LDM), 512 (SD).")] = None,
-    prediction: Annotated[str, typer.Option(help="epsilon or v_prediction.")] = "epsilon",
+    prediction: Annotated[str, typer.Option(help="epsilon, v_prediction or sample.")] = "epsilon",
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a CLIP tokenizer; SD files hold none.")] = None,
     labels: Annotated[str | None, typer.Option(help="Names of the classes: a .txt file, one a line.")] = None,
     seed: UnusedSeedOption = 0,

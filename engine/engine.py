@@ -228,6 +228,9 @@ class Engine:
                 f"classifier: its {len(classifier.labels)} labels are not the diffusion model's "
                 f"{len(diffusion.labels)}; diffusion.describe(labels) names them"
             )
+        levels = diffusion.alphas_cumprod
+        if not ((levels > 0) & (levels < 1)).all() or not (levels[1:] < levels[:-1]).all():
+            raise UsageError("diffusion: alphas_cumprod must fall from below 1 and end above 0")
         self.diffusion = diffusion
         self.classifier = classifier
         self.config = config or Config()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CounterlensError, UsageError
+from .fields import PREDICTIONS
 from .load import open_diffusion, read_tensors
-from .stable_diffusion import PREDICTIONS
 from .text import import_transformers, open_tokenizer
 
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch import Tensor, nn
 
+from .fields import to_noise
 from .latent import check_image_size, check_parts, decode_kl, dtype_of, encode_kl, match_classes
 
 
@@ -18,6 +19,7 @@ class DiffusionTransformer:
         vae, transformer: diffusers models.
         alphas_cumprod: [T] float64.
         names: of the classes, if known.
+        prediction: what the transformer was trained to predict, see `fields.to_noise`.
 
     Raises:
         UsageError: the parts do not fit.
@@ -33,11 +35,13 @@ class DiffusionTransformer:
         transformer: DiTTransformer2DModel,
         alphas_cumprod: Tensor,
         names: Sequence[str] | None = None,
+        prediction: str = "epsilon",
     ) -> None:
         check_parts(vae, transformer)
         self.vae = vae
         self.transformer = transformer
         self.alphas_cumprod = alphas_cumprod
+        self.prediction = prediction
         self.names = names
         self.null_class = int(transformer.config.num_embeds_ada_norm)
         channels, side = int(transformer.config.in_channels), int(transformer.config.sample_size)
@@ -83,7 +87,7 @@ class DiffusionTransformer:
     ) -> Tensor:
         """Noise in `z`: [B, C, h, w]."""
         out = self.transformer(z.to(dtype_of(self.transformer)), timestep, class_labels=condition).sample
-        return out[:, : z.shape[1]].to(z.dtype)
+        return to_noise(self.prediction, out[:, : z.shape[1]].to(z.dtype), z, self.alphas_cumprod, timestep)
 
     def condition(
         self,

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .fields import to_noise, unwhitened, whitened
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
@@ -22,7 +23,7 @@ def encode_kl(
 ) -> Tensor:
     """Scaled latents [B, C, h, w] in the image's dtype: the encoder's mode (the official code samples instead)."""
     z = vae.encode((image * 2 - 1).to(dtype_of(vae))).latent_dist.mode()
-    return z.to(image.dtype) * vae.config.scaling_factor
+    return whitened(vae.config, z.to(image.dtype))
 
 
 def decode_kl(
@@ -30,7 +31,7 @@ def decode_kl(
     z: Tensor,  # [B, C, h, w]
 ) -> Tensor:
     """Image [B, 3, H, W] in the latents' dtype, nominally in [-1, 1]."""
-    return vae.decode((z / vae.config.scaling_factor).to(dtype_of(vae))).sample.to(z.dtype)
+    return vae.decode(unwhitened(vae.config, z).to(dtype_of(vae))).sample.to(z.dtype)
 
 
 def check_parts(vae: nn.Module, denoiser: nn.Module) -> None:
@@ -41,9 +42,14 @@ def check_parts(vae: nn.Module, denoiser: nn.Module) -> None:
     """
     latent, expected = denoiser.config.in_channels, vae.config.latent_channels  # type: ignore[union-attr]
     if latent != expected:
+        more = {5: "depth", 7: "upscaling", 8: "editing", 9: "inpainting"}.get(latent) if expected == 4 else None
         raise UsageError(
-            f"latent channels: the denoiser takes {latent}, the VAE makes {expected}; they do not belong together"
+            f"latent channels: the denoiser takes {latent}, the VAE makes {expected} (in_channels); "
+            + (f"a model for {more} takes an image beside them" if more else "they do not belong together")
         )
+    made, transformer = int(denoiser.config.out_channels or latent), hasattr(denoiser.config, "patch_size")  # type: ignore[union-attr, arg-type]
+    if made != latent and not (transformer and made == 2 * latent):  # of a DiT the second half is the variance
+        raise UsageError(f"latent channels: the denoiser makes {made} (out_channels) of {latent}; expected as many")
     for name, module in (("VAE", vae), ("denoiser", denoiser)):
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()})
         if len(dtypes) != 1:
@@ -120,11 +126,20 @@ class ClassConditionalLatentDiffusion:
         vae, unet: diffusers models; `vae.config.scaling_factor` is applied here.
         alphas_cumprod: [T] float64.
         labels: one name for each class; the null class has none.
+        prediction: what the UNet was trained to predict, see `fields.to_noise`.
     """
 
     conditioning = "class"
 
-    def __init__(self, vae: AutoencoderKL, unet: UNet2DModel, alphas_cumprod: Tensor, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        unet: UNet2DModel,
+        alphas_cumprod: Tensor,
+        labels: Sequence[str],
+        prediction: str = "epsilon",
+    ) -> None:
+        self.prediction = prediction
         self.vae = vae
         self.unet = unet
         self.alphas_cumprod = alphas_cumprod
@@ -168,7 +183,8 @@ class ClassConditionalLatentDiffusion:
         condition: Tensor,  # [B] class indices
     ) -> Tensor:
         """Noise in `z`: [B, C, h, w]."""
-        return self.unet(z, timestep, class_labels=condition).sample
+        out = self.unet(z, timestep, class_labels=condition).sample
+        return to_noise(self.prediction, out, z, self.alphas_cumprod, timestep)
 
     def condition(
         self,

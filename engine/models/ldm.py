@@ -8,6 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 
+from ..errors import UsageError
+from .fields import to_noise
 from .latent import check_image_size, check_parts, dtype_of, match_classes
 
 
@@ -31,6 +33,7 @@ class ClassContextLatentDiffusion:
         class_embedder: [classes + 1, width] embedding, the null class last.
         alphas_cumprod: [T] float64.
         names: of the classes, if known.
+        prediction: what the UNet was trained to predict, see `fields.to_noise`.
 
     Raises:
         UsageError: the parts do not fit.
@@ -47,8 +50,15 @@ class ClassContextLatentDiffusion:
         class_embedder: nn.Embedding,
         alphas_cumprod: Tensor,
         names: Sequence[str] | None = None,
+        prediction: str = "epsilon",
     ) -> None:
         check_parts(vqvae, unet)
+        if (width := unet.config.cross_attention_dim) != class_embedder.embedding_dim:
+            raise UsageError(
+                f"class embedder: its {class_embedder.embedding_dim} channels are not the UNet's {width} "
+                "(cross_attention_dim)"
+            )
+        self.prediction = prediction
         self.vqvae = vqvae
         self.unet = unet
         self.class_embedder = class_embedder
@@ -102,7 +112,8 @@ class ClassContextLatentDiffusion:
     ) -> Tensor:
         """Noise in `z`: [B, C, h, w]."""
         dtype = dtype_of(self.unet)
-        return self.unet(z.to(dtype), timestep, encoder_hidden_states=condition.to(dtype)).sample.to(z.dtype)
+        out = self.unet(z.to(dtype), timestep, encoder_hidden_states=condition.to(dtype)).sample.to(z.dtype)
+        return to_noise(self.prediction, out, z, self.alphas_cumprod, timestep)
 
     def condition(
         self,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import CounterlensError, UsageError
+from .fields import check_fields, check_side, latent_scale, read_noise_levels
 
 if TYPE_CHECKING:
     from .dit import DiffusionTransformer
@@ -32,6 +33,8 @@ PARTS = {
     "ldm": ("class_embedder", "vqvae", "unet", "scheduler"),
     "stable-diffusion": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
 }
+# What a class was called when weights that are still published were saved.
+LEGACY = {"DiTTransformer2DModel": "Transformer2DModel"}
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 DOWNLOADED = ["*.json", "*.txt", "*.model", "*/diffusion_pytorch_model*.safetensors", "*model.safetensors"]
 NOT_DOWNLOADED = ["*non_ema*", "*fp16*", "safety_checker/*"]
@@ -156,13 +159,15 @@ def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^"
         ignore: pattern of tensors that may be missing or left over.
 
     Raises:
-        CounterlensError: a file is missing, corrupt or of another class, or tensors are missing, left over or of
-            another shape.
+        UsageError: a field asks for what is not done here. CounterlensError: a file is missing, corrupt or of another
+            class, or tensors are missing, left over or of another shape.
     """
     config = read_json(folder / "config.json")
     written = config.get("_class_name", loader.__name__)
-    if written != loader.__name__:
+    if written not in (loader.__name__, LEGACY.get(loader.__name__)):
         raise CounterlensError(f"{folder / 'config.json'}: expected a {loader.__name__}, got a {written}")
+    if "_class_name" in config:
+        check_fields(folder / "config.json", config, loader)
     files = weight_files(folder)
     if not files:
         raise CounterlensError(f"{folder}: no weights ({', '.join(f'{n}.safetensors' for n in WEIGHTS[:2])})")
@@ -247,22 +252,24 @@ def open_diffusion(
 
 
 def _open(folder: Path, kind: str, dtype: torch.dtype, image_size: int | None) -> OpenedDiffusion:
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel, UNet2DConditionModel, VQModel
+    from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel, VQModel
 
-    schedule = read_json(folder / "scheduler" / "scheduler_config.json")
-    alphas_cumprod = DDIMScheduler.from_config(schedule).alphas_cumprod.double()
+    path = folder / "scheduler" / "scheduler_config.json"
+    alphas_cumprod, prediction = read_noise_levels(path, read_json(path))
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     names = id2label_names(index.get("id2label"))
+    denoiser = folder / ("transformer" if kind == "dit" else "unet") / "config.json"
+    check_side(denoiser, read_json(denoiser), chosen=image_size is not None)
     if kind == "dit":
         from .dit import DiffusionTransformer
 
-        vae = read_part(AutoencoderKL, folder / "vae", dtype)
+        vae = _read_vae(AutoencoderKL, folder / "vae", dtype)
         transformer = read_part(DiTTransformer2DModel, folder / "transformer", dtype)
-        return DiffusionTransformer(vae, transformer, alphas_cumprod, names)
+        return DiffusionTransformer(vae, transformer, alphas_cumprod, names, prediction)
     if kind == "ldm":
         from .ldm import ClassContextLatentDiffusion
 
-        vqvae = read_part(VQModel, folder / "vqvae", dtype)
+        vqvae = _read_vae(VQModel, folder / "vqvae", dtype)
         unet = read_part(UNet2DConditionModel, folder / "unet", dtype)
         weight = read_tensors(folder / "class_embedder" / "model.safetensors").get("embedding.weight")
         if weight is None or weight.ndim != 2:
@@ -270,17 +277,24 @@ def _open(folder: Path, kind: str, dtype: torch.dtype, image_size: int | None) -
                 f"{folder / 'class_embedder'}: expected one tensor, embedding.weight [classes + 1, C]"
             )
         embedder = nn.Embedding.from_pretrained(weight.to(dtype), freeze=True)
-        return ClassContextLatentDiffusion(vqvae, unet, embedder, alphas_cumprod, names)
+        return ClassContextLatentDiffusion(vqvae, unet, embedder, alphas_cumprod, names, prediction)
     from .stable_diffusion import StableDiffusion
     from .text import open_text_encoder
 
-    vae = read_part(AutoencoderKL, folder / "vae", dtype)
+    vae = _read_vae(AutoencoderKL, folder / "vae", dtype)
     unet = read_part(UNet2DConditionModel, folder / "unet", dtype)
     text_encoder, tokenizer = open_text_encoder(folder, dtype)
-    prediction = schedule.get("prediction_type", "epsilon")
     return StableDiffusion(
         vae, unet, text_encoder, tokenizer, alphas_cumprod, prediction=prediction, image_size=image_size
     )
+
+
+def _read_vae(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A VAE; one that says `force_upcast` stays in float32 where the rest is float16, in which it overflows."""
+    config = read_json(folder / "config.json")
+    latent_scale(folder / "config.json", config)
+    upcast = dtype == torch.float16 and config.get("force_upcast", False)
+    return read_part(loader, folder, torch.float32 if upcast else dtype)
 
 
 def id2label_names(id2label: dict[str, str] | None) -> list[str] | None:

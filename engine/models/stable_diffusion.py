@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .fields import PREDICTIONS, to_noise
 from .latent import check_image_size, check_parts, decode_kl, dtype_of, encode_kl
 
 # As published, punctuation included (LDCE, supplement): the full stop belongs to the prompt. The last two are binary
@@ -21,7 +22,6 @@ PROMPTS: dict[str, str | tuple[str, str]] = {
     "smile": ("a photo of a non-smiling person", "a photo of a smiling person"),
     "age": ("a photo of an old person", "a photo of a young person"),
 }
-PREDICTIONS = ("epsilon", "v_prediction")
 
 
 def make_prompts(labels: Sequence[str], prompts: str | Sequence[str]) -> list[str]:
@@ -48,7 +48,7 @@ class StableDiffusion:
     Args:
         vae, unet, text_encoder, tokenizer: parts of a diffusers folder.
         alphas_cumprod: [T] float64.
-        prediction: `epsilon` or `v_prediction`: what the UNet was trained to predict.
+        prediction: what the UNet was trained to predict, see `fields.to_noise`.
         image_size: side in pixels; the UNet's own without it.
 
     Raises:
@@ -72,8 +72,12 @@ class StableDiffusion:
             raise UsageError(f"prediction_type: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
         check_parts(vae, unet)
         width = unet.config.cross_attention_dim
-        if width != text_encoder.config.hidden_size:
-            raise UsageError(f"text encoder: its {text_encoder.config.hidden_size} channels are not the UNet's {width}")
+        widths = set(width) if isinstance(width, list | tuple) else {width}
+        if widths != {text_encoder.config.hidden_size}:
+            raise UsageError(
+                f"text encoder: its {text_encoder.config.hidden_size} channels are not the UNet's {width} "
+                "(cross_attention_dim)"
+            )
         self.vae = vae
         self.unet = unet
         self.text_encoder = text_encoder
@@ -127,13 +131,10 @@ class StableDiffusion:
         timestep: Tensor,  # [B]
         condition: Tensor,  # [B, tokens, width]
     ) -> Tensor:
-        """Noise in `z`: [B, C, h, w]; a predicted velocity v is turned into sqrt(abar) v + sqrt(1 - abar) z."""
+        """Noise in `z`: [B, C, h, w]."""
         dtype = dtype_of(self.unet)
         out = self.unet(z.to(dtype), timestep, encoder_hidden_states=condition.to(dtype)).sample.to(z.dtype)
-        if self.prediction == "epsilon":
-            return out
-        abar = self.alphas_cumprod.to(z)[timestep].reshape(-1, 1, 1, 1)
-        return abar.sqrt() * out + (1 - abar).sqrt() * z
+        return to_noise(self.prediction, out, z, self.alphas_cumprod, timestep)
 
     def condition(
         self,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..errors import CounterlensError, install_hint
-from .load import read_part
+from ..errors import CounterlensError, UsageError, install_hint
+from .load import read_json, read_part
 
 
 def import_transformers() -> ModuleType:
@@ -43,7 +43,13 @@ def open_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """CLIP text encoder and tokenizer of a Stable Diffusion folder.
 
     Raises:
-        CounterlensError: see `read_part` and `open_tokenizer`.
+        UsageError: the text encoder is another kind. CounterlensError: see `read_part` and `open_tokenizer`.
     """
     transformers = import_transformers()
+    path = folder / "text_encoder" / "config.json"
+    config = read_json(path)
+    if (kind := config.get("model_type", "clip_text_model")) not in ("clip_text_model", "clip"):
+        raise UsageError(f"{path}: model_type is {kind!r}; expected clip_text_model")
+    if config.get("use_attention_mask"):
+        raise UsageError(f"{path}: use_attention_mask is set: the prompt's padding is hidden, which is not supported")
     return read_part(transformers.CLIPTextModel, folder / "text_encoder", dtype), open_tokenizer(folder / "tokenizer")

@@ -109,8 +109,9 @@ class Pack:
 
     def diffusion(self) -> ClassConditionalLatentDiffusion:
         """Load the diffusion model in float32 (it is stored in float16)."""
-        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
+        from diffusers import AutoencoderKL, UNet2DModel
 
+        from ..models.fields import read_noise_levels
         from ..models.latent import ClassConditionalLatentDiffusion
 
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(self.folder / "vae"))
@@ -118,8 +119,10 @@ class Pack:
         for module, part in ((vae, "vae"), (unet, "unet")):
             _load(module, self.folder / part / "diffusion_pytorch_model.safetensors")
             module.eval().requires_grad_(False)
-        alphas_cumprod = DDIMScheduler.from_pretrained(self.folder / "scheduler").alphas_cumprod.double()
-        return ClassConditionalLatentDiffusion(vae, unet, alphas_cumprod, [str(d) for d in range(10)])
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        levels = read_noise_levels(path, json.loads(path.read_text()))
+        digits = [str(d) for d in range(10)]
+        return ClassConditionalLatentDiffusion(vae, unet, levels.alphas_cumprod, digits, levels.prediction)
 
     def guidance_decoder(self) -> TinyDecoder | None:
         """The small decoder for gradients, if the pack has one (see `packs.distill`)."""
