@@ -34,6 +34,7 @@ from .options import (
     ImageSizeOption,
     JsonFlag,
     LabelsOption,
+    MatchOfficialFlag,
     ModelOption,
     OverwriteFlag,
     PackOption,
@@ -191,6 +192,7 @@ def counterfactual(
     filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
     noise: Annotated[str | None, typer.Option(help="random or inversion.")] = None,
+    match_official: MatchOfficialFlag = False,
     speed: SpeedOption = None,
     solver: Annotated[str | None, typer.Option(help="ddim, dpm++ (DPM-Solver++(2M)) or unipc.")] = None,
     spacing: Annotated[
@@ -235,7 +237,7 @@ def counterfactual(
         guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
         filter=filter, gradient=gradient, noise=noise, speed=speed, solver=solver, spacing=spacing,
         guidance_decoder=guidance_decoder, distance=distance, guidance_start=guidance_start, guidance_end=guidance_end,
-        guidance_every=guidance_every, seed=seed,
+        guidance_every=guidance_every, match_official=match_official, seed=seed,
     )  # fmt: skip
     if budget is not None and not budget > 0:
         raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
@@ -317,7 +319,7 @@ def _counterfactual_records(
         loaded: dict[int, torch.Tensor] = {}
         for i in rows:
             try:
-                loaded[i] = load_image(items[i].path, engine.image_size)
+                loaded[i] = load_image(items[i].path, engine.image_size, interpolation=engine.config.interpolation)
                 records[i]["input_sha256"] = file_digest(items[i].path)
             except (CounterlensError, OSError) as error:
                 records[i]["error"] = str(error).removeprefix(f"{items[i].path}: ")

@@ -78,6 +78,16 @@ OFFICIAL_PRESET = "pairs-class"
 # attributes, so its prompts must be chosen. Its released configuration file contradicts the paper: guidance is "free"
 # there, so that the classifier is never asked; the preset here is the paper's, with the classifier.
 PRESET_PROMPTS = {"pets-text": "pets", "flowers-text": "flowers"}
+# What the authors' code does where it differs from the published text or from what is better done otherwise; for
+# `match_official`. Prompts are names in `models.stable_diffusion.PROMPTS`, ours to theirs.
+OFFICIAL_PROMPTS = {"imagenet": "openai-imagenet", "age": "official-age"}
+OFFICIAL_CHOICES = (
+    "mode official",
+    "files are resized bilinearly instead of by Lanczos",
+    "one noise for all images, from the seed itself, instead of one from each image's own pixels",
+    "images that the classifier already takes for the target are run instead of skipped",
+    "prompts name ImageNet's classes as OpenAI does, and say 'a old person' (text-conditional models)",
+)
 
 
 # How a setting is computed, laid over a mode's or a preset's numbers; never what is asked for: strength, scales, angle
@@ -151,6 +161,7 @@ class Config(BaseModel):
     guidance_start: float | None = Field(None, ge=0, lt=1, description="Share of the run from which steps are guided.")
     guidance_end: float | None = Field(None, gt=0, le=1, description="Share of the run up to which steps are guided.")
     guidance_every: int | None = Field(None, ge=1, description="Every n-th step asks; those between reuse its score.")
+    match_official: bool = Field(False, description="Do as the authors' code does; see OFFICIAL_CHOICES.")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Combined with each sample's own id.")
 
     @classmethod
@@ -169,8 +180,13 @@ class Config(BaseModel):
 
     @property
     def mode_name(self) -> ModeName:
-        """The mode, which a preset implies to be official."""
-        return self.mode or ("official" if self.preset else "realistic")
+        """The mode, which a preset or `match_official` implies to be official."""
+        return self.mode or ("official" if self.preset or self.match_official else "realistic")
+
+    @property
+    def interpolation(self) -> str:
+        """How image files are resized."""
+        return "bilinear" if self.match_official else "lanczos"
 
     def settings(
         self,
@@ -188,6 +204,10 @@ class Config(BaseModel):
         """
         if self.preset and self.mode_name != "official":
             raise UsageError(f"preset: {self.preset} is a published setting and needs mode official, not {self.mode}")
+        if self.match_official and (self.mode_name != "official" or self.speed not in (None, "exact")):
+            raise UsageError(
+                f"match_official: the authors' code has no {self.mode_name} mode and no speed; leave mode and speed out"
+            )
         if self.mode_name == "official":
             published = PRESETS[self.preset or OFFICIAL_PRESET].model_dump()
             base = published if self.preset else dict(pack_settings.get("official", published))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from counterlens.export.store import Store, weights_digest
 
 from .attention import ATTENTIONS, memory_efficient_attention, not_supported_reasons
-from .config import PRESET_PROMPTS, SPEEDS, Config, Settings, default_settings, preset_misfit
+from .config import OFFICIAL_PROMPTS, PRESET_PROMPTS, SPEEDS, Config, Settings, default_settings, preset_misfit
 from .errors import CounterlensError, UsageError
 from .guidance.pullback import PullbackMode, frozen
 from .guidance.sampler import Job, Outcome, Sampler, count_ticks
@@ -478,6 +478,8 @@ class Engine:
         config = config or Config()
         diffusion = open_diffusion(model, dtype=dtype, image_size=image_size)
         said = prompts or PRESET_PROMPTS.get(config.preset or "", "imagenet")
+        if config.match_official and isinstance(diffusion, StableDiffusion) and isinstance(said, str):
+            said = OFFICIAL_PROMPTS.get(said, said)
         size = diffusion.image_size
         if isinstance(classifier, str | Path):
             explained: Classifier = open_classifier(
@@ -655,12 +657,12 @@ class Engine:
             source = before.argmax(dim=1)
             target = self.resolve_targets(targets, before)
             if seeds is None:
-                seeds = [image_seed(image, c.seed) for image, c in zip(images, configs, strict=True)]
+                seeds = [noise_seed(image, c) for image, c in zip(images, configs, strict=True)]
             if len(seeds) != len(images):
                 raise UsageError(f"seeds: expected {len(images)}, one per image, got {len(seeds)}")
             errors: list[str | None] = [
-                f"target {self.labels[int(t)]!r} is already the prediction" if s == t else None
-                for s, t in zip(source.tolist(), target.tolist(), strict=True)
+                f"target {self.labels[int(t)]!r} is already the prediction" if s == t and not c.match_official else None
+                for s, t, c in zip(source.tolist(), target.tolist(), configs, strict=True)
             ]
             for i in range(len(images)):
                 if not before[i].isfinite().all():
@@ -864,6 +866,11 @@ def _batches(count: int, slots: Sequence[int] = SLOTS) -> list[tuple[list[int], 
 def _pixels(image: Tensor) -> str:
     """A short hash of an image's 8-bit pixels."""
     return hashlib.sha256(to_uint8(image.nan_to_num()).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def noise_seed(image: Tensor, config: Config) -> int:
+    """The seed of an image's noise: from its own pixels and the run's seed; in the authors' code the run's alone."""
+    return config.seed if config.match_official else image_seed(image, config.seed)
 
 
 def image_seed(image: Tensor, seed: int) -> int:

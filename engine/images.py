@@ -56,17 +56,18 @@ def decoding(name: object, what: str = "cannot be read as an image") -> Iterator
         raise CounterlensError(f"{name}: {what} ({reason[:200]})") from error
 
 
-def load_image(file: Path | BytesIO, size: int, name: str | None = None) -> Tensor:
+def load_image(file: Path | BytesIO, size: int, name: str | None = None, interpolation: str = "lanczos") -> Tensor:
     """Read any common image as RGB at `size` x `size`: [3, size, size] float32 in [0, 1].
 
     EXIF rotation is applied, transparency is laid over white, pixels of more than 8 bits are reduced to 8 by the range
-    of their type (floating point: 0 to 1), and other sizes are resized (Lanczos, directly to the square). Of a file
-    with several pictures the first is read, with a warning.
+    of their type (floating point: 0 to 1), and other sizes are resized directly to the square. Of a file with several
+    pictures the first is read, with a warning.
 
     Args:
         file: a path, or the bytes of a file.
         size: side in pixels.
         name: in messages, instead of the path.
+        interpolation: `lanczos`, or `bilinear` as in the authors' code; both antialiased.
 
     Raises:
         CounterlensError: the file is none (a folder, a pipe, a device: it is not opened), cannot be decoded, has more
@@ -75,10 +76,12 @@ def load_image(file: Path | BytesIO, size: int, name: str | None = None) -> Tens
     """
     import torch
 
-    return torch.from_numpy(load_pixels(file, size, name)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(load_pixels(file, size, name, interpolation)).permute(2, 0, 1).contiguous()
 
 
-def load_pixels(file: Path | BytesIO, size: int, name: str | None = None) -> NDArray[np.float32]:
+def load_pixels(
+    file: Path | BytesIO, size: int, name: str | None = None, interpolation: str = "lanczos"
+) -> NDArray[np.float32]:
     """What `load_image` reads, as an array [size, size, 3] in [0, 1]."""
     path = name or file
     check_file(file, path)
@@ -91,7 +94,7 @@ def load_pixels(file: Path | BytesIO, size: int, name: str | None = None) -> NDA
         except UnidentifiedImageError as error:
             raise CounterlensError(f"{path}: not an image that can be read{_hint(file)}") from error
         if rgb.size != (size, size):
-            rgb = rgb.resize((size, size), Image.Resampling.LANCZOS)
+            rgb = rgb.resize((size, size), Image.Resampling[interpolation.upper()])
         return np.asarray(rgb, dtype=np.float32) / np.float32(255)
 
 

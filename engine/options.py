@@ -46,7 +46,10 @@ ModelOption = Annotated[
 ]
 LabelsOption = Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")]
 PromptsOption = Annotated[
-    str | None, typer.Option(help="imagenet, pets, flowers, smile, age, or a template with {label}.")
+    str | None,
+    typer.Option(
+        help="imagenet, openai-imagenet, pets, flowers, smile, age, a template with {label}, or a .txt file of prompts."
+    ),
 ]
 ClassesOption = Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")]
 HeadOption = Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")]
@@ -59,6 +62,9 @@ ForwardOption = Annotated[
     str, typer.Option(help="Of the metrics' forward passes: eager, or onnxruntime (compiled for the CPU).")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
+MatchOfficialFlag = Annotated[
+    bool, typer.Option("--match-official", help="As the authors' code: bilinear resize, one noise, their prompts, ...")
+]
 SpeedOption = Annotated[str | None, typer.Option(help="exact, balanced or fast: how the setting is computed.")]
 GuidanceDecoderOption = Annotated[str | None, typer.Option(help="full, or tiny: a small one, for gradients only.")]
 DistanceOption = Annotated[str | None, typer.Option(help="To the input, over image (pixels) or latent.")]
@@ -122,6 +128,7 @@ def open_engine(
     from .data import read_names
     from .engine import Engine
 
+    say_choices(config)
     own = {name: value for name, value in own.items() if value is not None}
     if model is None:
         if own:
@@ -131,9 +138,27 @@ def open_engine(
         raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
     if "labels" in own:
         own["labels"] = read_names(own["labels"])
+    if own.get("prompts", "").endswith(".txt"):
+        own["prompts"] = _lines(Path(own["prompts"]))
     if "classes" in own:
         own["classes"] = _numbers(own["classes"])
     return Engine.from_pretrained(model, classifier, config, **own, **options)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"prompts: {path} cannot be read ({error})") from error
+
+
+def say_choices(config: Config) -> None:
+    """Say what --match-official sets."""
+    from .config import OFFICIAL_CHOICES
+
+    if config.match_official:
+        for choice in OFFICIAL_CHOICES:
+            errors.print(f"note: match-official: {choice}")
 
 
 def _numbers(text: str) -> list[int]:

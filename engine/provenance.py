@@ -60,6 +60,7 @@ def engine_facts(engine: Engine, config: Config, batch: int = 1) -> dict[str, An
         "mode": config.mode_name,
         "preset": config.preset,
         "speed": config.speed,
+        "match_official": config.match_official,
         "settings": engine.settings(config).model_dump(),
         "seed": config.seed,
         "weights": engine_digest(engine),

@@ -109,7 +109,7 @@ def explain(
     config: Config | None = None,
 ) -> Explanations:
     """See `Engine.explain`."""
-    from ..engine import image_seed
+    from ..engine import noise_seed
 
     check_methods([method])
     config = config or engine.config
@@ -119,7 +119,7 @@ def explain(
         baseline = Pack(engine.source["pack"]).mean_colour if "pack" in engine.source else "mean"
     before = engine.probabilities(images)
     wanted = before.argmax(1) if explained is None else engine.resolve_targets(explained, before)
-    own = [image_seed(image, config.seed) for image in images] if seeds is None else list(seeds)
+    own = [noise_seed(image, config) for image in images] if seeds is None else list(seeds)
     there = images.to(engine.device)
     with computing_on(engine.device):
         saliency, scores = explain_with(

@@ -20,6 +20,7 @@ from ..options import (
     ImageSizeOption,
     JsonFlag,
     LabelsOption,
+    MatchOfficialFlag,
     ModelOption,
     PackOption,
     PromptsOption,
@@ -66,6 +67,7 @@ def audit(
         list[str] | None, typer.Option(help="Independent classifier that confirms flips; the pack's `judge`.")
     ] = None,
     mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
+    match_official: MatchOfficialFlag = False,
     speed: SpeedOption = None,
     preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
@@ -118,6 +120,7 @@ def audit(
         strength=strength,
         angle=angle,
         filter=filter,
+        match_official=match_official,
         seed=seed,
     )
     part = _shard(shard)

@@ -188,6 +188,8 @@ class Auditor:
         if self.options.saliency is not None and not hasattr(engine, "explain"):
             raise UsageError("saliency: this engine has no `explain`")
         config |= {"runtime": engine.runtime_choice(engine.slots[-1], self.config).runtime, "slots": engine.slots[-1]}
+        if self.config.match_official:
+            config["match_official"] = True
         if engine.device.type != "cpu":  # whose results are not the CPU's, bit by bit
             config["device"] = engine.device.type
         source = {"kind": self.source.kind, "samples": len(self.source.samples), "digest": self.source.digest()}
@@ -252,7 +254,7 @@ class Auditor:
 
         def one(sample: Sample) -> Tensor | str:
             try:
-                return load_image(self.source.read(sample), size, sample.id)
+                return load_image(self.source.read(sample), size, sample.id, self.config.interpolation)
             except CounterlensError as error:
                 return str(error).removeprefix(f"{sample.id}: ")
 

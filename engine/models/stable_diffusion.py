@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import runpy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..errors import UsageError
+from ..errors import CounterlensError, UsageError
 from .fields import PREDICTIONS, to_noise
 from .latent import check_image_size, check_parts, decode_kl, dtype_of, encode_kl
 
-# As published, punctuation included (LDCE, supplement): the full stop belongs to the prompt. The last two are binary
-# attributes, the negative label's prompt first.
+# As published, punctuation included (LDCE, supplement): the full stop belongs to the prompt. The last three are binary
+# attributes, the negative label's prompt first. `openai-imagenet` says OpenAI's names instead of the classifier's, and
+# `official-age` what the authors' code says, which the paper does not.
 PROMPTS: dict[str, str | tuple[str, str]] = {
     "imagenet": "a photo of a {label}.",
+    "openai-imagenet": "a photo of a {label}.",
     "pets": "a photo of a {label}, a type of pet.",
     "flowers": "a photo of a {label}, a type of flower.",
     "smile": ("a photo of a non-smiling person", "a photo of a smiling person"),
     "age": ("a photo of an old person", "a photo of a young person"),
+    "official-age": ("a photo of a old person", "a photo of a young person"),
 }
 
 
@@ -28,8 +35,11 @@ def make_prompts(labels: Sequence[str], prompts: str | Sequence[str]) -> list[st
     """One prompt for each label: a name in `PROMPTS`, a template with {label}, or the prompts themselves.
 
     Raises:
-        UsageError: a template has no {label}, or there are more or fewer prompts than labels.
+        UsageError: a template has no {label}, there are more or fewer prompts than labels, or the labels are not
+            ImageNet's. CounterlensError: OpenAI's names are not installed.
     """
+    if prompts == "openai-imagenet":
+        labels = openai_names(labels)
     chosen = PROMPTS.get(prompts, prompts) if isinstance(prompts, str) else prompts
     if isinstance(chosen, str):
         if "{label}" not in chosen:
@@ -40,6 +50,37 @@ def make_prompts(labels: Sequence[str], prompts: str | Sequence[str]) -> list[st
     if len(chosen) != len(labels):
         raise UsageError(f"prompts: expected {len(labels)}, one per label, got {len(chosen)}")
     return list(chosen)
+
+
+def openai_names(labels: Sequence[str]) -> list[str]:
+    """OpenAI's names of ImageNet's classes, as the package open_clip_torch ships them, for a classifier's labels.
+
+    Only its list is read: the package itself, and what it needs, are not imported.
+
+    Raises:
+        UsageError: the labels are not ImageNet's, in ImageNet's order. CounterlensError: the package is missing.
+    """
+    package = importlib.util.find_spec("open_clip")
+    path = Path(next(iter(package.submodule_search_locations or ())), "zero_shot_metadata.py") if package else None
+    if path is None or not path.is_file():
+        raise CounterlensError(
+            "prompts: openai-imagenet reads the names of ImageNet's classes from the package open_clip_torch, which is "
+            "not installed (2.21 or newer); pip install --no-deps open_clip_torch"
+        )
+    names = list(runpy.run_path(str(path))["IMAGENET_CLASSNAMES"])
+    if len(labels) != len(names):
+        raise UsageError(f"prompts: openai-imagenet has {len(names)} classes, this classifier {len(labels)} labels")
+    shared = sum(bool(_words(label) & _words(name)) for label, name in zip(labels, names, strict=True))
+    if shared < len(names) / 2:
+        raise UsageError(
+            f"prompts: openai-imagenet stands in ImageNet's order, these labels do not: {shared} of {len(names)} share "
+            f"a word with theirs; {labels[0]!r} would be said {names[0]!r}"
+        )
+    return names
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text.lower()))
 
 
 class StableDiffusion:
