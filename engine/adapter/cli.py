@@ -510,7 +510,7 @@ def _evaluate(
                 except NotFinite as error:
                     for name in (names[rest[k]] for k in error.samples):
                         lost[name] = f"{error.what}: NaN or infinity for this image"
-                        errors.print(f"error: {name}: {lost[name]}", markup=False, style="red")
+                        errors.print(f"error: {name}: {lost[name]}", style="red")
                     rest = [i for k, i in enumerate(rest) if k not in error.samples]
                     if not rest:
                         raise

@@ -62,7 +62,7 @@ def export_whole(
     if as_json:
         return print_json(report)
     console, parity = text_console(False), card["parity"]
-    say: Any = lambda text: console.print(text, markup=False, soft_wrap=True)  # noqa: E731
+    say = console.print
     say(f"{card['steps']} steps in one file of {card['bytes'] / 1e6:.1f} MB, made in {card['seconds']['in all']:.0f} s")
     say(
         f"against the eager run on {parity['images']}: {parity['predictions_equal']:.1%} of the predictions equal, "

@@ -199,7 +199,7 @@ def test_every_command(command: tuple[str, ...], tmp_path: Path, monkeypatch: py
     (tmp_path / "file").touch()
     given = [] if command[0] in ("demo", "samples", "info", "export", "evaluate") or command[-1] in (
         "train", "export", "evaluate", "calibrate"
-    ) else ["file"]  # fmt: skip
+    ) else ["file", "file"][: 1 + (command[0] == "run")]  # fmt: skip
     for seed in (-1, MAX_SEED + 1, 2**64, 99999999999999999999, "1.5"):
         result = run(*command, *given, "--out", "o", "--seed", seed)
         one_line_error(result, 2, "--seed")
