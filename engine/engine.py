@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 # Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
 SLOTS = (1, 2, 4, 8, 16)
 
+REAL_IMAGES = 4  # are enough to hold an artefact to eager on
+
 # Targets that depend on the prediction: its runner-up, the other one of two labels, the nearest label of a file.
 RELATIVE_TARGETS = ("runner-up", "opposite", "neighbour")
 
@@ -268,6 +270,8 @@ class Engine:
         self._runners: dict[tuple[object, ...], StepRunner] = {}
         self._compiled_parts: dict[str, StepRunner] = {}
         self._weights_hashes: dict[int, str] = {}
+        # A few real images [N, 3, H, W], if there are any yet, on which what is compiled is held to eager.
+        self.real_images: Tensor | None = None
         self.pullback: PullbackMode = "autograd" if differentiated_by_autograd else "functional"
         self.neighbours = {
             self.check_target(k): [self.check_target(n) for n in v if n != k] for k, v in (neighbours or {}).items()
@@ -299,7 +303,9 @@ class Engine:
         models = (pack.diffusion(), pack.classifier(classifier))
         options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
         options["device"] = _device(options)
-        return cls(*models, config, pack_settings=settings, source=source, **options)
+        engine = cls(*models, config, pack_settings=settings, source=source, **options)
+        engine.real_images = pack.samples("test", count=REAL_IMAGES).images
+        return engine
 
     def tiny_decoder(self, settings: Settings) -> TinyDecoder | None:
         """What guidance differentiates through in place of the full decoder, where the settings ask for it."""
@@ -308,7 +314,7 @@ class Engine:
     def spec(self, settings: Settings, **fields: Any) -> Spec:
         """What is compiled for these settings; fields are those of `Spec` that the settings leave open."""
         if fields.get("what", STEP) != STEP:  # a part is the same under all settings
-            return Spec(self.diffusion, self.classifier, weights=self._weights(), **fields)
+            return Spec(self.diffusion, self.classifier, weights=self._weights(), images=self.real_images, **fields)
         decoder = self.tiny_decoder(settings)
         return Spec(
             self.diffusion,
@@ -319,6 +325,7 @@ class Engine:
             distance=settings.distance,
             with_guidance=settings.guidance_every > 1,
             weights=self._weights(*([] if decoder is None else [decoder.module])),
+            images=self.real_images,
             **fields,
         )
 
@@ -505,6 +512,8 @@ class Engine:
         engine = cls(diffusion, explained, config, pack_settings=tuned, **options | {"device": _device(options)})
         named = str(classifier) if isinstance(classifier, str | Path) else type(explained.module).__name__
         engine.names = {"model": str(model), "classifier": named}
+        if tuned is not None:
+            engine.real_images = pack.samples("test", count=REAL_IMAGES).images
         return engine
 
     def settings(self, config: Config) -> Settings:
@@ -643,6 +652,8 @@ class Engine:
             UsageError: images, targets, seeds, config or budget do not fit.
         """
         self._check_images(images)
+        if self.real_images is None and len(images) and images[:REAL_IMAGES].isfinite().all():
+            self.real_images = images[:REAL_IMAGES].detach().clone()
         configs = [config or self.config] * len(images) if config is None or isinstance(config, Config) else [*config]
         if len(configs) != len(images):
             raise UsageError(f"config: expected {len(images)}, one per image, got {len(configs)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from .errors import ExportError
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from .store import Store
 
 __all__ = ["ExportError", "Store", "export_onnx"]
+
+# From 1.29 on onnxruntime writes a device id and events into the user's cache and sends them as soon as it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {"export_onnx": ".onnx", "Store": ".store"}
 

@@ -12,8 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,12 @@ MANIFEST = "artefact.json"
 
 @dataclass(frozen=True)
 class Artefact:
-    """An entry of the store: its folder, the key it was made from and what its builder reported."""
+    """An entry of the store: its folder, the key it was made from, what its builder reported, each file's SHA-256."""
 
     folder: Path
     key: dict[str, Any]
     report: dict[str, Any]
+    hashes: dict[str, str] = field(default_factory=dict)
 
     def file(self, name: str) -> Path:
         """The path of one of its files."""
@@ -53,7 +57,8 @@ def weights_digest(modules: Iterable[nn.Module]) -> str:
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in (module.state_dict() | dict(module.named_buffers())).items():
-            _add(digest, name, tensor)
+            if isinstance(tensor, Tensor):  # a module may save other things
+                _add(digest, name, tensor)
     return digest.hexdigest()
 
 
@@ -124,14 +129,12 @@ class Store:
                 for left in self.folder.glob(f"{entry.name}.building-*"):
                     shutil.rmtree(left)
                 work = self.folder / f"{entry.name}.building-{os.getpid()}"
-                work.mkdir()
-                try:
+                with _gone_at_the_end(work):
+                    work.mkdir()
                     self._fill(work, key, build)
                     if entry.exists():
                         shutil.rmtree(entry)
                     os.replace(work, entry)
-                finally:
-                    shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
             raise ExportError(f"{self.folder}: the artefact cannot be written ({error})") from error
         return open_artefact(entry)
@@ -152,6 +155,30 @@ class Store:
         return [open_artefact(p.parent) for p in sorted(found, key=lambda p: p.stat().st_mtime)]
 
 
+@contextmanager
+def _gone_at_the_end(work: Path) -> Iterator[None]:
+    """Remove a working folder whatever happens, SIGTERM (`timeout`, `docker stop`, a scheduler) included.
+
+    Its own handler is only set where Python allows it, in the main thread, and where nobody else's is.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    free = threading.current_thread() is threading.main_thread()
+    free = free and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if free:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if free:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def open_artefact(folder: Path) -> Artefact:
     """Read an entry and check its files. ExportError says what is wrong and how to be rid of it."""
     advice = f"delete the folder {folder} or build it again with --force"
@@ -165,7 +192,8 @@ def open_artefact(folder: Path) -> Artefact:
             path = folder / name
             if path.stat().st_size != expected["bytes"] or file_digest(path) != expected["sha256"]:
                 raise ExportError(f"{path}: not the file that was built (size or SHA-256 differs); {advice}")
-        return Artefact(folder, manifest["key"], manifest["report"])
+        hashes = {name: file["sha256"] for name, file in manifest["files"].items()}
+        return Artefact(folder, manifest["key"], manifest["report"], hashes)
     except FileNotFoundError as error:
         raise ExportError(f"{error.filename}: missing; {advice}") from error
     except (ValueError, KeyError, TypeError) as error:

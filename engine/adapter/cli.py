@@ -485,7 +485,7 @@ def _evaluate(
         shown, ids = drawn.images, drawn.ids
         names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
     trained = _adapter(opened, classifier, explained, quantity, adapter) if "lax" in chosen else None
-    forward = forward_by(runtime, explained, size)
+    forward = forward_by(runtime, explained, size, shown)
     facts = {
         "command": command, "methods": chosen, "images": None if images is None else str(images), "split": split,
         "count": count, "marker": marker, "shown": len(shown), "alpha_min": alpha_min, "layer": layer,

@@ -19,6 +19,7 @@ from ..metrics.msi_score import threshold_grid
 from ..models.protocols import Classifier
 from ..runtime import onnxruntime
 from ..runtime.artefacts import FILES
+from ..runtime.fingerprint import fingerprint
 from ..runtime.forward import compare, require_onnx
 from ..runtime.spec import code_version
 from .lax import LAX
@@ -114,6 +115,7 @@ def build_artefacts(
     key = {
         "target": "onnx", "opset": OPSET, "code": [code_version(), sources_digest([Path(__file__).parent])[:16]],
         "weights": weights_digest([classifier.module]), "quantity": adapter.quantity.name, "image": size,
+        "models": fingerprint(classifier, adapter.head, adapter.quantity, hashed=[classifier.module, adapter.head]),
     }  # fmt: skip
     g = torch.Generator().manual_seed(0)
     image, target = torch.rand((3, 3, size, size), generator=g), torch.arange(3) % len(classifier.labels)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ..errors import CounterlensError, UsageError
 from .results import Results, part_path
@@ -33,6 +36,47 @@ def engine_parts(engine: Engine) -> dict[str, Any]:
         "speeds": engine.speeds,
         "neighbours": {engine.labels[k]: [engine.labels[n] for n in v] for k, v in engine.neighbours.items()},
     }
+
+
+def check_travels(parts: Mapping[str, Any]) -> None:
+    """Refuse what cannot be sent to another process, before anything is started.
+
+    Raises:
+        UsageError: names the part, the module in it and why.
+    """
+    from ray import cloudpickle
+
+    for name, part in parts.items():
+        why = _unpicklable(cloudpickle, part)
+        if why is None:
+            continue
+        module = getattr(part, "module", None)
+        inside = [
+            f"{path} ({type(m).__name__})"
+            for path, m in (module.named_modules() if isinstance(module, nn.Module) else ())
+            if path and _unpicklable(cloudpickle, m) is not None
+        ]
+        where = f", in {inside[-1]}" if inside else ""
+        raise UsageError(
+            f"ray: the {name} cannot be sent to another process{where}: {why}; leave out ray=, or remove what cannot "
+            "be pickled (locks, open files, parametrizations: torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+
+
+def _unpicklable(pickler: Any, part: Any) -> str | None:
+    """Why a part cannot be pickled, in one line; None where it can."""
+    try:
+        pickler.dump(part, _Nowhere())
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+    return None
+
+
+class _Nowhere:
+    """A file that keeps nothing: gigabytes of weights are not held a second time."""
+
+    def write(self, data: Any) -> int:
+        return len(memoryview(data).cast("B"))
 
 
 class Worker:
@@ -108,6 +152,16 @@ def run_on_ray(
 
     if not todo:
         return
+    engine = auditor.engine
+    job = {
+        "source": str(auditor.source.path.resolve()),
+        "options": auditor.options,
+        "judges": auditor.judges,
+        "config": auditor.config,
+        "out": str(results.folder.resolve()),
+    }
+    shipped = engine_parts(engine)
+    check_travels(shipped | {f"judge {name}": judge for name, judge in auditor.judges.items()})
     started = not ray.is_initialized()
     if started:
         try:
@@ -120,16 +174,8 @@ def run_on_ray(
             raise UsageError(f"ray: {address} cannot be reached ({error})") from error
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        job = {
-            "source": str(auditor.source.path.resolve()),
-            "options": auditor.options,
-            "judges": auditor.judges,
-            "config": auditor.config,
-            "out": str(results.folder.resolve()),
-        }
-        engine = auditor.engine
         # Held here for as long as actors may have to be started again with them.
-        held = (ray.put(engine_parts(engine)), ray.put(job))
+        held = (ray.put(shipped), ray.put(job))
         data = ray.data.from_items(list(todo), override_num_blocks=len(todo)).map_batches(
             Worker,
             batch_size=1,

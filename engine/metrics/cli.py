@@ -71,7 +71,7 @@ def calibrate(
     inputs = [] if maps is None else [maps]
     with open_run(out, facts, files=[path.name], inputs=inputs, overwrite=overwrite):
         result = choose(
-            forward_by(runtime, model, size), samples.images, saliency, candidates=values, steps=steps,
+            forward_by(runtime, model, size, samples.images), samples.images, saliency, candidates=values, steps=steps,
             baseline=opened.mean_colour, seeds=samples.ids,
         )  # fmt: skip
         content = result.save(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..errors import UsageError, install_hint
 from . import aoti, onnxruntime, tensorrt
 from .compiled import CompiledStep, as_json, expected_inputs, from_json
 from .parity import check_parity
+from .record import installed, read_record, write_record
 from .spec import STEP, Spec, machine
 
 TARGETS = ("onnx", "aoti", "tensorrt")
@@ -74,7 +74,16 @@ def build(
     key = key_of(spec, target)
     if reasons := missing(target, spec.device):
         raise ExportError(f"{target}: {'; '.join(reasons)}")
-    return (store or Store()).get(key, lambda folder: _build(spec, target, folder, say), force=force)
+    built: list[dict[str, Any]] = []
+
+    def make(folder: Path) -> dict[str, Any]:
+        built.append(_build(spec, target, folder, say))
+        return built[0]
+
+    artefact = (store or Store()).get(key, make, force=force)
+    if built:
+        write_record(artefact, spec.device, real=spec.images is not None, parity=built[0]["parity"])
+    return artefact
 
 
 def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
@@ -119,15 +128,21 @@ def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
         "seconds": seconds,
         "parity": parity,
         "inputs": as_json(expected_inputs(inputs)),
-        "versions": {name: _version(name) for name in ("torch", "onnx", "onnxruntime", "counterlens")},
+        "versions": {name: installed(name) for name in ("torch", "onnx", "onnxruntime", "counterlens")},
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def open_checked(artefact: Artefact, spec: Spec, say: Say = lambda _: None) -> Callable[..., tuple[Tensor, ...]]:
+    """An artefact of this spec as a function of its inputs, held to eager first if it never was on this machine.
+
+    Raises:
+        ExportError: it cannot run here, or does not agree with eager.
+    """
+    run, real = open_function(artefact, spec.device), spec.images is not None
+    if read_record(artefact, spec.device, real=real) is None:
+        say("comparing with eager, once on this machine")
+        write_record(artefact, spec.device, real=real, parity=check_parity(spec, run))
+    return run
 
 
 def open_function(artefact: Artefact, device: torch.device = CPU) -> Callable[..., tuple[Tensor, ...]]:
@@ -139,8 +154,15 @@ def open_function(artefact: Artefact, device: torch.device = CPU) -> Callable[..
     return {"aoti": aoti.load, "tensorrt": tensorrt.load}[target](path)
 
 
-def open_step(artefact: Artefact, device: torch.device = CPU) -> CompiledStep:
+def open_step(
+    artefact: Artefact, device: torch.device = CPU, run: Callable[..., tuple[Tensor, ...]] | None = None
+) -> CompiledStep:
     """An artefact of the guided step, called like a GuidedStep, on `device`. No model is loaded for it.
+
+    Args:
+        artefact: of the store, or a copy of one.
+        device: where it runs.
+        run: the artefact if it is open already, as `open_checked` opens it.
 
     Raises:
         ExportError: it is no guided step, or cannot run here.
@@ -148,7 +170,7 @@ def open_step(artefact: Artefact, device: torch.device = CPU) -> CompiledStep:
     if artefact.report["what"] != STEP:
         raise ExportError(f"{artefact.folder}: holds the {artefact.report['what']}, not the guided step")
     return CompiledStep(
-        open_function(artefact, device),
+        run or open_function(artefact, device),
         runtime=artefact.report["target"],
         dtype=artefact.report["dtype"],
         expected=from_json(artefact.report["inputs"]),

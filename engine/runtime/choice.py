@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,6 @@ from . import artefacts, cudagraphs
 from .compiled import CompiledStep, expected_inputs
 from .cudagraphs import CudaGraphStep
 from .inductor import InductorStep
-from .parity import check_parity
 from .spec import STEP, Spec, flat, machine
 
 RUNTIMES = ("auto", "eager", "cudagraphs", "inductor", "onnxruntime", "aoti", "tensorrt")
@@ -72,6 +72,7 @@ class StepRunner:
         self._steps: dict[str, AnyStep] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
         self._found: dict[str, Artefact] | None = None
+        self._remeasure = False  # measurements were damaged
         self._refused: dict[int, str] = {}  # batch sizes for which `auto` could not record a CUDA graph, and why
 
     def choose(self, batch: int) -> Choice:
@@ -107,15 +108,29 @@ class StepRunner:
         return run if name == "eager" else lambda *inputs: run(*inputs)[0]
 
     def _chosen(self, batch: int) -> str:
-        """The runtime for a batch size; if `auto` takes CUDA graphs, one is recorded now, while it can still change."""
+        """The runtime for a batch size; what `auto` takes is opened or recorded now, while it can still change."""
         name = self.choose(batch).runtime
+        if self.runtime == "auto" and self._remeasure and name == "eager" and self.ready():
+            self.measure(batch)
+            name = self.choose(batch).runtime
         if name == "cudagraphs" and self.runtime == "auto":
             try:
                 self._graphs.record(batch)
             except ExportError as error:
                 self._refused[batch] = str(error)
                 name = self.choose(batch).runtime
+        elif name in TARGETS and self.runtime == "auto":
+            try:
+                self._function(name)
+            except ExportError as error:
+                self._leave_out(name, error)
+                return self._chosen(batch)
         return name
+
+    def _leave_out(self, name: str, error: ExportError) -> None:
+        """Under `auto`: an artefact that cannot be opened here or does not agree with eager is no candidate."""
+        warnings.warn(f"{name} is not used: {error}", stacklevel=2)
+        self.found().pop(name, None)
 
     @cached_property
     def _graphs(self) -> CudaGraphStep:
@@ -135,9 +150,19 @@ class StepRunner:
             for runtime, target in TARGETS.items():
                 if artefacts.missing(target, self.spec.device):
                     continue
-                if (artefact := self.store.find(artefacts.key_of(self.spec, target))) is not None:
+                if (artefact := self._find(target)) is not None:
                     self._found[runtime] = artefact
         return self._found
+
+    def _find(self, target: str) -> Artefact | None:
+        """The artefact in the store; under `auto` a damaged one is built again."""
+        try:
+            return self.store.find(artefacts.key_of(self.spec, target))
+        except ExportError as error:
+            if self.runtime != "auto":
+                raise
+            warnings.warn(f"{error.args[0].split('; ')[0]}: built again", stacklevel=2)
+            return artefacts.build(self.spec, target, self.store, force=True, say=self.say)
 
     def measure(self, batch: int, seconds: float = 1.0) -> dict[str, float]:
         """Time eager and whatever is `ready` for a batch size, in seconds a step, and remember it."""
@@ -146,10 +171,13 @@ class StepRunner:
         for name in ("eager", *self.ready()):
             try:
                 times[name] = _median_time(self._function(name), inputs, seconds)
-            except ExportError as error:
-                if name != "cudagraphs":
+            except ExportError as error:  # nothing was asked for: it is no candidate, and eager is
+                if name == "cudagraphs":
+                    self._refused[batch] = str(error)
+                elif self.runtime == "auto":
+                    self._leave_out(name, error)
+                else:
                     raise
-                self._refused[batch] = str(error)  # nothing was asked for: it is no candidate, and eager is
         path = self._calibration()
         known = self.measurements() | {str(batch): times}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +191,18 @@ class StepRunner:
         if not self.store.folder.exists():  # large weights need not be hashed
             return {}
         path = self._calibration()
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            known = json.loads(path.read_text())
+            return {str(batch): {str(k): float(v) for k, v in times.items()} for batch, times in known.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as error:
+            if self.runtime != "auto":
+                raise ExportError(f"{path}: damaged ({error}); delete it") from error
+            warnings.warn(f"{path}: damaged ({error}): measured again", stacklevel=2)
+            path.unlink(missing_ok=True)
+            self._remeasure = True
+            return {}
 
     def _calibration(self) -> Any:
         threads = torch.get_num_threads()
@@ -185,7 +224,7 @@ class StepRunner:
             elif runtime == "cudagraphs":
                 self._functions[runtime] = self._graphs
             else:
-                self._functions[runtime] = artefacts.open_function(self.found()[runtime], self.spec.device)
+                self._functions[runtime] = artefacts.open_checked(self.found()[runtime], self.spec, self.say)
         return self._functions[runtime]
 
     def _open(self, runtime: str) -> AnyStep:
@@ -203,10 +242,8 @@ class StepRunner:
                 run = self._graphs
             return CompiledStep(run, runtime=runtime, dtype=self.spec.dtype, expected=expected)
         artefact = artefacts.build(self.spec, TARGETS[runtime], self.store, say=self.say)
-        opened = artefacts.open_step(artefact, self.spec.device)
-        if runtime == "onnxruntime" and self.spec.device.type != "cpu":  # one file for all, checked where it was built
-            check_parity(self.spec, flat(opened))
-        return opened
+        run = artefacts.open_checked(artefact, self.spec, self.say)
+        return artefacts.open_step(artefact, self.spec.device, run)
 
 
 @torch.no_grad()

@@ -16,8 +16,10 @@ from ..errors import UsageError
 from ..guidance.pullback import frozen
 from ..models.protocols import Classifier, SigmoidClassifier, SoftmaxClassifier
 from . import onnxruntime
-from .artefacts import FILES, missing
+from .artefacts import CPU, FILES, missing
+from .fingerprint import fingerprint
 from .parity import TOLERANCE
+from .record import read_record, write_record
 from .spec import code_version
 
 FORWARD = ("eager", "onnxruntime")
@@ -44,16 +46,19 @@ class CompiledForward(nn.Module):
         return self.run(image)[0]
 
 
-def compile_classifier(classifier: Classifier, image_size: int, *, store: Store | None = None) -> Classifier:
+def compile_classifier(
+    classifier: Classifier, image_size: int, *, store: Store | None = None, images: Tensor | None = None
+) -> Classifier:
     """The same classifier with its logits computed by ONNX Runtime: faster on a CPU, and without gradients.
 
-    Built once into the store (seconds), and compared with eager each time that it is opened; a batch of any size goes
-    through it. Its weights are those of now.
+    Built once into the store (seconds), and compared with eager once on each machine; a batch of any size goes through
+    it. Its weights are those of now.
 
     Args:
         classifier: float32, on the CPU; left as it was.
         image_size: side in pixels of its images.
         store: the user's without it.
+        images: [N, 3, H, W] in [0, 1], real ones to compare on; random ones without them.
 
     Raises:
         ExportError: onnx or ONNX Runtime is missing or does not agree, the model is elsewhere than on the CPU or not in
@@ -65,25 +70,26 @@ def compile_classifier(classifier: Classifier, image_size: int, *, store: Store 
 
     key = {
         "what": "forward", "target": "onnx", "opset": OPSET, "code": code_version(), "image": image_size,
-        "weights": weights_digest([module]), "models": [type(classifier).__name__, repr(module)],
+        "weights": weights_digest([module]), "models": fingerprint(classifier, hashed=[module]),
     }  # fmt: skip
-    images = torch.rand((3, 3, image_size, image_size), generator=torch.Generator().manual_seed(0))
+    asked = torch.rand((3, 3, image_size, image_size), generator=torch.Generator().manual_seed(0))
+    real = images is not None
+    if images is not None:
+        asked = torch.cat([asked, images[:3].to(asked)])
+    fresh: list[dict[str, Any]] = []
 
     def build(folder: Path) -> dict[str, Any]:
         path = folder / FILES["onnx"]
-        export_onnx(classifier.logits, [images[:2]], path, input_names=["image"], output_names=["logits"])
-        run = onnxruntime.load(path)
-        return {"what": "forward", "parity": compare("classifier", classifier.logits, run, [images])}
-
-    def get(force: bool) -> CompiledForward:
-        return CompiledForward((store or Store()).get(key, build, force=force).file(FILES["onnx"]), image_size)
+        export_onnx(classifier.logits, [asked[:2]], path, input_names=["image"], output_names=["logits"])
+        fresh.append(compare("classifier", classifier.logits, onnxruntime.load(path), [asked]))
+        return {"what": "forward", "parity": fresh[0]}
 
     with frozen(module), torch.no_grad():
-        compiled = get(force=False)
-        try:
-            compare("classifier", classifier.logits, compiled.run, [images])
-        except ExportError:  # what its code does is not in the key: built again, and refused if that is wrong as well
-            compiled = get(force=True)
+        artefact = (store or Store()).get(key, build)
+        compiled = CompiledForward(artefact.file(FILES["onnx"]), image_size)
+        if fresh or read_record(artefact, CPU, real=real) is None:
+            agreed = fresh[0] if fresh else compare("classifier", classifier.logits, compiled.run, [asked])
+            write_record(artefact, CPU, real=real, parity=agreed)
     kind = SoftmaxClassifier if classifier.link == "softmax" else SigmoidClassifier
     return kind(compiled, classifier.labels)
 
@@ -100,15 +106,15 @@ def require_onnx(module: nn.Module) -> None:
             )
 
 
-def forward_by(runtime: str, classifier: Classifier, image_size: int) -> Classifier:
-    """The classifier itself (`eager`), or compiled (`onnxruntime`).
+def forward_by(runtime: str, classifier: Classifier, image_size: int, images: Tensor | None = None) -> Classifier:
+    """The classifier itself (`eager`), or compiled (`onnxruntime`) and compared on real images where they are given.
 
     Raises:
         UsageError: there is no such runtime. ExportError: see `compile_classifier`.
     """
     if runtime not in FORWARD:
         raise UsageError(f"runtime: expected {' or '.join(FORWARD)} for forward passes, got {runtime!r}")
-    return classifier if runtime == "eager" else compile_classifier(classifier, image_size)
+    return classifier if runtime == "eager" else compile_classifier(classifier, image_size, images=images)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .. import guidance, models
 from ..errors import UsageError
 from ..guidance.step import Distance, Gradient, GuidedStep
 from ..models.protocols import Classifier, Decoder, Diffusion
+from .fingerprint import fingerprint
 
 STEP = "guided-step"
 SCALES = ("guidance_scale", "class_scale", "distance_scale", "angle_deg")
@@ -42,7 +43,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def code_version() -> str:
     """Hash of the sources that a compiled step is made from."""
     packages = (counterlens.export, counterlens.kernels, guidance, models)
-    return sources_digest(Path(p).resolve() for package in packages for p in package.__path__)[:16]
+    folders = [Path(p).resolve() for package in packages for p in package.__path__]
+    return sources_digest([*folders, Path(__file__).parent])[:16]
 
 
 @cache
@@ -67,6 +69,7 @@ class Spec:
         filter_mode, chunk, gradient, decoder, distance, with_guidance: see `GuidedStep`.
         dtype: of weights and activations, `fp32`, `fp16` or `bf16`; inputs, outputs and guidance stay float32.
         weights: hash of the models' weights where it is known already, such as a pack's manifest.
+        images: [N, 3, H, W] in [0, 1], real ones to compare on where there are some; they are no part of the key.
     """
 
     diffusion: Diffusion
@@ -80,6 +83,7 @@ class Spec:
     decoder: Decoder | None = None
     distance: Distance = "image"
     with_guidance: bool = False
+    images: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.what not in SIGNATURES:
@@ -120,13 +124,18 @@ class Spec:
         """SHA-256 of all weights."""
         return self.weights or weights_digest(self.modules)
 
+    @cached_property
+    def models_hash(self) -> str:
+        """SHA-256 of everything else that the models are: noise levels, scaling, settings, constants, code."""
+        return fingerprint(self.diffusion, self.classifier, self.decoder, hashed=self.modules)
+
     def key(self, target: str) -> dict[str, Any]:
         """Everything an artefact depends on, as JSON values; `target` is onnx, aoti or tensorrt."""
         key = {
             "what": self.what,
             "target": target,
             "weights": self.weights_hash,
-            "models": [type(self.diffusion).__name__, type(self.classifier).__name__],
+            "models": self.models_hash,
             "code": code_version(),
             "latent": list(self.diffusion.latent_shape),
             "image": self.diffusion.image_size,
@@ -134,7 +143,7 @@ class Spec:
         }
         if self.what == STEP:
             key |= {"filter": self.filter_mode, "gradient": self.gradient, "chunk": self.chunk}
-            key |= {"decoder": self.decoder is not None, "distance": self.distance, "guidance": self.with_guidance}
+            key |= {"distance": self.distance, "guidance": self.with_guidance}
         return key
 
     def step(self) -> GuidedStep:
@@ -163,22 +172,31 @@ class Spec:
         return parts[self.what]
 
     @torch.no_grad()
-    def example(self, batch: int, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random inputs of the right shapes and dtypes, in the order of `inputs`."""
+    def example(self, batch: int, seed: int = 0, *, real: bool = False) -> tuple[Tensor, ...]:
+        """Inputs of the right shapes and dtypes, in the order of `inputs`: random, or of the `images` as they are."""
         g = torch.Generator().manual_seed(seed)
         steps, size = len(self.diffusion.alphas_cumprod), self.diffusion.image_size
         target = torch.randint(len(self.diffusion.labels), (batch,), generator=g)
         timestep = torch.randint(steps // 10, steps * 7 // 10, (batch,), generator=g)
         condition = self.diffusion.condition(target.to(self.device))
         scales = dict(zip(SCALES, (3.0, 2.0, 0.25, 45.0), strict=True))
-        latent = (batch, *self.diffusion.latent_shape)
-        seen = latent if self.what == STEP and self.distance == "latent" else (batch, 3, size, size)
+        z = torch.randn((batch, *self.diffusion.latent_shape), generator=g)
+        image = torch.rand((batch, 3, size, size), generator=g)
+        wants_latents = self.what == STEP and self.distance == "latent"
+        if real and self.images is not None:
+            image = self.images[(torch.arange(batch) + seed) % len(self.images)].to(image)
+            clean = self.diffusion.encode(image.to(self.device)).float().cpu()
+            abar = self.diffusion.alphas_cumprod.cpu().float()[timestep].reshape(-1, 1, 1, 1)
+            z = clean if self.what == "vae-decoder" else abar.sqrt() * clean + (1 - abar).sqrt() * z
+            image = clean if wants_latents else image
+        elif wants_latents:
+            image = torch.rand(z.shape, generator=g)
         given = {
-            "z": torch.randn(latent, generator=g),
+            "z": z,
             "timestep": timestep,
             "timestep_prev": timestep - steps // 20,
             "condition": condition.float() if condition.is_floating_point() else condition,
-            "image": torch.rand(seen, generator=g),
+            "image": image,
             "target": target,
             **{name: torch.full((batch,), value) for name, value in scales.items()},
         }

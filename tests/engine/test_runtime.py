@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy as copy_module
 import json
+import os
 import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +157,136 @@ def test_a_damaged_artefact_is_refused(spec: Spec, artefact: Any, tiny: Any, tmp
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ExportError, match=r"model\.onnx: not the file that was built.*--force"):
         engine(tiny, copy, runtime="onnxruntime").warmup([1])
+
+
+def test_under_auto_what_is_damaged_is_built_again_with_a_warning(
+    spec: Spec, artefact: Any, tiny: Any, tmp_path: Path
+) -> None:
+    copy = Store(tmp_path)
+    entry = copy.get(artefacts.key_of(spec, "onnx"), lambda folder: _copy(artefact, folder))
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for damage in (b"", entry.file("model.onnx").read_bytes()[:1000]):
+        entry.file("model.onnx").write_bytes(damage)
+        with pytest.warns(UserWarning, match=r"model\.onnx: not the file that was built.*: built again"):
+            assert engine(tiny, copy).counterfactual(images).errors[0] is None
+    (entry.folder / "artefact.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"artefact\.json: damaged .*: built again"):
+        engine(tiny, copy).warmup([1])
+    (path,) = (copy.folder / "measured").glob("*.json")
+    for damaged in ("", "[1]", '{"1": {"eager": "x"}}', '{"1": 3}', "\0"):
+        path.write_text(damaged)
+        one = engine(tiny, copy)
+        with pytest.warns(UserWarning, match=r"measured.*: measured again"):
+            assert one.counterfactual(images).errors[0] is None
+        assert "fastest measured here" in one.runtime_choice(1).why
+    path.write_text("[1]")
+    with pytest.raises(ExportError, match=r"damaged .*delete it"):
+        StepRunner(spec, "onnxruntime", copy).measurements()
+
+
+class Watched:
+    """Counts the eager steps of a spec."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.checks: list[dict[str, Any]] = []
+        real = artefacts.check_parity
+
+        def check(*args: Any, **named: Any) -> dict[str, Any]:
+            self.checks.append(real(*args, **named))
+            return self.checks[-1]
+
+        monkeypatch.setattr(artefacts, "check_parity", check)
+
+
+def test_an_artefact_is_held_to_eager_once_on_each_machine(
+    spec: Spec, artefact: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched, copy = Watched(monkeypatch), Store(tmp_path)
+    entry = copy.get(artefacts.key_of(spec, "onnx"), lambda folder: _copy(artefact, folder))  # from another machine
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    target = engine(tiny, copy, runtime="eager").probabilities(images).argmin(1)
+
+    def run(**options: Any) -> None:
+        assert engine(tiny, copy, runtime="onnxruntime", **options).counterfactual(images, target).errors[0] is None
+
+    run()
+    assert [c["inputs"] for c in watched.checks] == ["real images and random"]
+    run()
+    engine(tiny, copy, runtime="onnxruntime").warmup([1])
+    assert len(watched.checks) == 1  # the record is there
+    (record,) = entry.folder.glob("agrees-*.json")
+    said = json.loads(record.read_text())
+    assert said["parity"]["worst"] <= 1e-4
+    for field, other in (("where", {}), ("files", {"model.onnx": "0"}), ("real", False)):
+        record.write_text(json.dumps(said | {field: other}))
+        run()
+    record.write_text("{")
+    run()
+    assert len(watched.checks) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr("counterlens.engine.runtime.record.machine", lambda: "another processor")
+        run()
+    assert len(watched.checks) == 6
+    assert len(list(entry.folder.glob("agrees-*.json"))) == 2
+
+
+def test_a_wrong_artefact_from_elsewhere_is_never_used(spec: Spec, artefact: Any, tiny: Any, tmp_path: Path) -> None:
+    """It is whole and has the right key, but does something else: of another build, or another kind of processor."""
+    wrong, copy = Spec(*tiny, gradient="detached"), Store(tmp_path)
+    artefacts.build(wrong, "onnx", Store(tmp_path / "wrong"))
+    (file,) = (tmp_path / "wrong").glob("*/model.onnx")
+
+    def put(folder: Path) -> dict[str, Any]:
+        (folder / "model.onnx").write_bytes(file.read_bytes())
+        return artefact.report
+
+    copy.get(artefacts.key_of(spec, "onnx"), put)
+    with pytest.raises(ExportError, match="does not agree with eager"):
+        engine(tiny, copy, runtime="onnxruntime").warmup([1])
+    with pytest.warns(UserWarning, match="onnxruntime is not used: .*does not agree with eager"):
+        choice = engine(tiny, copy).warmup([1])[1]
+    assert choice.runtime == "eager"
+
+
+def test_a_step_is_never_that_of_another_noise_schedule(tiny: Any, tmp_path: Path) -> None:
+    diffusion, classifier = tiny
+    other = copy_module.deepcopy(diffusion)
+    other.alphas_cumprod = torch.linspace(0.999, 0.02, len(diffusion.alphas_cumprod), dtype=torch.float64)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    runs = {}
+    for name, model in (("first", diffusion), ("other", other)):
+        for runtime in ("onnxruntime", "eager"):
+            one = Engine(model, classifier, Config(), pack_settings=SETTINGS, store=tmp_path, runtime=runtime)
+            target = one.probabilities(images).argmin(1)
+            runs[name, runtime] = one.counterfactual(images, target).images
+    assert (runs["first", "eager"] - runs["other", "eager"]).abs().max() > 1e-3
+    for name in ("first", "other"):
+        close = (runs[name, "eager"] - runs[name, "onnxruntime"]).abs().flatten(1).amax(1) < 1e-4
+        assert close.any()
+
+
+def test_a_build_that_is_terminated_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from counterlens.export import Store\n"
+        "def build(folder):\n"
+        "    (folder / 'model.onnx').write_text('half')\n"
+        "    print('building', flush=True); time.sleep(60)\n"
+        f"Store({str(tmp_path)!r}).get({{'a': 1}}, build)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    assert list(tmp_path.glob("*.building-*"))
+    process.terminate()
+    assert process.wait(20) == -signal.SIGTERM
+    assert not list(tmp_path.glob("*.building-*"))
+
+
+def test_onnxruntime_keeps_nothing_about_its_user(tmp_path: Path) -> None:
+    code = "from counterlens.engine.runtime import onnxruntime; assert not onnxruntime.missing()"
+    environment = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    subprocess.run([sys.executable, "-c", code], env=environment | {"HOME": str(tmp_path)}, check=True)
+    assert not list(tmp_path.rglob("deviceid")) + list(tmp_path.rglob("onnxruntime.db"))
 
 
 def _copy(artefact: Any, folder: Path) -> dict[str, Any]:

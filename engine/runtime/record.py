@@ -1,0 +1,67 @@
+"""Where an artefact was held to eager: a file beside it for each machine, so that it is done once.
+
+A record holds for the artefact's files (by their SHA-256), the processor or GPU, and the versions of what runs it. A
+folder that was copied to another machine brings records of machines that this one is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from counterlens.export.store import Artefact
+
+from .spec import machine
+
+PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "counterlens")
+
+
+def installed(package: str) -> str:
+    """The version of a package, or that there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def here(device: torch.device) -> dict[str, Any]:
+    """What a comparison with eager holds for: this machine, this kind of device and these versions."""
+    return {"machine": machine(), "device": device.type, "versions": {p: installed(p) for p in PACKAGES}}
+
+
+def read_record(artefact: Artefact, device: torch.device, *, real: bool) -> dict[str, Any] | None:
+    """The record of this artefact on this machine, if it was held to eager here.
+
+    Args:
+        artefact: with the hashes of its files.
+        device: where it runs.
+        real: there are real images now: a record of random numbers is not enough.
+    """
+    try:
+        record = json.loads(_path(artefact, device).read_text())
+        good = record["where"] == here(device) and record["files"] == artefact.hashes
+        return record if good and (record["real"] or not real) else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is made again
+        return None
+
+
+def write_record(artefact: Artefact, device: torch.device, *, real: bool, parity: dict[str, Any]) -> None:
+    """Say beside the artefact that it agreed with eager here."""
+    path = _path(artefact, device)
+    record = {"where": here(device), "files": artefact.hashes, "real": real, "parity": parity}
+    work = path.with_suffix(f".{os.getpid()}")
+    try:
+        work.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(work, path)
+    except OSError:  # a store that cannot be written, such as one that is shared: compared again the next time
+        work.unlink(missing_ok=True)
+
+
+def _path(artefact: Artefact, device: torch.device) -> Any:
+    name = hashlib.sha256(json.dumps(here(device), sort_keys=True).encode()).hexdigest()[:12]
+    return artefact.folder / f"agrees-{name}.json"
