@@ -109,7 +109,7 @@ class _Walk:
         if isinstance(value, Tensor):
             self.say("tensor", "weight" if id(value) in self.tensors else tensors_digest(value.detach()))
         elif isinstance(value, np.ndarray):
-            self.say("array", value.dtype, value.shape, hashlib.sha256(np.ascontiguousarray(value)).hexdigest())
+            self.say("array", value.dtype, value.shape, hashlib.sha256(value.tobytes()).hexdigest())
         elif isinstance(value, nn.Module):
             self._module(value)
         elif isinstance(value, Mapping):
@@ -131,8 +131,7 @@ class _Walk:
         elif isinstance(value, functools.cached_property):
             self.add(value.func)
         elif isinstance(value, property):
-            for part in (value.fget, value.fset):
-                self.add(part)
+            self.add((value.fget, value.fset))
         else:
             self._object(value)
 
