@@ -405,7 +405,7 @@ def watch(classifier: SoftmaxClassifier, cause: str, split: str, count: int) -> 
     engine = Engine(pack.diffusion(), classifier, Config(), pack_settings=pack.manifest["settings"], runtime="eager")
     images, _, ids = painted_digits(cause, split, count)
     targets = unlikely_labels(engine.probabilities(images), ids, 0)
-    return observe(engine, images, targets, engine.settings(engine.config))[0], redrawn(engine, images)[0]
+    return observe(engine, images, targets, engine.config)[0], redrawn(engine, images)[0]
 
 
 def power(seen: Evidence, sizes: list[int], repeats: int, alpha: float = 0.05) -> dict[str, float]:

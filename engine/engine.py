@@ -19,7 +19,7 @@ from .attention import ATTENTIONS, memory_efficient_attention, not_supported_rea
 from .config import OFFICIAL_PROMPTS, PRESET_PROMPTS, SPEEDS, Config, Settings, default_settings, preset_misfit
 from .errors import CounterlensError, UsageError
 from .guidance.pullback import PullbackMode, frozen
-from .guidance.sampler import Job, Outcome, Sampler, count_ticks
+from .guidance.sampler import Job, Observer, Outcome, Sampler, count_ticks
 from .guidance.schedule import make_schedule
 from .guidance.spans import span
 from .images import as_saved, save_png, to_uint8
@@ -357,7 +357,12 @@ class Engine:
         """
         return self._sampler(self.settings(config or self.config), slots)
 
-    def _sampler(self, settings: Settings, slots: int) -> Sampler:
+    def _sampler(self, settings: Settings, slots: int, observe: Observer | None = None) -> Sampler:
+        if observe is not None:
+            return Sampler(
+                self.diffusion, slots, self._runner(settings).observed(), settings.graph, decode=self.diffusion.decode,
+                observe=observe,
+            )  # fmt: skip
         parts = self._parts(slots)
         return Sampler(
             self.diffusion, slots, self._runner(settings).step(slots), settings.graph,
@@ -625,6 +630,7 @@ class Engine:
         progress: Callable[[int, int, Tensor], None] | None = None,
         on_step: Callable[[int, int], None] | None = None,
         budget_s: float | None = None,
+        observe: Observer | None = None,
     ) -> Counterfactuals:
         """Change each image as little as needed for the classifier to say its target.
 
@@ -644,6 +650,10 @@ class Engine:
             on_step: called with (step, total) after every step, at no cost.
             budget_s: seconds for each sample from the moment that it is first worked on. What the run has come to by
                 then is the result, marked in `.complete`; it is an error where no guided step fits.
+            observe: called after every guided step with the places in `images` of the n samples that took it, and what
+                the consensus filter compared: the classifier's score, up to a factor for each sample, and the
+                generator's class direction, [n, C, h, w] each. Such a run is eager under every runtime; in eager,
+                pixels are the same with and without.
 
         Returns:
             Counterfactuals; samples that fail are reported in `.errors` and do not stop the others.
@@ -684,7 +694,8 @@ class Engine:
                 Job(image, int(t), seed, decided[c], budget_s)
                 for image, t, seed, c in zip(images, target, seeds, configs, strict=True)
             ]
-            outcomes = self._run(jobs, [i for i, error in enumerate(errors) if error is None], progress, on_step)
+            todo = [i for i, error in enumerate(errors) if error is None]
+            outcomes = self._run(jobs, todo, progress, on_step, observe)
             for i, outcome in outcomes.items():
                 errors[i] = outcome.error
             result = self._measure(images, source, target, list(seeds), errors, outcomes, list(decided.values()))
@@ -785,13 +796,20 @@ class Engine:
         todo: list[int],
         progress: Callable[[int, int, Tensor], None] | None,
         on_step: Callable[[int, int], None] | None,
+        observe: Observer | None = None,
     ) -> dict[int, Outcome]:
         """What became of the jobs in `todo`, by their index."""
         if not todo:
             return {}
         slots = self.slots_for(len(todo))
         settings = jobs[todo[0]].settings
-        sampler = self._sampler(settings, slots)
+        watch: Observer | None = None
+        if observe is not None:
+
+            def watch(ids: list[int], score: Tensor, reference: Tensor) -> None:
+                observe([index[id] for id in ids], score, reference)
+
+        sampler = self._sampler(settings, slots, watch)
         index = {sampler.submit(jobs[i]): i for i in todo}
         steps = {s: self._schedule_steps(s) for s in {jobs[i].settings for i in todo}}
         total = count_ticks([steps[jobs[i].settings] for i in todo], slots)

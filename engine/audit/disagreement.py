@@ -1,9 +1,10 @@
 """Where the classifier keeps pushing although the generator sees no evidence of the class: a shortcut detector.
 
 At every guided step the classifier has a score s_c (minus sqrt(1 - abar) times its gradient of log p) and the generator
-its own class direction r = eps_c - eps_u. Both are maps over the latent locations. For each sample,
+its own class direction r = eps_c - eps_u. Both are maps over the latent locations, and what is observed are those of
+the very run whose counterfactuals are shown, whatever its speed (in eager under every runtime). For each sample,
 
-    push      share of |s_c|^2 at a location, averaged over the steps
+    push      share of |s_c|^2 at a location, averaged over the guided steps
     removed   the part of it that the consensus filter takes away
     evidence  share of |r|^2 there
 
@@ -48,17 +49,13 @@ from counterlens.kernels.consensus import consensus_filter
 from ..config import Config, Settings
 from ..errors import CounterlensError
 from ..files import write_atomically
-from ..guidance.pullback import PullbackMode, pullback
-from ..guidance.sampler import invert, seeded_noise
-from ..guidance.schedule import add_noise, make_schedule
-from ..guidance.step import GuidedStep, unit_largest
+from ..guidance.step import unit_largest
 from ..images import as_saved
-from ..models.protocols import Classifier, Diffusion
 from .results import GOES_ON, Results
 from .summary import interval
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ..engine import Counterfactuals, Engine
     from .explaining import Auditor, Chosen
 
 FACTOR = 2.0
@@ -81,59 +78,39 @@ class Evidence:
 
 
 class Observer:
-    """A guided step that also keeps where classifier and generator push.
+    """Keeps where classifier and generator push in the guided steps of N samples; see `Engine.counterfactual`.
 
     Args:
-        diffusion, classifier, settings: of the run.
-        mode: of the pullback.
+        samples: N.
+        settings: of the run.
+        backend: of the kernels.
     """
 
-    def __init__(
-        self, diffusion: Diffusion, classifier: Classifier, settings: Settings, mode: PullbackMode = "functional"
-    ) -> None:
-        self.diffusion, self.classifier, self.settings, self.mode = diffusion, classifier, settings, mode
-        self.step = GuidedStep(
-            diffusion, classifier, filter_mode=settings.filter, gradient=settings.gradient, mode=mode
-        )  # fmt: skip
-        self.steps: list[tuple[Tensor, Tensor, Tensor]] = []
+    def __init__(self, samples: int, settings: Settings, backend: str = "auto") -> None:
+        self.settings, self.backend = settings, backend
+        self.steps = torch.zeros(samples, dtype=torch.float64)
+        self.sums: list[Tensor] = []  # push, removed, evidence: [N, h, w] each
 
     def __call__(
         self,
-        z: Tensor,  # [B, C, h, w]
-        timestep: Tensor,  # [B]
-        timestep_prev: Tensor,
-        condition: Tensor,
-        image: Tensor,
-        target: Tensor,
-        **scales: Any,
-    ) -> Tensor:
-        """Look, then take the ordinary step: z_prev [B, C, h, w]."""
-        score, reference = self.directions(z, timestep, condition, target)
-        _, kept = consensus_filter(score, reference, self.settings.angle, mode=self.settings.filter)
+        samples: list[int],
+        score: Tensor,  # [n, C, h, w]
+        reference: Tensor,  # [n, C, h, w]
+    ) -> None:
+        """Add one guided step of these samples."""
+        settings = self.settings
+        _, kept = consensus_filter(score, reference, settings.angle, mode=settings.filter, backend=self.backend)
         push, evidence = shares(score), shares(reference)
-        self.steps.append((_pooled(push), _pooled(push * ~kept), _pooled(evidence)))
-        return self.step(z, timestep, timestep_prev, condition, image, target, **scales)[0]
+        seen = [_pooled(maps).cpu() for maps in (push, push * ~kept, evidence)]
+        if not self.sums:
+            self.sums = [torch.zeros(len(self.steps), *maps.shape[1:], dtype=maps.dtype) for maps in seen]
+        for total, maps in zip(self.sums, seen, strict=True):
+            total[samples] += maps
+        self.steps[samples] += 1
 
-    def directions(self, z: Tensor, timestep: Tensor, condition: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The classifier's score, up to a factor for each sample, and the generator's class direction: [B, C, h, w]."""
-        diffusion = self.diffusion
-        abar = diffusion.alphas_cumprod.to(z)[timestep].reshape(-1, 1, 1, 1)
-        alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
-        null = diffusion.null_condition(z.shape[0])
-        conditional = diffusion.predict_noise(z, timestep, condition)
-        unconditional, pull_unet = pullback(lambda z: diffusion.predict_noise(z, timestep, null), z, self.mode)
-        z0 = (z - sigma * unconditional) / alpha
-        x0, pull_decoder = pullback(lambda z0: (diffusion.decode(z0) + 1) / 2, z0, self.mode)
-        log_p, pull_classifier = pullback(lambda x: self.classifier.log_prob(x, target), x0, self.mode)
-        g = unit_largest(pull_decoder(unit_largest(pull_classifier(torch.ones_like(log_p)))))
-        if self.settings.gradient == "exact":
-            g = g - sigma * pull_unet(g)
-        return -sigma * g / alpha, conditional - unconditional
-
-    def seen(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Means over the steps so far, [B, h, w] each: push, removed, evidence."""
-        push, removed, evidence = (torch.stack(maps).mean(dim=0) for maps in zip(*self.steps, strict=True))
-        return push, removed, evidence
+    def seen(self, samples: list[int]) -> Evidence:
+        """Means over the steps of these samples."""
+        return Evidence(*((total[samples] / self.steps[samples, None, None]).numpy() for total in self.sums))
 
 
 def shares(
@@ -151,58 +128,21 @@ def _pooled(maps: Tensor) -> Tensor:
     return adaptive_avg_pool2d(maps[:, None], size)[:, 0] * (h * w / (size[0] * size[1]))
 
 
-@torch.no_grad()
 def observe(
     engine: Engine,
     images: Tensor,  # [N, 3, H, W] in [0, 1]
     targets: Sequence[int],
-    settings: Settings,
-    seed: int = 0,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Evidence, Tensor]:
-    """Run counterfactuals and watch them: the evidence, and the counterfactuals [N, 3, H, W] in [0, 1]."""
-    from ..engine import image_seed
-
-    maps: list[tuple[Tensor, Tensor, Tensor]] = []
-    after = []
-    with engine.frozen():
-        batch = min(BATCH, engine.slots[-1])
-        for start in range(0, len(images), batch):
-            some = images[start : start + batch]
-            observer = Observer(engine.diffusion, engine.classifier, settings, engine.pullback)
-            goal = torch.tensor(targets[start : start + batch], device=engine.device)
-            z = walk(observer, some.to(engine.device), goal, [image_seed(x, seed) for x in some])
-            maps.append(observer.seen())
-            after.append(((engine.diffusion.decode(z) + 1) / 2).clamp(0, 1).cpu())
-            on_batch(start + len(some), len(images))
-    push, removed, evidence = (torch.cat(m).cpu().numpy() for m in zip(*maps, strict=True))
-    return Evidence(push, removed, evidence), torch.cat(after)
-
-
-def walk(
-    observer: Observer,
-    images: Tensor,  # [B, 3, H, W] in [0, 1]
-    targets: Tensor,  # [B]
-    seeds: list[int],
-) -> Tensor:
-    """Denoise one batch step by step on the plain DDIM schedule of the settings: final latents [B, C, h, w]."""
-    diffusion, settings = observer.diffusion, observer.settings
-    schedule = make_schedule(len(diffusion.alphas_cumprod), settings.steps, settings.strength)
-    z = diffusion.encode(images)
-    if settings.noise == "inversion":
-        z = invert(diffusion, z, schedule)
-    else:
-        abar = diffusion.alphas_cumprod[schedule.start].to(z).expand(len(z))
-        z = add_noise(z, seeded_noise(diffusion.latent_shape, seeds, z), abar)
-    condition = diffusion.condition(targets)
-    for t, t_prev in zip(schedule.timesteps, schedule.timesteps_prev, strict=True):
-        timestep = torch.full((len(z),), t, dtype=torch.long, device=z.device)
-        z = observer(
-            z, timestep, torch.full_like(timestep, t_prev), condition, images, targets,
-            guidance_scale=settings.guidance_scale, class_scale=settings.class_scale,
-            distance_scale=settings.distance_scale, angle_deg=settings.angle,
-        )  # fmt: skip
-    return z
+    config: Config,
+    on_step: Callable[[int, int], None] | None = None,
+) -> tuple[Evidence, Counterfactuals, list[int]]:
+    """Make counterfactuals and watch them: the evidence of those that were made, all of them, and their places."""
+    observer = Observer(len(images), engine.settings(config), engine.backend)
+    made = engine.counterfactual(images, list(targets), config=config, on_step=on_step, observe=observer)
+    good = [i for i, error in enumerate(made.errors) if error is None]
+    if len(good) < 2:
+        why = next(error for error in made.errors if error is not None)
+        raise CounterlensError(f"disagreement: no two counterfactuals of {len(images)} to look at: {why}")
+    return observer.seen(good), made, good
 
 
 @dataclass(frozen=True)
@@ -361,7 +301,7 @@ def find(
     images: Tensor,  # [N, 3, H, W] in [0, 1]
     ids: Sequence[str],
     config: Config,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Watch counterfactuals towards unlikely labels and test where the classifier pushes on its own.
 
@@ -369,13 +309,16 @@ def find(
         Facts as JSON values (of all samples, and of each target class with enough of them), and mean maps by name:
         push, removed, evidence [h, w], change, change_open, lost [H, W], and push:LABEL, evidence:LABEL.
     """
-    settings = engine.settings(config)
     targets = unlikely_labels(engine.probabilities(images), ids, config.seed)
-    seen, after = observe(engine, images, targets, settings, config.seed, on_batch)
+    seen, made, good = observe(engine, images, targets, config, on_step)
+    images, targets = images[good], [targets[i] for i in good]
     open_filter = config.model_copy(update={"angle": 90.0, "filter": "zero"})
-    opened = engine.counterfactual(images, targets, config=open_filter)
-    change = (as_saved(after) - images).abs().mean(dim=(0, 1))
-    change_open = (as_saved(opened.images) - images).abs().mean(dim=(0, 1))
+    # Both are observed runs, so that nothing but the filter tells them apart.
+    _, opened, also = observe(engine, images, targets, open_filter, on_step)
+    change, change_open = (
+        (as_saved(run.images[rows]) - before).abs().mean(dim=(0, 1))
+        for run, rows, before in ((made, good, images), (opened, also, images[also]))
+    )
     h, w = seen.push.shape[1:]
     more = adaptive_avg_pool2d((change_open - change)[None], (h, w))[0].numpy()
     maps = {"push": seen.push, "removed": seen.removed, "evidence": seen.evidence}
@@ -392,7 +335,8 @@ def find(
         by_class[label] = judge(group, size, tests=len(large))
         maps |= {f"push:{label}": group.push.mean(axis=0), f"evidence:{label}": group.evidence.mean(axis=0)}
     facts = {
-        "factor": FACTOR, "alpha": ALPHA, "draws": DRAWS, "angle": settings.angle, "least": LEAST,
+        "factor": FACTOR, "alpha": ALPHA, "draws": DRAWS, "angle": engine.settings(config).angle, "least": LEAST,
+        "runtime": "eager",
         "all": judge(seen, size, more=more), "by_class": by_class, "redrawn": again,
     }  # fmt: skip
     return facts, maps
@@ -403,7 +347,7 @@ def run_disagreement(
     results: Results,
     chosen: Sequence[Chosen],
     count: int,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any] | None:
     """Make the disagreement map of an audit, or read the one that is there; None if no image could be read."""
     path = results.folder / FACTS
@@ -416,7 +360,7 @@ def run_disagreement(
     ids = [c.sample.id for c, error in zip(drawn, errors, strict=True) if error is None]
     if len(ids) < 2 or len(auditor.engine.labels) < 2:
         return None
-    facts, maps = find(auditor.engine, images, ids, auditor.config, on_batch)
+    facts, maps = find(auditor.engine, images, ids, auditor.config, on_step)
     facts["asked"] = count
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **maps)  # type: ignore[arg-type]

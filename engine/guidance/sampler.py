@@ -20,6 +20,8 @@ from .spans import span
 from .step import GuidedStep
 
 StepFunction = Callable[..., tuple[Tensor, ...]]
+# Told, after a guided step, the ids of the n jobs that took it, and score and reference [n, C, h, w] of each.
+Observer = Callable[[list[int], Tensor, Tensor], None]
 IDLE_SCALES = (0.0, 0.0, 0.0, 45.0)  # of an empty slot: what every filter takes
 
 
@@ -145,6 +147,7 @@ class Sampler:
         graph: the settings' `graph` that `step` was made for.
         predict_noise, encode, decode: in place of the diffusion model's own (compiled, for example); `decode=None`
             leaves outcomes without images.
+        observe: told what the filter compared, see `Observer`; needs a `step` with directions.
         clock: seconds, for budgets.
     """
 
@@ -158,6 +161,7 @@ class Sampler:
         predict_noise: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
+        observe: Observer | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.diffusion = diffusion
@@ -167,6 +171,7 @@ class Sampler:
         self.predict_noise = predict_noise or diffusion.predict_noise
         self.encode = encode or diffusion.encode
         self.decode = decode
+        self.observe = observe
         self.clock = clock
         self.ticks = 0  # guided or unguided steps of the slots so far
         self.stepped: list[tuple[int, int]] = []  # (slot, id) of the last tick
@@ -371,7 +376,7 @@ class Sampler:
         z_next, z0 = z, z
         if any(guided):
             with span("guided step"):
-                z_next, z0, kept = self._guided_step(z, t, t_prev, _per_slot(guided, device))
+                z_next, z0, kept = self._guided_step(z, t, t_prev, guided)
         if unguided := [i for i, _ in held if not guided[i]]:
             levels = self.diffusion.alphas_cumprod.to(z)
             with span("unguided step"):
@@ -405,14 +410,18 @@ class Sampler:
                 self._running[i] = None
         self._z = torch.where(_per_slot([s is not None for s in self._running], device), z_next, 0.0)
 
-    def _guided_step(self, z: Tensor, t: Tensor, t_prev: Tensor, guided: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _guided_step(self, z: Tensor, t: Tensor, t_prev: Tensor, guided: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         guidance_scale, class_scale, distance_scale, angle = self._scales.unbind(1)
-        z_next, z0, kept, *guidance = self.step(
+        z_next, z0, kept, *more = self.step(
             z, t, t_prev, self._condition, self._reference, self._target, guidance_scale=guidance_scale,
             class_scale=class_scale, distance_scale=distance_scale, angle_deg=angle,
         )  # fmt: skip
-        if guidance:  # for the steps that reuse it
-            self._reused = torch.where(guided, guidance[0], self._reused)
+        if self.observe is not None:
+            *more, score, reference = more
+            rows = [i for i, asked in enumerate(guided) if asked]
+            self.observe([sample.id for i in rows if (sample := self._running[i])], score[rows], reference[rows])
+        if more:  # the guidance, for the steps that reuse it
+            self._reused = torch.where(_per_slot(guided, z.device), more[0], self._reused)
         return z_next, z0, kept
 
     # Leaving

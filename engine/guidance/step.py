@@ -46,6 +46,8 @@ class GuidedStep:
         distance: `image`, sum of |clamp(x0) - image| over pixels; or `latent`, sum of |z0 - z_image| over latents,
             which needs no second pull through the decoder.
         with_guidance: also return what was added to the unconditional noise, for steps that reuse it.
+        with_directions: also return the two directions that the filter compares: the classifier's score, minus
+            sqrt(1 - abar) times its gradient and up to a factor for each sample, and the generator's, eps_c - eps_u.
         mode: of the pullback, `functional` or `autograd`.
         backend: of the kernels.
 
@@ -63,6 +65,7 @@ class GuidedStep:
         decoder: Decoder | None = None,
         distance: Distance = "image",
         with_guidance: bool = False,
+        with_directions: bool = False,
         mode: PullbackMode = "functional",
         backend: str = "auto",
     ) -> None:
@@ -78,6 +81,7 @@ class GuidedStep:
         self.decoder = decoder
         self.distance = distance
         self.with_guidance = with_guidance
+        self.with_directions = with_directions
         self.mode = mode
         self.backend = backend
 
@@ -99,7 +103,8 @@ class GuidedStep:
 
         Returns:
             z_prev [B, C, h, w]; z0 [B, C, h, w], the clean latents that the guided noise implies; kept_fraction [B],
-            the share of locations that the filter kept; with `with_guidance` also the guidance [B, C, h, w].
+            the share of locations that the filter kept; with `with_guidance` also the guidance [B, C, h, w], and with
+            `with_directions` score and reference [B, C, h, w] each.
         """
         diffusion = self.diffusion
         alphas_cumprod = diffusion.alphas_cumprod.to(z)
@@ -156,6 +161,9 @@ class GuidedStep:
                 guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale,
                 angle_deg=angle_deg, mode=self.filter_mode, chunk=self.chunk, backend=self.backend,
             )  # fmt: skip
-        if not self.with_guidance:
-            return z_prev, z0, kept_fraction
-        return z_prev, z0, kept_fraction, (z - alpha * z0) / sigma - eps_u
+        out: tuple[Tensor, ...] = (z_prev, z0, kept_fraction)
+        if self.with_guidance:
+            out += ((z - alpha * z0) / sigma - eps_u,)
+        if self.with_directions:
+            out += (-sigma * towards_class, eps_c - eps_u)
+        return out

@@ -99,6 +99,12 @@ class StepRunner:
             self._steps[name] = self._open(name)
         return self._steps[name]
 
+    def observed(self) -> GuidedStep:
+        """The step in eager with the directions that its filter compares, whatever the runtime."""
+        step = self.spec.step()
+        step.backend, step.mode, step.with_directions = self.backend, self.pullback, True
+        return step
+
     def part(self, batch: int) -> Callable[..., torch.Tensor]:
         """A part of the models for a batch size. Under a named runtime it is compiled only if the store has it."""
         name = self._chosen(batch)

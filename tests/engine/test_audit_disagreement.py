@@ -1,12 +1,14 @@
-"""The disagreement map: its directions are the guided step's, its test keeps its promise, planted causes are found."""
+"""The disagreement map: it observes the very run that is reported, its test keeps its promise."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from counterlens.engine.audit.disagreement import (
     Evidence,
@@ -14,29 +16,36 @@ from counterlens.engine.audit.disagreement import (
     excess_test,
     find,
     judge,
+    observe,
     read_maps,
     regions,
     shares,
     unlikely_labels,
 )  # fmt: skip
 from counterlens.engine.config import Config
+from counterlens.engine.errors import CounterlensError
 from counterlens.engine.guidance.pullback import frozen
+from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.images import as_saved
 from counterlens.kernels.consensus import consensus_filter
 from tests.engine.test_audit import make_engine
+from tests.engine.test_cheap_gradients import decoder
+
+SCALES = {"guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.2, "angle_deg": 45.0}
 
 
 @pytest.mark.parametrize("gradient", ["exact", "detached"])
 def test_the_score_is_the_gradient_of_log_p(tiny64, gradient: str) -> None:
     """Against autograd through UNet, decoder and classifier, written from the formula."""
     diffusion, classifier = tiny64
-    settings = make_engine(tiny64).settings(Config(gradient=gradient))
     g = torch.Generator().manual_seed(0)
     z = torch.randn(3, *diffusion.latent_shape, generator=g, dtype=torch.float64)
+    image = torch.rand(3, 3, 16, 16, generator=g, dtype=torch.float64)
     timestep, target = torch.tensor([300, 300, 300]), torch.tensor([1, 5, 7])
-    observer = Observer(diffusion, classifier, settings)
+    steps = [GuidedStep(diffusion, classifier, gradient=gradient, with_directions=w) for w in (True, False)]
     with frozen(*diffusion.modules(), classifier.module):
-        score, reference = observer.directions(z, timestep, diffusion.condition(target), target)
+        given = (z, timestep, timestep - 50, diffusion.condition(target), image, target)
+        (*out, score, reference), plain = (step(*given, **SCALES) for step in steps)
         abar = diffusion.alphas_cumprod[300]
         leaf = z.clone().requires_grad_()
         eps = diffusion.predict_noise(leaf, timestep, diffusion.null_condition(3))
@@ -44,6 +53,7 @@ def test_the_score_is_the_gradient_of_log_p(tiny64, gradient: str) -> None:
         x0 = (diffusion.decode((leaf - (1 - abar).sqrt() * eps_u) / abar.sqrt()) + 1) / 2
         (expected,) = torch.autograd.grad(classifier.log_prob(x0, target).sum(), leaf)
         eps_c = diffusion.predict_noise(z, timestep, diffusion.condition(target))
+    assert all(torch.equal(a, b) for a, b in zip(out, plain, strict=True))
     torch.testing.assert_close(shares(score), shares(-expected), rtol=1e-6, atol=1e-12)
     cosine = torch.nn.functional.cosine_similarity(score.flatten(1), -expected.flatten(1))
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
@@ -51,26 +61,75 @@ def test_the_score_is_the_gradient_of_log_p(tiny64, gradient: str) -> None:
 
 
 def test_shares_and_what_the_filter_removes(tiny) -> None:
-    engine = make_engine(tiny)
-    settings = engine.settings(engine.config)
-    observer = Observer(engine.diffusion, engine.classifier, settings)
-    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    target = torch.tensor([1, 2])
-    z, t = engine.diffusion.encode(images), torch.tensor([200, 200])
-    condition = engine.diffusion.condition(target)
-    scales = {"guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.2, "angle_deg": settings.angle}
-    with frozen(*engine.diffusion.modules(), engine.classifier.module), torch.no_grad():
-        moved = observer(z, t, t - 50, condition, images, target, **scales)
-        plain = observer.step(z, t, t - 50, condition, images, target, **scales)[0]
-        score, reference = observer.directions(z, t, condition, target)
-    assert torch.equal(moved, plain)
-    push, removed, evidence = observer.seen()
-    torch.testing.assert_close(push.sum(dim=(1, 2)), torch.ones(2, dtype=torch.float64))
-    torch.testing.assert_close(evidence.sum(dim=(1, 2)), torch.ones(2, dtype=torch.float64))
-    kept = consensus_filter(score, reference, settings.angle)[1]
-    torch.testing.assert_close(removed, push * ~kept)
-    assert 0 < removed.sum() < push.sum()
+    settings = make_engine(tiny).settings(Config())
+    g = torch.Generator().manual_seed(1)
+    score, reference = (torch.randn(2, 3, 4, 4, 4, generator=g) for _ in range(2))  # two steps of three samples
+    observer = Observer(5, settings)
+    for step in range(2):
+        observer([4, 0, 2], score[step], reference[step])
+    seen = observer.seen([0, 2])
+    for maps in (seen.push, seen.evidence):
+        assert maps.sum(axis=(1, 2)) == pytest.approx([1, 1])
+    assert np.isnan(observer.seen([1]).push).all()  # nothing was seen of it
+    expected = []
+    for step in range(2):
+        kept = consensus_filter(score[step], reference[step], settings.angle)[1]
+        expected.append(shares(score[step]) * ~kept)
+    assert seen.removed == pytest.approx(torch.stack(expected).mean(0)[1:].numpy())
+    assert 0 < seen.removed.sum() < seen.push.sum()
     assert not shares(torch.zeros(1, 4, 4, 4)).any()
+
+
+RUNS: list[dict[str, Any]] = [
+    *({"speed": s, "mode": m} for s in ("exact", "balanced", "fast") for m in ("realistic", "audit")),
+    *({"solver": s, "guidance_every": e} for s in ("ddim", "dpm++", "unipc") for e in (1, 2)),
+    {"filter": "project", "angle": 40}, {"filter": "global", "angle": 40}, {"filter": "off"}, {"noise": "inversion"},
+    {"spacing": "logsnr", "steps": 8}, {"distance": "latent"}, {"gradient": "detached", "guidance_decoder": "tiny"},
+    {"guidance_start": 0.2, "guidance_end": 0.8, "steps": 12},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [*((r, 3) for r in RUNS), ({}, 1), ({"solver": "unipc", "guidance_every": 2}, 19)], ids=str
+)
+def test_what_is_observed_is_the_run_that_is_reported(tiny, given: dict[str, Any], count: int) -> None:
+    """The same pixels with and without, and the filter's own shares come out of what was observed, step by step."""
+    engine = make_engine(tiny)
+    engine.guidance_decoder = decoder()
+    images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    config = Config(**given)
+    settings = engine.settings(config)
+    kept: list[list[float]] = [[] for _ in images]
+
+    def observe(samples: list[int], score: Tensor, reference: Tensor) -> None:
+        mask = consensus_filter(score, reference, settings.angle, mode=settings.filter)[1]
+        for i, share in zip(samples, mask.float().flatten(1).mean(1).tolist(), strict=True):
+            kept[i].append(share)
+
+    plain = engine.counterfactual(images, config=config)
+    watched = engine.counterfactual(images, config=config, observe=observe)
+    assert torch.equal(watched.images, plain.images)
+    assert torch.equal(watched.kept_fraction.nan_to_num(-1), plain.kept_fraction.nan_to_num(-1))
+    for i, shares_kept in enumerate(kept):
+        reported = watched.kept_fraction[i]
+        assert shares_kept == pytest.approx(reported[reported.isfinite()].tolist(), abs=1e-6)
+    assert not any(watched.errors)
+
+
+def test_a_sample_that_fails_is_left_out(tiny) -> None:
+    engine = make_engine(tiny)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    targets = engine.probabilities(images).topk(2, dim=1).indices[:, 1].tolist()
+    whole, _, good = observe(engine, images, targets, engine.config)
+    assert good == [0, 1, 2, 3]
+    broken = images.clone()
+    broken[1] = torch.nan
+    seen, made, good = observe(engine, broken, targets, engine.config)
+    assert good == [0, 2, 3]
+    assert "NaN" in str(made.errors[1])
+    assert seen.push == pytest.approx(whole.push[good])
+    with pytest.raises(CounterlensError, match="disagreement: no two counterfactuals of 2"):
+        observe(engine, broken[:2], targets[:2], engine.config)
 
 
 def maps(n: int, seed: int, planted: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
