@@ -31,6 +31,7 @@ from .options import (
     DistanceOption,
     GuidanceDecoderOption,
     HeadOption,
+    ImagesArgument,
     ImageSizeOption,
     JsonFlag,
     LabelsOption,
@@ -39,6 +40,7 @@ from .options import (
     OverwriteFlag,
     PackOption,
     PromptsOption,
+    RecursiveOption,
     ResumeFlag,
     SeedOption,
     SpeedOption,
@@ -46,6 +48,7 @@ from .options import (
     WeightsOption,
     errors,
     open_engine,
+    open_images,
     print_json,
     progress_bar,
     saving_options,
@@ -57,7 +60,7 @@ from .profiling import cli as _profiling
 from .terminal import StreamError, Terminated, safe_streams, stopping
 
 if TYPE_CHECKING:
-    from .data import Item
+    from .audit.sources import Sample
     from .engine import Engine
     from .outputs import Run
 
@@ -157,9 +160,7 @@ def demo(
 
 @app.command()
 def counterfactual(
-    images: Annotated[
-        list[Path] | None, typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")
-    ] = None,
+    images: Annotated[list[Path] | None, ImagesArgument] = None,
     target: Annotated[
         str, typer.Option(help="Label, runner-up (second choice), opposite (of two) or neighbour (--neighbours).")
     ] = "runner-up",
@@ -173,7 +174,8 @@ def counterfactual(
     classes: ClassesOption = None,
     head: HeadOption = None,
     weights: WeightsOption = None,
-    manifest: Annotated[Path | None, typer.Option(help="CSV file with the columns image and target.")] = None,
+    manifest: Annotated[Path | None, typer.Option(help="Table with the columns image and target.")] = None,
+    recursive: RecursiveOption = False,
     neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
     image_size: ImageSizeOption = None,
     dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
@@ -223,15 +225,11 @@ def counterfactual(
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from .config import Config
-    from .data import collect, read_manifest
     from .images import make_folder
     from .outputs import Source, open_run
     from .provenance import engine_facts
 
-    items = collect(images or []) + (read_manifest(manifest) if manifest else [])
-    if not items:
-        raise UsageError("images: none given; name files or folders, or a --manifest")
-    images = [item.path for item in items]
+    items = open_images(images or [], recursive, manifest).samples
     config = Config.make(
         mode=mode, **source_fields(pack, classifier, model), preset=preset, steps=steps, strength=strength,
         guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
@@ -261,7 +259,7 @@ def counterfactual(
     facts = {
         "command": "counterlens counterfactual", **engine_facts(engine, config), "target": target, "budget_s": budget,
     }  # fmt: skip
-    sources = [Source(item.path.stem, {"image": str(item.path), "target": item.target}, item.path) for item in items]
+    sources = [Source(item.path.stem, {"image": item.name, "target": item.target}, item.own_file) for item in items]
     with (
         progress_bar("counterfactuals") as progress,
         open_run(
@@ -270,12 +268,13 @@ def counterfactual(
         ) as run,
     ):  # fmt: skip
         for record in _counterfactual_records(engine, items, choices, run, budget, progress):
-            failed += "error" in record
+            failed += record["status"] == "failed"
             if as_json:
                 print_json(record)
-            if "error" in record:
-                errors.print(f"error: {record['image']}: {record['error']}", style="red")
-                rows.append([record["image"], "", "", "", "", "", "", "failed"])
+            if record["status"] != "done":
+                kind, colour = ("error", "red") if record["status"] == "failed" else ("skipped", "yellow")
+                errors.print(f"{kind}: {record['image']}: {record['error']}", style=colour)
+                rows.append([record["image"], "", "", "", "", "", "", record["status"]])
             else:
                 rows.append([
                     record["image"], record["source"], record["target"], record["prediction"],
@@ -284,17 +283,20 @@ def counterfactual(
                 ])  # fmt: skip
     console.table(["image", "from", "target", "now", "confidence", "flipped", "L1", "file"], rows)
     if failed:
-        raise CounterlensError(f"{failed} of {len(images)} images failed; the others are in {out}")
+        raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
 
 
 def _as_target(target: str, engine: Engine) -> str | int:
     """A label's index where the text is no label's name but a number."""
-    return int(target) if target not in engine.labels and target.isdecimal() else target
+    from .data import as_index
+
+    index = None if target in engine.labels else as_index(target)
+    return target if index is None else index
 
 
 def _counterfactual_records(
     engine: Engine,
-    items: list[Item],
+    items: list[Sample],
     targets: list[str | int],
     run: Run,
     budget_s: float | None,
@@ -306,23 +308,21 @@ def _counterfactual_records(
     """
     import torch
 
-    from counterlens.export.hashing import file_digest
-
-    from .images import load_image, save_png
+    from .images import save_png
 
     task = progress.task_ids[0]
     todo = [i for i, line in enumerate(run.done) if line is None]
     batches = [todo[k : k + BATCH] for k in range(0, len(todo), BATCH)]
     told = 0
     for b, rows in enumerate(batches):
-        records = {i: {"image": str(items[i].path)} for i in rows}
+        records: dict[int, dict[str, Any]] = {i: {"image": items[i].name} for i in rows}
         loaded: dict[int, torch.Tensor] = {}
         for i in rows:
             try:
-                loaded[i] = load_image(items[i].path, engine.image_size, interpolation=engine.config.interpolation)
-                records[i]["input_sha256"] = file_digest(items[i].path)
+                loaded[i] = items[i].load(engine.image_size, engine.config.interpolation)
+                records[i]["input_sha256"] = items[i].sha256()
             except (CounterlensError, OSError) as error:
-                records[i]["error"] = str(error).removeprefix(f"{items[i].path}: ")
+                records[i] |= {"status": "failed", "error": str(error).removeprefix(f"{items[i].name}: ")}
 
         def show(i: int, n: int, b: int = b) -> None:
             progress.update(task, completed=b + i / n, total=len(batches))
@@ -333,14 +333,14 @@ def _counterfactual_records(
             )
         for k, i in enumerate(loaded):
             records[i] |= result.record(k) | {"runtime": result.provenance[k]["runtime"]}
-            if "error" in records[i]:
+            if records[i]["status"] != "done":
                 continue
             path = run.folder / f"{run.names[i]}.png"
             try:
                 save_png(result.images[k], path, run.line(run.names[i], records[i]))
                 records[i]["path"] = str(path)
             except CounterlensError as error:
-                records[i]["error"] = str(error)
+                records[i] |= {"status": "failed", "error": str(error)}
         for i in rows:
             yield from (line for line in run.done[told:i] if line is not None)
             told = i

@@ -98,11 +98,20 @@ class Counterfactuals:
     def __len__(self) -> int:
         return len(self.errors)
 
+    def status(self, i: int) -> str:
+        """What became of a sample: `done`, `skipped` (the target was the prediction already) or `failed`."""
+        if self.errors[i] is None:
+            return "done"
+        already = int(self.source[i]) == int(self.target[i]) and bool(self.inputs[i].isfinite().all())
+        return "skipped" if already else "failed"
+
     def record(self, i: int) -> dict[str, Any]:
-        """One sample as plain values, as `--json` prints it: source, target, ..., or error."""
-        if self.errors[i] is not None:
-            return {"error": self.errors[i]}
+        """One sample as plain values, as `--json` prints it: status, and source, target, ..., or error."""
+        status = self.status(i)
+        if status != "done":
+            return {"status": status, "error": self.errors[i]}
         return {
+            "status": status,
             "source": self.labels[int(self.source[i])],
             "target": self.labels[int(self.target[i])],
             "prediction": self.labels[int(self.prediction[i])],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,10 +20,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .errors import MAX_SEED, UsageError
+from .errors import MAX_SEED, CounterlensError, UsageError
 from .terminal import Terminal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .audit.sources import Sample, Source
     from .config import Config
     from .engine import Engine
 
@@ -70,6 +73,12 @@ GuidanceDecoderOption = Annotated[str | None, typer.Option(help="full, or tiny: 
 DistanceOption = Annotated[str | None, typer.Option(help="To the input, over image (pixels) or latent.")]
 
 
+ImagesArgument = typer.Argument(
+    help="Images, folders of them (subfolders are labels), .csv, .parquet or datasets folders.", metavar="IMAGE..."
+)
+RecursiveOption = Annotated[bool, typer.Option("--recursive", help="Of folders, all below; else one level of classes.")]
+
+
 def text_console(as_json: bool) -> Terminal:
     """Where text for people goes: stderr when stdout belongs to a machine."""
     return Terminal(stderr=as_json)
@@ -82,7 +91,7 @@ def print_json(record: dict[str, Any]) -> None:
 
 def text_column(text: str) -> TextColumn:
     """A column of a progress bar, without markup."""
-    return TextColumn(text, markup=False)
+    return TextColumn(text)
 
 
 def progress_of(*columns: ProgressColumn) -> Progress:
@@ -105,6 +114,41 @@ def progress_bar(title: str, total: int | None = None) -> Iterator[Progress]:
 def source_fields(pack: str, classifier: str | None, model: str | None) -> dict[str, Any]:
     """What a config says of its source: a pack's name and classifier, nothing of --model."""
     return {} if model else {"pack": pack, "classifier": classifier or "clean"}
+
+
+def open_images(paths: Sequence[Path], recursive: bool = False, manifest: Path | None = None) -> Source:
+    """The images that a command is given; says what is passed over.
+
+    Raises:
+        UsageError: see `audit.sources.open_sources`.
+    """
+    from .audit.sources import open_sources
+
+    source = open_sources(paths, recursive, manifest)
+    for note in source.notes:
+        errors.print(f"note: {note}")
+    return source
+
+
+def load_all(
+    samples: Sequence[Sample], size: int, interpolation: str = "lanczos"
+) -> tuple[list[str], list[Tensor], int]:
+    """Names and images [3, size, size] of the samples that can be read, and how many cannot be, each of them said.
+
+    Raises:
+        CounterlensError: none can.
+    """
+    names, images = [], []
+    for sample in samples:
+        try:
+            images.append(sample.load(size, interpolation))
+        except CounterlensError as error:
+            errors.print(f"error: {error}", style="red")
+        else:
+            names.append(sample.name)
+    if not images:
+        raise CounterlensError(f"images: none of {len(samples)} can be read")
+    return names, images, len(samples) - len(images)
 
 
 def saving_options(

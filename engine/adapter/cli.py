@@ -14,13 +14,17 @@ from ..files import write_atomically
 from ..options import (
     DeviceOption,
     ForwardOption,
+    ImagesArgument,
     JsonFlag,
     LabelsOption,
     OverwriteFlag,
     PackOption,
+    RecursiveOption,
     ResumeFlag,
     SeedOption,
     errors,
+    load_all,
+    open_images,
     print_json,
     progress_bar,
     text_console,
@@ -29,6 +33,7 @@ from ..options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..audit.sources import Sample
     from ..models.protocols import Classifier
     from .lax import LAX
 
@@ -38,7 +43,9 @@ ClassifierOption = Annotated[
 QuantityOption = Annotated[
     str, typer.Option(help="class, or groups of labels: 0,1,2,3,4/5,6,7,8,9 (the target's group against the rest).")
 ]
-ImagesOption = Annotated[Path | None, typer.Option(help="Folder of images instead of the pack's.")]
+ImagesOption = Annotated[
+    Path | None, typer.Option(help="Images instead of the pack's: a folder, .csv, .parquet or datasets folder.")
+]
 SizeOption = Annotated[
     int | None, typer.Option(help="Side in pixels for a classifier that is not the pack's; 224 without it.", min=8)
 ]
@@ -111,29 +118,12 @@ def _open(
     return None, described, size, "blur"
 
 
-def _load(folder: Path, size: int) -> tuple[list[str], Tensor, int]:
-    """Names and images [N, 3, size, size] of a folder, and how many could not be read, which is reported.
-
-    Raises:
-        CounterlensError: none could.
-    """
+def _load(source: Path, size: int, recursive: bool) -> tuple[list[str], Tensor, int]:
+    """Names and images [N, 3, size, size] of a source, and how many could not be read, which is said."""
     import torch
 
-    from ..data import collect
-    from ..images import load_image
-
-    names, images = [], []
-    items = collect([folder])
-    for item in items:
-        try:
-            images.append(load_image(item.path, size))
-        except CounterlensError as error:
-            errors.print(f"error: {error}", style="red")
-        else:
-            names.append(str(item.path))
-    if not images:
-        raise CounterlensError(f"{folder}: none of {len(items)} images can be read")
-    return names, torch.stack(images), len(items) - len(images)
+    names, images, failed = load_all(open_images([source], recursive).samples, size)
+    return names, torch.stack(images), failed
 
 
 def _adapter(pack: Any, name: str, classifier: Classifier, quantity: str, folder: Path | None) -> LAX:
@@ -154,7 +144,8 @@ def train(
     classifier: ClassifierOption = "clean",
     quantity: QuantityOption = "class",
     images: ImagesOption = None,
-    validation: Annotated[Path | None, typer.Option(help="Folder of images that training does not see.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="Images that training does not see, like --images.")] = None,
+    recursive: RecursiveOption = False,
     labels: LabelsOption = None,
     image_size: SizeOption = None,
     taps: Annotated[
@@ -196,7 +187,7 @@ def train(
             raise UsageError(
                 "validation: needed beside --images; early stopping looks at images that training does not"
             )
-        (_, shown, failed), (_, held, more) = _load(images, size), _load(validation, size)
+        (_, shown, failed), (_, held, more) = _load(images, size, recursive), _load(validation, size, recursive)
         failed += more
         colour = shown.mean((0, 2, 3))
     else:
@@ -286,18 +277,14 @@ def export(
 
 
 def _saliency(
-    images: list[Path], method: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None,
-    target: str | None, labels: str | None, image_size: int | None, alpha_min: float, layer: str | None, device: str,
-    overwrite: bool, resume: bool, seed: int, as_json: bool, command: str,
+    images: list[Path], recursive: bool, method: str, out: Path, pack: str, classifier: str, quantity: str,
+    adapter: Path | None, target: str | None, labels: str | None, image_size: int | None, alpha_min: float,
+    layer: str | None, device: str, overwrite: bool, resume: bool, seed: int, as_json: bool, command: str,
 ) -> None:  # fmt: skip
     """Overlay PNG, arrays and a line of results.jsonl for each image; a file that cannot be read is reported."""
     import torch
     from safetensors.torch import save
 
-    from counterlens.export.hashing import file_digest
-
-    from ..data import collect
-    from ..images import load_image
     from ..models.placing import choose_device, computing_on
     from ..outputs import Source, open_run
     from .drawing import save_overlay
@@ -307,7 +294,7 @@ def _saliency(
 
     check_methods([method])
     there = choose_device(device)
-    paths = [item.path for item in collect(images)]
+    items = open_images(images, recursive).samples
     opened, explained, size, baseline = _open(pack, classifier, images[0], labels, image_size, device)
     question = make_quantity(explained, quantity)
     wanted = None
@@ -324,8 +311,8 @@ def _saliency(
     rows = []
     failed = 0
 
-    def explain_one(path: Path, name: str, folder: Path) -> dict[str, Any]:
-        image = load_image(path, size)[None].to(there)
+    def explain_one(item: Sample, name: str, folder: Path) -> dict[str, Any]:
+        image = item.load(size)[None].to(there)
         with computing_on(there):
             label = predicted(explained, image) if wanted is None else torch.tensor([wanted], device=there)
             saliency, scores = explain_with(
@@ -340,7 +327,7 @@ def _saliency(
         assert curves.remove is not None
         picture, arrays = folder / f"{name}.png", folder / f"{name}.safetensors"
         record = {
-            "image": str(path), "input_sha256": file_digest(path), "method": method,
+            "image": item.name, "status": "done", "input_sha256": item.sha256(), "method": method,
             "target": explained.labels[int(label)], "probability": round(curves.full[0].item(), 6),
             **{k: round(v[0].item(), 6) for k, v in scored.values.items()},
             "thresholds": [round(v, 6) for v in curves.abscissae[0].tolist()],
@@ -353,39 +340,39 @@ def _saliency(
         write_atomically(arrays, save(maps, metadata={"counterlens": json.dumps(line)}))
         return record | {"path": str(picture), "arrays": str(arrays)}
 
-    sources = [Source(path.stem, {"image": str(path)}, path) for path in paths]
+    sources = [Source(item.path.stem, {"image": item.name}, item.own_file) for item in items]
     with open_run(
         out, facts, sources=sources, endings=(".png", ".safetensors"), overwrite=overwrite, resume=resume,
         say=errors.print,
     ) as run:  # fmt: skip
-        for path, name, done in zip(paths, run.names, run.done, strict=True):
+        for item, name, done in zip(items, run.names, run.done, strict=True):
             line = done
             if line is None:
                 try:
-                    record = explain_one(path, name, run.folder)
+                    record = explain_one(item, name, run.folder)
                 except (CounterlensError, OSError) as error:
                     if isinstance(error, UsageError):
                         raise
-                    message = str(error).removeprefix(f"{path}: ")
+                    message = str(error).removeprefix(f"{item.name}: ")
                     if isinstance(error, NotFinite):
                         message = f"{error.what}: NaN or infinity for this image"
-                    record = {"image": str(path), "error": message}
+                    record = {"image": item.name, "status": "failed", "error": message}
                 line = run.line(name, record)
                 run.append(line)
             if as_json:
                 print_json(line)
             if "error" in line:
                 failed += 1
-                errors.print(f"error: {path}: {line['error']}", style="red")
-                rows.append([str(path), "", "", "", "", "failed"])
+                errors.print(f"error: {item.name}: {line['error']}", style="red")
+                rows.append([item.name, "", "", "", "", "failed"])
                 continue
             rows.append([
-                str(path), line["target"], f"{line['probability']:.3f}", f"{line['msi']:.3f}",
+                item.name, line["target"], f"{line['probability']:.3f}", f"{line['msi']:.3f}",
                 f"{100 * line['mask_area']:.1f} %", line["path"],
             ])  # fmt: skip
     console.table(["image", "target", "probability", "MSI", "marked", "file"], rows)
     if failed:
-        raise CounterlensError(f"{failed} of {len(paths)} images failed; the others are in {out}")
+        raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
 
 
 def _facts(
@@ -403,10 +390,11 @@ def _facts(
 
 
 def saliency(
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    images: Annotated[list[Path], ImagesArgument],
     method: Annotated[str, typer.Option(help=f"One of {METHODS}.")] = "lax",
     out: Annotated[Path, typer.Option(help="Folder for overlays (.png) and arrays (.safetensors).")] = Path("saliency"),
     target: Annotated[str | None, typer.Option(help="Label to explain; the prediction without it.")] = None,
+    recursive: RecursiveOption = False,
     pack: PackOption = "digits",
     classifier: ClassifierOption = "clean",
     quantity: QuantityOption = "class",
@@ -426,16 +414,17 @@ def saliency(
     Example: counterlens saliency four.png --method lax --out where
     """
     _saliency(
-        images, method, out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, layer, device,
-        overwrite, resume, seed, as_json, "counterlens saliency",
+        images, recursive, method, out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min,
+        layer, device, overwrite, resume, seed, as_json, "counterlens saliency",
     )  # fmt: skip
 
 
 @app.command()
 def explain(
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    images: Annotated[list[Path], ImagesArgument],
     out: Annotated[Path, typer.Option(help="Folder for overlays (.png) and arrays (.safetensors).")] = Path("saliency"),
     target: Annotated[str | None, typer.Option(help="Label to explain; the prediction without it.")] = None,
+    recursive: RecursiveOption = False,
     pack: PackOption = "digits",
     classifier: ClassifierOption = "clean",
     quantity: QuantityOption = "class",
@@ -454,15 +443,16 @@ def explain(
     Example: counterlens adapter explain four.png --classifier shortcut --out where
     """
     _saliency(
-        images, "lax", out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, None, device,
-        overwrite, resume, seed, as_json, "counterlens adapter explain",
+        images, recursive, "lax", out, pack, classifier, quantity, adapter, target, labels, image_size, alpha_min, None,
+        device, overwrite, resume, seed, as_json, "counterlens adapter explain",
     )  # fmt: skip
 
 
 def _evaluate(
     methods: str, out: Path, pack: str, classifier: str, quantity: str, adapter: Path | None, images: Path | None,
-    labels: str | None, image_size: int | None, split: str, count: int | None, marker: str, alpha_min: float,
-    layer: str | None, runtime: str, device: str, overwrite: bool, seed: int, as_json: bool, command: str,
+    recursive: bool, labels: str | None, image_size: int | None, split: str, count: int | None, marker: str,
+    alpha_min: float, layer: str | None, runtime: str, device: str, overwrite: bool, seed: int, as_json: bool,
+    command: str,
 ) -> None:  # fmt: skip
     from ..images import write_png
     from ..models.placing import choose_device, computing_on
@@ -478,7 +468,7 @@ def _evaluate(
     there = choose_device(device)
     opened, explained, size, baseline = _open(pack, classifier, images, labels, image_size, device)
     if images is not None:
-        names, shown, failed = _load(images, size)
+        names, shown, failed = _load(images, size, recursive)
         ids = list(range(len(names)))
     else:
         failed, drawn = 0, opened.samples(split, count=count, marker=marker)
@@ -563,6 +553,7 @@ def evaluate(
     quantity: QuantityOption = "class",
     adapter: AdapterOption = None,
     images: ImagesOption = None,
+    recursive: RecursiveOption = False,
     labels: LabelsOption = None,
     image_size: SizeOption = None,
     split: SplitOption = "test",
@@ -583,8 +574,8 @@ def evaluate(
     Example: counterlens evaluate --methods lax,ig,gradcam --count 50 --out compared
     """
     _evaluate(
-        methods, out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
-        layer, runtime, device, overwrite, seed, as_json, "counterlens evaluate",
+        methods, out, pack, classifier, quantity, adapter, images, recursive, labels, image_size, split, count, marker,
+        alpha_min, layer, runtime, device, overwrite, seed, as_json, "counterlens evaluate",
     )  # fmt: skip
 
 
@@ -596,6 +587,7 @@ def evaluate_adapter(
     quantity: QuantityOption = "class",
     adapter: AdapterOption = None,
     images: ImagesOption = None,
+    recursive: RecursiveOption = False,
     labels: LabelsOption = None,
     image_size: SizeOption = None,
     split: SplitOption = "test",
@@ -613,6 +605,6 @@ def evaluate_adapter(
     Example: counterlens adapter evaluate --adapter my-adapter --count 50 --out scored
     """
     _evaluate(
-        "lax", out, pack, classifier, quantity, adapter, images, labels, image_size, split, count, marker, alpha_min,
-        None, runtime, device, overwrite, seed, as_json, "counterlens adapter evaluate",
+        "lax", out, pack, classifier, quantity, adapter, images, recursive, labels, image_size, split, count, marker,
+        alpha_min, None, runtime, device, overwrite, seed, as_json, "counterlens adapter evaluate",
     )  # fmt: skip

@@ -24,6 +24,7 @@ from ..options import (
     ModelOption,
     PackOption,
     PromptsOption,
+    RecursiveOption,
     SeedOption,
     SpeedOption,
     UnusedSeedOption,
@@ -58,6 +59,7 @@ def audit(
     saliency: Annotated[str | None, typer.Option(help="Saliency method as well, such as lax; scored by MSI.")] = None,
     insight: Annotated[bool, typer.Option(help="More counterfactuals for wrong predictions.")] = True,
     shortcuts: Annotated[int, typer.Option(help="Samples for the disagreement map; 0: none.", min=0)] = 128,
+    recursive: RecursiveOption = False,
     limit: Annotated[int | None, typer.Option(help="At most so many samples.", min=1)] = None,
     per_class: Annotated[int | None, typer.Option(help="At most so many of each true label.", min=1)] = None,
     only_misclassified: Annotated[bool, typer.Option(help="Only where prediction and true label differ.")] = False,
@@ -134,6 +136,7 @@ def audit(
         target=target, counterfactuals=counterfactuals, saliency=saliency, insight=insight, limit=limit,
         per_class=per_class, only_misclassified=only_misclassified, only_below=only_below, sample_seed=seed,
         budget_s=budget_s, part_size=part_size, image_format=image_format, slices=slice or (),
+        recursive=recursive,
     )  # fmt: skip
     console = text_console(as_json)
     for note in auditor.notes:

@@ -102,7 +102,8 @@ class Worker:
         engine = Engine(**ray.get(parts))
         engine.slots = slots
         details = ray.get(job)
-        source = open_source(Path(details["source"]), details["options"].slices)
+        options = details["options"]
+        source = open_source(Path(details["source"]), options.slices, options.recursive)
         self.auditor = Auditor(engine, source, details["options"], details["config"], details["judges"])
         self.results = Results.open(Path(details["out"]))
         mine, theirs = self.auditor.identity["hash"], self.results.manifest["identity"]["hash"]

@@ -18,9 +18,10 @@ from torch import Tensor
 from counterlens.export.store import weights_digest
 
 from ..config import Config
+from ..data import as_index, shown
 from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
-from ..images import as_saved, load_image
+from ..images import as_saved
 from ..metrics.inputs import check_computed
 from ..models.protocols import Classifier, probabilities
 from .results import (
@@ -59,6 +60,7 @@ class Options:
         part_size: samples in a part, the unit that is written at once.
         image_format: png or webp (lossless).
         slices: columns of the source that group the report.
+        recursive: of a source that is a folder all folders below it, not only its class folders.
     """
 
     target: str | int = "runner-up"
@@ -74,6 +76,7 @@ class Options:
     part_size: int = 64
     image_format: str = "png"
     slices: tuple[str, ...] = ()
+    recursive: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "per_class", "part_size"):
@@ -145,8 +148,10 @@ class Auditor:
         self.identity = self._identity()
 
     def _as_target(self, target: str | int) -> str | int:
-        known = isinstance(target, int) or target in self.engine.labels or not target.isdecimal()
-        return target if known else int(target)
+        if isinstance(target, int) or target in self.engine.labels:
+            return target
+        index = as_index(target)
+        return target if index is None else index
 
     def _match_labels(self) -> list[int | None]:
         """Each sample's true label as the classifier's index; class folders that are no labels become a slice."""
@@ -156,8 +161,8 @@ class Auditor:
         for label in said:
             if label in names:
                 index[label] = names[label]
-            elif label.isdecimal() and int(label) < len(names):
-                index[label] = int(label)
+            elif (number := as_index(label)) is not None and number < len(names):
+                index[label] = number
         unknown = sorted(said - index.keys())
         if unknown and index:
             raise UsageError(
@@ -254,9 +259,9 @@ class Auditor:
 
         def one(sample: Sample) -> Tensor | str:
             try:
-                return load_image(self.source.read(sample), size, sample.id, self.config.interpolation)
+                return sample.load(size, self.config.interpolation)
             except CounterlensError as error:
-                return str(error).removeprefix(f"{sample.id}: ")
+                return str(error).removeprefix(f"{sample.name}: ")
 
         loaded = list(pool.map(one, samples) if pool else map(one, samples))
         images = [x for x in loaded if isinstance(x, Tensor)]
@@ -304,7 +309,7 @@ class Auditor:
         return row | {
             "number": chosen.number,
             "id": sample.id,
-            "file": sample.id if self.source.kind == "folder" else str(where) if isinstance(where, Path) else None,
+            "file": sample.id if self.source.kind == "folder" else shown(where) if isinstance(where, Path) else None,
             "slices": dict(sorted(sample.slices.items())),
             "label": None if chosen.label is None else self.engine.labels[chosen.label],
             "judges": {},
@@ -411,9 +416,8 @@ class Auditor:
             result, n = run
             row["target"] = result.labels[int(result.target[n])]
             row["seed"] = result.seeds[n]
-            if (error := result.errors[n]) is not None:
-                skipped = int(result.source[n]) == int(result.target[n])
-                row |= {"status": "skipped" if skipped else "failed", "error": error}
+            if result.errors[n] is not None:
+                row |= {"status": result.status(n), "error": result.errors[n]}
                 continue
             kept = result.kept_fraction[n]
             row |= {
@@ -562,4 +566,4 @@ def open_auditor(
         raise UsageError(f"{unknown[0]}: no option of an audit; expected {', '.join(OPTION_NAMES)}")
     given: dict[str, Any] = {k: tuple(v) if k == "slices" else v for k, v in options.items() if v is not None}
     asked = Options(**given)
-    return Auditor(engine, open_source(Path(source), asked.slices), asked, config, judges)
+    return Auditor(engine, open_source(Path(source), asked.slices, asked.recursive), asked, config, judges)

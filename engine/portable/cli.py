@@ -12,11 +12,14 @@ import typer
 
 from ..errors import CounterlensError, UsageError
 from ..options import (
+    ImagesArgument,
     JsonFlag,
     OverwriteFlag,
+    RecursiveOption,
     ResumeFlag,
     SeedOption,
     errors,
+    open_images,
     print_json,
     progress_bar,
     text_console,
@@ -105,8 +108,9 @@ def register(app: typer.Typer) -> None:
 
 def run(
     file: Annotated[Path, typer.Argument(help="counterfactual.onnx; its card, counterfactual.json, lies beside it.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    images: Annotated[list[Path], ImagesArgument],
     target: Annotated[str, typer.Option(help="Label name, index or runner-up.")] = "runner-up",
+    recursive: RecursiveOption = False,
     out: Annotated[Path, typer.Option(help="Folder for the counterfactuals.")] = Path("counterfactuals"),
     threads: Annotated[int | None, typer.Option(help="Of ONNX Runtime; its own choice without it.", min=1)] = None,
     overwrite: OverwriteFlag = False,
@@ -123,14 +127,11 @@ def run(
     """
     from PIL import Image
 
-    from counterlens.export.hashing import file_digest
-
-    from ..data import collect
-    from ..images import load_pixels, write_png
+    from ..images import write_png
     from ..outputs import Source, open_run
     from .file import CounterfactualFile
 
-    items = collect(images)
+    items = open_images(images, recursive).samples
     opened = CounterfactualFile(file, threads)
     wanted, card = opened.target(target), opened.card
     facts = {
@@ -141,7 +142,7 @@ def run(
         "made_with": card["versions"],
         "versions": {"counterlens": version("counterlens"), "onnxruntime": opened.runtime_version},
     }  # fmt: skip
-    sources = [Source(item.path.stem, {"image": str(item.path)}, item.path) for item in items]
+    sources = [Source(item.path.stem, {"image": item.name}, item.own_file) for item in items]
     console, rows, failed = text_console(as_json), [], 0
     with open_run(
         out, facts, sources=sources, endings=(".png",), inputs=[file], overwrite=overwrite, resume=resume,
@@ -150,25 +151,26 @@ def run(
         for item, name, done in zip(items, folder.names, folder.done, strict=True):
             record = done
             if record is None:
-                record = {"image": str(item.path)}
+                record = {"image": item.name, "status": "done"}
                 try:
-                    pixels = load_pixels(item.path, opened.image_size).transpose(2, 0, 1)
-                    record |= {"input_sha256": file_digest(item.path), **_answer(opened, pixels, wanted, seed)}
+                    pixels = item.pixels(opened.image_size).transpose(2, 0, 1)
+                    record |= {"input_sha256": item.sha256(), **_answer(opened, pixels, wanted, seed)}
                     changed = record.pop("counterfactual", None)
                     if changed is not None:
                         path = folder.folder / f"{name}.png"
                         write_png(Image.fromarray(changed), path, folder.line(name, record))
                         record["path"] = str(path)
                 except (CounterlensError, OSError) as error:
-                    record["error"] = str(error).removeprefix(f"{item.path}: ")
+                    record |= {"status": "failed", "error": str(error).removeprefix(f"{item.name}: ")}
                 record = folder.line(name, record)
                 folder.append(record)
             if as_json:
                 print_json(record)
-            if "error" in record:
-                failed += 1
-                errors.print(f"error: {record['image']}: {record['error']}", style="red")
-                rows.append([record["image"], "", "", "", "", "", "", "failed"])
+            if record["status"] != "done":
+                failed += record["status"] == "failed"
+                kind, colour = ("error", "red") if record["status"] == "failed" else ("skipped", "yellow")
+                errors.print(f"{kind}: {record['image']}: {record['error']}", style=colour)
+                rows.append([record["image"], "", "", "", "", "", "", record["status"]])
             else:
                 rows.append([
                     record["image"], record["source"], record["target"], record["prediction"],
@@ -185,7 +187,8 @@ def _answer(opened: CounterfactualFile, pixels: NDArray[np.float32], target: int
     started = time.perf_counter()
     answers = opened.run(pixels[None], target, seed)
     if (error := answers.errors[0]) is not None:
-        return {"error": error}
+        skipped = int(answers.source[0]) == int(answers.target[0]) >= 0
+        return {"status": "skipped" if skipped else "failed", "error": error}
     labels, said, wanted = opened.labels, int(answers.prediction[0]), int(answers.target[0])
     return {
         "source": labels[answers.source[0]],

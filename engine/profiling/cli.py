@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UsageError
+from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..options import (
     RUNTIMES,
@@ -17,6 +17,7 @@ from ..options import (
     DeviceOption,
     GuidanceDecoderOption,
     HeadOption,
+    ImagesArgument,
     ImageSizeOption,
     JsonFlag,
     LabelsOption,
@@ -24,10 +25,13 @@ from ..options import (
     OverwriteFlag,
     PackOption,
     PromptsOption,
+    RecursiveOption,
     SeedOption,
     SpeedOption,
     WeightsOption,
+    load_all,
     open_engine,
+    open_images,
     print_json,
     progress_bar,
     source_fields,
@@ -36,10 +40,8 @@ from ..options import (
 
 
 def profile(
-    images: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Image files or folders; the pack's test digits without them.", metavar="[IMAGE...]"),
-    ] = None,
+    images: Annotated[list[Path] | None, ImagesArgument] = None,
+    recursive: RecursiveOption = False,
     target: Annotated[str, typer.Option(help="Label, runner-up, ... as for counterfactual.")] = "runner-up",
     batch: Annotated[int, typer.Option(help="Images per call: 1 for latency, 16 for throughput.", min=1)] = 1,
     count: Annotated[int, typer.Option(help="At most so many images.", min=1)] = 16,
@@ -69,14 +71,14 @@ def profile(
 ) -> None:
     """Show where time and memory of guided sampling go, and what guidance costs over unguided sampling.
 
+    Without images the pack's test digits are taken.
+
     Writes a page (profile.html), all numbers (profile.json) and a trace for ui.perfetto.dev (trace.json). A compiled
     step is one call: its parts are timed in eager, its whole in the runtime that was asked for.
 
     Example: counterlens profile --batch 16 --out profile
     """
     from ..config import Config
-    from ..data import collect
-    from ..images import load_image
     from ..outputs import open_run
     from ..provenance import engine_facts
 
@@ -84,7 +86,7 @@ def profile(
         mode=mode, **source_fields(pack, classifier, model), speed=speed, preset=preset, steps=steps, gradient=gradient,
         guidance_decoder=guidance_decoder, seed=seed,
     )  # fmt: skip
-    items = collect(images or [])[:count]
+    items = open_images(images, recursive).samples[:count] if images else []
     if model and not items:
         raise UsageError("images: none given; name files or folders (only a pack has its own)")
     options = {"runtime": runtime, "store": store, "device": device}
@@ -99,15 +101,16 @@ def profile(
     from .report import page, perfetto, print_profile
 
     if items:
-        pictures = torch.stack([load_image(item.path, engine.image_size) for item in items])
+        _, loaded, failed = load_all(items, engine.image_size, config.interpolation)
+        pictures = torch.stack(loaded)
     else:
-        pictures = Pack(pack).samples("test", count=count, marker="random").images
+        failed, pictures = 0, Pack(pack).samples("test", count=count, marker="random").images
     facts = {
-        "command": "counterlens profile", "images": [str(item.path) for item in items], "target": target,
+        "command": "counterlens profile", "images": [item.name for item in items], "target": target,
         "batch": batch, "count": count, **engine_facts(engine, config, batch),
     }  # fmt: skip
     names = ("profile.html", "profile.json", "trace.json")
-    inputs = [item.path for item in items]
+    inputs = [item.own_file for item in items if item.own_file is not None]
     with open_run(out, facts, files=names, inputs=inputs, overwrite=overwrite), progress_bar("profile") as progress:
         task = progress.task_ids[0]
         result = measure(
@@ -123,3 +126,5 @@ def profile(
     print_profile(result, console)
     for path in files:
         console.print(str(path))
+    if failed:
+        raise CounterlensError(f"{failed} of {len(items)} images could not be read; the others were profiled")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from counterlens.engine.data import Item, collect, read_manifest, read_names, read_neighbours
+from counterlens.engine.data import read_folder, read_names, read_neighbours
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 
@@ -19,46 +19,16 @@ def touch(*paths: Path) -> None:
         path.touch()
 
 
-def test_folders_are_read_in_order_with_labels(tmp_path: Path) -> None:
-    touch(tmp_path / "b.PNG", tmp_path / "a.jpg", tmp_path / "notes.txt", tmp_path / ".hidden.png")
-    touch(tmp_path / "cat" / "1.jpeg")
-    assert collect([tmp_path]) == [
-        Item(tmp_path / "a.jpg"), Item(tmp_path / "b.PNG"), Item(tmp_path / "cat" / "1.jpeg", label="cat"),
-    ]  # fmt: skip
-    assert collect([tmp_path / "anything"]) == [Item(tmp_path / "anything")]  # reported when it is opened
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match=r"^images: .*empty holds no image"):
-        collect([tmp_path / "empty"])
-
-
 def test_synset_folders_have_names(tmp_path: Path) -> None:
     images = tmp_path / "val"
     touch(images / "n01440764" / "x.JPEG", images / "n01443537" / "y.JPEG")
-    assert [i.label for i in collect([images])] == ["n01440764", "n01443537"]
+    assert [label for _, label in read_folder(images).images] == ["n01440764", "n01443537"]
     mapping = tmp_path / "LOC_synset_mapping.txt"
     mapping.write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n")
-    assert [i.label for i in collect([images])] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert [label for _, label in read_folder(images).images] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
     mapping.write_text("tench\n")
     with pytest.raises(CounterlensError, match=r"LOC_synset_mapping\.txt, line 1"):
-        collect([images])
-
-
-def test_manifest(tmp_path: Path) -> None:
-    path = tmp_path / "list.csv"
-    path.write_text("image,target\na.png,dog\nsub/b.png,\n")
-    assert read_manifest(path) == [Item(tmp_path / "a.png", "dog"), Item(tmp_path / "sub" / "b.png")]
-    path.write_text("image\na.png\n")
-    assert read_manifest(path) == [Item(tmp_path / "a.png")]
-    for text, words in [
-        ("path\na.png\n", "no column"),
-        ("image,target\n,dog\n", "line 2: no image"),
-        ("", "no column"),
-    ]:
-        path.write_text(text)
-        with pytest.raises(UsageError, match=rf"^manifest: .*{words}"):
-            read_manifest(path)
-    with pytest.raises(UsageError, match=r"^manifest: .*cannot be read"):
-        read_manifest(tmp_path / "none.csv")
+        read_folder(images)
 
 
 def test_neighbours(tmp_path: Path) -> None:
