@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from .builder import Builder, Value, fixed, lowers, meta
+from .decompose_resampling import windows
 
 aten = torch.ops.aten
 
@@ -81,30 +82,48 @@ def convolution(
     return g.op("ConvTranspose", *inputs, **attributes, output_padding=list(output_padding))
 
 
-def _windows(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool) -> dict[str, Any]:
-    kernel, stride, padding = (list(v) * 2 if len(v) == 1 else list(v) for v in (kernel, stride or kernel, padding))
-    return {"kernel_shape": kernel, "strides": stride, "pads": padding * 2, "ceil_mode": int(ceil_mode)}
+def _several(values: Sequence[int], dims: int) -> list[int]:
+    return list(values) * dims if len(values) == 1 else list(values)
 
 
-@lowers(aten.avg_pool2d.default)
-def avg_pool2d(
+@lowers(aten.avg_pool2d.default, aten.avg_pool3d.default)
+def avg_pool(
     g: Builder, node: Node, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
     ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None,
 ) -> Value:  # fmt: skip
-    windows = _windows(kernel, stride, padding, ceil_mode)
-    if divisor_override is None:
-        return g.op("AveragePool", x, count_include_pad=int(count_include_pad), **windows)
-    mean = g.op("AveragePool", x, count_include_pad=1, **windows)
-    return g.op("Mul", mean, g.constant(math.prod(windows["kernel_shape"]) / divisor_override, meta(node).dtype))
+    """What our decompositions leave of it: no ceil_mode and no divisor, about which ONNX and PyTorch differ."""
+    dims = 2 if node.target is aten.avg_pool2d.default else 3
+    return g.op(
+        "AveragePool", x, kernel_shape=_several(kernel, dims), strides=_several(stride or kernel, dims),
+        pads=_several(padding, dims) * 2, count_include_pad=int(count_include_pad),
+    )  # fmt: skip
 
 
-@lowers(aten.max_pool2d_with_indices.default)
-def max_pool2d(
+@lowers(aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+def max_pool(
     g: Builder, node: Node, x: Value, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,), ceil_mode: bool = False,
-) -> tuple[Value, None]:  # fmt: skip
-    dilations = list(dilation) * 2 if len(dilation) == 1 else list(dilation)
-    return g.op("MaxPool", x, dilations=dilations, **_windows(kernel, stride, padding, ceil_mode)), None
+) -> tuple[Value, Value | None]:  # fmt: skip
+    """With padding for exactly PyTorch's windows instead of ONNX's ceil_mode, which may have one more."""
+    dims = 2 if node.target is aten.max_pool2d_with_indices.default else 3
+    shape = fixed(node.args[0], *range(-dims, 0))
+    k, s, p, d = (_several(v, dims) for v in (kernel, stride or kernel, padding, dilation))
+    ends = [
+        max(0, (windows(n, *sizes, ceil_mode) - 1) * sizes[1] + sizes[3] * (sizes[0] - 1) + 1 - n - sizes[2])
+        for n, *sizes in zip(shape, k, s, p, d, strict=True)
+    ]
+    if any(end >= size for end, size in zip(ends, k, strict=True)):
+        raise NotImplementedError("windows that reach so far behind the image")
+    flat = meta(node.args[0]).ndim == dims + 1
+    x = g.op("Unsqueeze", x, g.constant([0])) if flat else x
+    used = any(user.args[1] == 1 and user.users for user in node.users)
+    out = g.op(
+        "MaxPool", x, kernel_shape=k, strides=s, pads=[*p, *ends], dilations=d, outputs=1 + used,
+    )  # fmt: skip
+    # ONNX counts through all planes, PyTorch through one.
+    results = (out[0], g.op("Mod", out[1], g.constant(math.prod(shape)))) if used else (out,)
+    values = [g.op("Squeeze", v, g.constant([0])) if flat else v for v in results]
+    return values[0], values[1] if used else None
 
 
 @lowers(aten.upsample_nearest2d.default)
