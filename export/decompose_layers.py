@@ -210,8 +210,19 @@ def native_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, training: bool,
     momentum: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """In eval mode: one scale and one shift per channel."""
-    if training or mean is None or var is None:
+    """In eval mode: one scale and one shift per channel. In training, or without statistics, those of the batch."""
+    if training:
+        rows = wide(x).transpose(0, 1).flatten(1) if x.ndim > 1 else wide(x)[:, None]  # [C, N * ...]
+        centre = rows.mean(1)
+        centred = rows - centre[:, None]
+        rstd = ((centred * centred).mean(1) + eps).rsqrt()
+        out = (wide(x) - _per_channel(centre, x)) * _per_channel(rstd, x)
+        if weight is not None:
+            out = out * _per_channel(wide(weight), x)
+        if bias is not None:
+            out = out + _per_channel(wide(bias), x)
+        return out.to(x.dtype), centre, rstd
+    if mean is None or var is None:
         return NotImplemented
     scale = (wide(var) + eps).rsqrt()
     if weight is not None:

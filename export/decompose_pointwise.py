@@ -150,6 +150,24 @@ def pow_number(x: Tensor, exponent: float) -> Tensor:
     return torch.ones_like(x) if out is None else out
 
 
+@decomposes(aten.hardshrink_backward.default, aten.softshrink_backward.default)
+def shrink_backward(grad: Tensor, x: Tensor, limit: float) -> Tensor:
+    return torch.where((x >= -limit) & (x <= limit), 0.0, grad)
+
+
+@decomposes(aten.rrelu_with_noise_functional.default)
+def rrelu(
+    x: Tensor, noise: Tensor, lower: float = 0.125, upper: float = 1 / 3, training: bool = False, generator: Any = None
+) -> tuple[Tensor, Tensor]:
+    return NotImplemented if training else (aten.leaky_relu(x, (lower + upper) / 2), noise)
+
+
+@decomposes(aten.round.decimals)
+def round_decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
+    factor = 10.0 ** abs(decimals)
+    return (x * factor).round() / factor if decimals >= 0 else (x / factor).round() * factor
+
+
 @decomposes(aten.bucketize.Tensor)
 def bucketize(x: Tensor, boundaries: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:
     below = boundaries <= x.unsqueeze(-1) if right else boundaries < x.unsqueeze(-1)
@@ -202,7 +220,7 @@ def multi_margin_loss_backward(
     forward = decomposition_table[aten.multi_margin_loss.default]
     if weight is not None or reduction != 0:
         return NotImplemented
-    return derived(lambda v: forward(v, target.new_zeros(target.shape), p, margin, None, 0), (x,), grad)[0]
+    return derived(lambda v, labels: forward(v, labels, p, margin, None, 0), (x,), grad, target)[0]
 
 
 # Norms and statistics

@@ -338,12 +338,12 @@ def _register_adaptive_max(dims: int) -> None:
                 places = (places[:, None, :, None] * n + rows[None, :, None, :]).reshape(
                     len(places) * out, places.shape[1] * longest
                 )
-        places = places.to(x.device)
+            picked = places.flatten()
         lead, flat = x.shape[:-dims], x.reshape(*x.shape[:-dims], -1)
         count, pixels = places.shape
-        seen = flat.index_select(-1, places.flatten()).reshape(*lead, count, pixels)
+        seen = flat.index_select(-1, picked.to(x.device)).reshape(*lead, count, pixels)
         first = seen.argmax(-1, keepdim=True)  # [..., windows, 1]
-        held = torch.where(first == torch.arange(pixels, device=x.device), places, 0).sum(-1)
+        held = torch.where(first == torch.arange(pixels, device=x.device), places.to(x.device), 0).sum(-1)
         return seen.amax(-1).reshape(*lead, *size), held.reshape(*lead, *size)
 
     @decomposes(getattr(aten, f"adaptive_max_pool{dims}d_backward").default)

@@ -32,12 +32,15 @@ def pair_of(v: Sequence[int] | int) -> tuple[int, int]:
     return (values[0], values[-1]) if values else (0, 0)
 
 
-def derived(forward: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    """The pullback of `forward` at `inputs`, as operations of the graph that is being traced."""
-    shapes = [(tuple(x.shape), x.dtype) for x in (grad, *inputs)]
+def derived(
+    forward: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """The pullback of `forward(*inputs, *others)` to the inputs, as operations of the graph that is being traced."""
+    shapes = [(tuple(x.shape), x.dtype) for x in (grad, *inputs, *others)]
 
     def pull(cotangent: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        out: tuple[Tensor, ...] = torch.func.vjp(forward, *values)[1](cotangent)
+        rest = values[len(inputs) :]
+        out: tuple[Tensor, ...] = torch.func.vjp(lambda *v: forward(*v, *rest), *values[: len(inputs)])[1](cotangent)
         return out
 
     def trace() -> Callable[..., tuple[Tensor, ...]]:
@@ -47,4 +50,4 @@ def derived(forward: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tens
     # In a thread of its own: the modes and transforms that are active belong to a thread, and none may see this trace.
     with ThreadPoolExecutor(1) as alone:
         graph = alone.submit(trace).result()
-    return graph(grad, *inputs)
+    return graph(grad, *inputs, *others)
