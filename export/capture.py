@@ -66,7 +66,9 @@ def capture(fn: Callable[..., Any], examples: Sequence[Tensor], record: bool = F
     keep = patch.object(PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames)
     try:
         # Fused attention has no backward that other runtimes know; plain matrix products do.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), keep if record else nullcontext():
+        # oneDNN has layers of its own, whose backward operators nobody else knows.
+        plain = sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False)
+        with torch.no_grad(), plain[0], plain[1], keep if record else nullcontext():
             graph = tracer(*examples)
     except _Mutated as error:
         if not record:
@@ -100,7 +102,7 @@ class _Functional(TorchFunctionMode):
         # What is asked of a tensor (its shape, its device) is asked of itself.
         if func.__name__ != "__get__" or func.__self__.__name__ in VIEWS:
             args, kwargs = tree_map_only(Tensor, self._wrap, (args, kwargs))
-        out = func(*args, **kwargs)
+        out = decompositions.CALLS.get(func, func)(*args, **kwargs)
         if self.every_call:
             self.check()
         return out

@@ -119,7 +119,7 @@ def _leading(x: Tensor, indices: Sequence[Tensor | None]) -> tuple[list[int], li
     return used, [indices[i] for i in used], used + [i for i in range(x.ndim) if i not in used]  # type: ignore[misc]
 
 
-@decomposes(aten.index.Tensor, aten._unsafe_index.Tensor)
+@decomposes(aten.index.Tensor)
 def index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     used, given, order = _leading(x, indices)
     if any(map(_is_mask, given)) or len(used) == 1 or used == list(range(len(used))):
@@ -132,7 +132,7 @@ def index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     return out.permute([*before, *range(rank), *range(rank + used[0], out.ndim)])
 
 
-@decomposes(aten.index_put.default, aten._unsafe_index_put.default)
+@decomposes(aten.index_put.default)
 def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
     used, given, order = _leading(x, indices)
     if any(map(_is_mask, given)):
@@ -156,6 +156,16 @@ def index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accum
         values = values.permute(index_axes + [i for i in range(values.ndim) if i not in index_axes])
     out = aten.index_put.default(x.permute(order), given, values, accumulate)
     return out.permute([order.index(i) for i in range(x.ndim)])
+
+
+@decomposes(aten._unsafe_index.Tensor)
+def unsafe_index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    return aten.index.Tensor(x, indices)
+
+
+@decomposes(aten._unsafe_index_put.default)
+def unsafe_index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
+    return aten.index_put.default(x, indices, values, accumulate)
 
 
 def _add_rows(x: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:

@@ -326,8 +326,8 @@ def _register_adaptive_max(dims: int) -> None:
 
     @decomposes(getattr(aten, f"adaptive_max_pool{dims}d").default)
     def pool(x: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        places = torch.zeros(1, 1, dtype=torch.int64)  # [windows, pixels]
         with _disable_current_modes():
+            places = torch.zeros(1, 1, dtype=torch.int64)  # [windows, pixels]
             for n, out in zip(x.shape[-dims:], size, strict=True):
                 starts = [i * n // out for i in range(out)]
                 ends = [-(-(i + 1) * n // out) for i in range(out)]

@@ -11,13 +11,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
 
 from . import decompose_indexing, decompose_layers, decompose_pointwise, decompose_resampling
 from .decomposing import OWN, decomposes
 
-__all__ = ["OWN", "decompose_indexing", "decompose_layers", "decompose_pointwise", "decompose_resampling", "table"]
+__all__ = [
+    "CALLS",
+    "OWN",
+    "decompose_indexing",
+    "decompose_layers",
+    "decompose_pointwise",
+    "decompose_resampling",
+    "table",
+]
 
 aten = torch.ops.aten
 
@@ -57,6 +66,19 @@ def empty_strided(*arguments: Any, **options: Any) -> Tensor:
     like = arguments[0] if isinstance(arguments[0], Tensor) else None
     dtype = options.get("dtype") or (like.dtype if like is not None else None)
     return torch.full(tuple(size), 0, dtype=dtype, device=options.get("device"))
+
+
+# Functions that look at values before they reach an operator
+
+
+def one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
+    """Class indices [...] as [..., num_classes] zeros and ones. RuntimeError where the number is not given."""
+    if num_classes < 1:
+        raise RuntimeError("one_hot looks at the values for the number of classes: give num_classes")
+    return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).long()
+
+
+CALLS: dict[Any, Callable[..., Any]] = {F.one_hot: one_hot}
 
 
 def table() -> dict[Any, Callable[..., Any]]:

@@ -81,3 +81,13 @@ def scatter(g: Builder, node: Node, x: Value, dim: int, indices: Value, source: 
 def scatter_value(g: Builder, node: Node, x: Value, dim: int, indices: Value, value: float) -> Value:
     source = g.op("Expand", scalar(g, value, meta(node).dtype), g.op("Shape", indices))
     return g.op("ScatterElements", x, indices, source, axis=dim, reduction="none")
+
+
+@lowers(aten.scatter_reduce.two)
+def scatter_reduce(
+    g: Builder, node: Node, x: Value, dim: int, indices: Value, source: Value, reduce: str, *, include_self: bool = True
+) -> Value:
+    kinds = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
+    if reduce not in kinds or not include_self:
+        raise NotImplementedError(f"reduce={reduce!r}, include_self={include_self}")
+    return g.op("ScatterElements", x, indices, source, axis=dim, reduction=kinds[reduce])
