@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -33,10 +33,21 @@ class _Mutated(RuntimeError):
     """An input or a constant is changed in place."""
 
 
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Without oneDNN's recurrent layers, which nobody else knows and whose pullback fails under `no_grad`."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 def rehearse(fn: Callable[..., Any], examples: Sequence[Tensor]) -> None:
     """Run the function for real, so that what it keeps for later are tensors with values."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_onednn():
             fn(*(x.clone() for x in examples))
     except Exception as error:  # the user's code may raise anything
         raise ExportError(f"the function fails on inputs {shapes_of(examples)}: {explain(error)}") from error
@@ -66,9 +77,7 @@ def capture(fn: Callable[..., Any], examples: Sequence[Tensor], record: bool = F
     keep = patch.object(PythonKeyTracer, "_filter_traceback_frames", lambda self, frames: frames)
     try:
         # Fused attention has no backward that other runtimes know; plain matrix products do.
-        # oneDNN has layers of its own, whose backward operators nobody else knows.
-        plain = sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False)
-        with torch.no_grad(), plain[0], plain[1], keep if record else nullcontext():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), without_onednn(), keep if record else nullcontext():
             graph = tracer(*examples)
     except _Mutated as error:
         if not record:

@@ -87,7 +87,9 @@ def erfc(x: Tensor) -> Tensor:
 def atan2(y: Tensor, x: Tensor) -> Tensor:
     base = torch.atan(y / x)
     turned = torch.where(x < 0, torch.where(negative(y), base - math.pi, base + math.pi), base)
-    return torch.where(y == 0, torch.where(x < 0, math.pi * torch.where(negative(y), -1.0, 1.0), 0.0 * y), turned)
+    side = torch.where(negative(y), -1.0, 1.0).to(y.dtype)
+    turned = torch.where(x == 0, side * (math.pi / 2), turned)
+    return torch.where(y == 0, torch.where(negative(x), math.pi * side, 0.0 * y), turned)
 
 
 @decomposes(aten.hypot.default)

@@ -110,7 +110,7 @@ def _register_nearest(exact: bool, dims: int) -> None:
         if dims == 2 and not exact and repeats(x.shape, size):
             return NotImplemented  # it stays what it is
         for axis, (out, scale) in enumerate(zip(size, scales or [None] * dims, strict=True), start=2):
-            if out != x.shape[axis]:
+            if out != x.shape[axis] or scale not in (None, 1.0):
                 with _disable_current_modes():
                     places = along(torch.arange(x.shape[axis], dtype=torch.float64)[None, None], [out], scale)
                 x = x.index_select(axis, places[0, 0].long().to(x.device))

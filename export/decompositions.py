@@ -78,7 +78,32 @@ def one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
     return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).long()
 
 
-CALLS: dict[Any, Callable[..., Any]] = {F.one_hot: one_hot}
+def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
+    """Sampling grids [N, H, W, 2] of affine maps [N, 2, 3]; PyTorch's own pullback writes into memory of its own."""
+    if len(size) != 4:
+        return F.affine_grid(theta, list(size), align_corners)
+    ends = []
+    for n in size[:1:-1]:
+        steps = torch.arange(n, dtype=theta.dtype, device=theta.device)
+        ends.append(steps * (2 / max(1, n - 1)) - 1 if align_corners else (2 * steps + 1) / n - 1)
+    if align_corners:
+        ends = [e if n > 1 else e + 1 for e, n in zip(ends, size[:1:-1], strict=True)]
+    x, y = ends[0].expand(size[2], -1), ends[1][:, None].expand(-1, size[3])
+    base = torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3)  # [H * W, 3]
+    return (base @ theta.transpose(1, 2)).reshape(-1, size[2], size[3], 2)
+
+
+def cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None, out: None = None) -> Tensor:
+    """PyTorch's own pullback writes into memory of its own."""
+    return decompose_pointwise.cumprod(x, dim, dtype=dtype)
+
+
+CALLS: dict[Any, Callable[..., Any]] = {
+    F.one_hot: one_hot,
+    F.affine_grid: affine_grid,
+    torch.cumprod: cumprod,
+    Tensor.cumprod: cumprod,
+}
 
 
 def table() -> dict[Any, Callable[..., Any]]:
