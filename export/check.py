@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
+from .capture import without_onednn
 from .simplify import Size
 
 # Relative to each sample's largest magnitude, by the coarsest type in the graph.
@@ -66,7 +67,7 @@ def compare(
     """
 
     def call(values: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), without_onednn():
             return [v.detach().cpu() for v in outputs(function(*(x.clone() for x in values)))]
 
     want = call(inputs)
