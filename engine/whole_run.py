@@ -145,8 +145,11 @@ def counterfactual_program(engine: Engine, settings: Settings) -> list[Step]:
         said = [torch.where(usable, label, -1) for label in (source, resolved, after.argmax(dim=1))]
         return saved, after, l1, *said
 
+    with torch.no_grad():
+        conditions = diffusion.condition(torch.arange(labels))  # of every label: prompts are encoded here and now
+
     def condition(target: Tensor) -> Tensor:
-        return diffusion.condition(target)
+        return conditions[target]
 
     program: list[Step] = [
         Call(resolve_target, ("image", "target"), ("usable", "clean", "source_probabilities", "best", "wanted")),
