@@ -64,6 +64,8 @@ class Explanations:
             "probability": round(self.probability[i].item(), 6),
             "msi": round(scores.score[i].item(), 6),
             "base_score": round(scores.base_score[i].item(), 6),
+            "base_score_area": round(scores.base_score_area[i].item(), 6),
+            "sufficient_area": round(scores.sufficient_area[i].item(), 6),
             "mask_area": round(scores.curves.areas[i, 0].item(), 6),
             "thresholds": [round(v, 6) for v in scores.curves.abscissae[i].tolist()],
             "keep": [round(v, 6) for v in scores.curves.keep[i].tolist()],
@@ -127,7 +129,7 @@ def explain(
             seed=config.seed,
         )  # fmt: skip
         value = msi(
-            engine.classifier, there, saliency, wanted, alpha_min=alpha_min, area=False, quantity=question,
+            engine.classifier, there, saliency, wanted, alpha_min=alpha_min, scores=scores, quantity=question,
             baseline=baseline, seeds=own,
         )  # fmt: skip
     changed = engine.counterfactual(images, targets, seeds, config) if counterfactual else None

@@ -19,7 +19,7 @@ from counterlens.export.store import weights_digest
 
 from ..config import Config
 from ..data import as_index, shown
-from ..errors import CounterlensError, UsageError
+from ..errors import CounterlensError, NotFinite, UsageError
 from ..guidance.pullback import frozen
 from ..images import as_saved
 from ..metrics.inputs import check_computed
@@ -360,9 +360,17 @@ class Auditor:
         errors: list[str | None] = [None] * count
 
         def attempt(some: list[int]) -> None:
-            tensors = run(some)
-            for k, n in enumerate(some):
-                results[n] = [t[k] for t in tensors]
+            """Run over these; samples of which NaN is known drop out, and the others stay together."""
+            while some:
+                try:
+                    tensors = run(some)
+                except NotFinite as error:
+                    for k in error.samples:
+                        errors[some[k]] = f"{error.what}: NaN or infinity for this image"
+                    some = [n for k, n in enumerate(some) if k not in error.samples]
+                else:
+                    results.update((n, [t[k] for t in tensors]) for k, n in enumerate(some))
+                    return
 
         everything = list(range(count))
         try:
@@ -371,6 +379,8 @@ class Auditor:
             raise
         except FAILURES:
             for n in everything:
+                if errors[n] is not None:
+                    continue
                 try:
                     attempt([n])
                 except FAILURES as error:

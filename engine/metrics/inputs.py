@@ -163,14 +163,19 @@ def rank_planes(
     planes: Tensor,  # [N, H, W]
     ties: Ties,
     seeds: list[int],
+    finer: Tensor | None = None,  # [N, H, W]
 ) -> Tensor:
     """Rank of each pixel, 0 most salient: [N, H, W] int32.
 
-    Equal pixels are ordered by a permutation from the sample's seed (`random`), or by index from the `first` or `last`.
+    Equal pixels are ordered by `finer`, where that is given; what is equal then by a permutation from the sample's seed
+    (`random`), or by index from the `first` or `last`.
 
     Raises:
         UsageError: `ties` is unknown.
     """
+    if finer is not None:
+        order = rank_planes(finer, ties, seeds).flatten(1).argsort(1)
+        return _rank_by_permutation(planes, order).int()
     n, pixels = len(planes), planes[0].numel() if len(planes) else 0
     if ties == "random":
         return _rank_seeded(planes, seeds).int()

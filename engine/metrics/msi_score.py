@@ -70,6 +70,7 @@ def msi(
     steps: int = 16,
     penalty: float = 1.0,
     area: bool = True,
+    scores: Tensor | None = None,  # [N, H, W] or [N, 1, H, W]
     quantity: Quantity = "probability",
     baseline: Baseline = "mean",
     normalize: Normalize = "minmax",
@@ -90,6 +91,8 @@ def msi(
         quantity: something in [0, 1], or the score's range is another: `probability`, or `group_odds(...)`.
         alpha_min: freeze it on a validation split before methods are compared (`counterlens metrics calibrate`).
         steps: K, at least 1. penalty: lambda, 0 or more. area: whether to evaluate the area form as well.
+        scores: what `saliency` was made of, such as the logits of a saturated map: they order its equal pixels, and so
+            decide the area form there. Without them, those stand in the order of ties.
         classifier, images, saliency, target, baseline, normalize, channels, seeds, mean, std, batch_size, backend: as
             for `perturbation_curve`.
 
@@ -114,7 +117,8 @@ def msi(
     if area:
         # Masks of both forms are sets of the first pixels of one order: equal ones are evaluated once.
         marked = torch.cat([marked, marked_counts(planes, constant, grid, "rank", normalize)], 1)
-    rank = rank_planes(planes, "random", chosen)
+    finer = None if scores is None else saliency_planes(scores, images, channels)
+    rank = rank_planes(planes, "random", chosen, finer)
     hidden = make_baseline(baseline, images, chosen)
     ready, fill = perturbing(images, hidden, rank, mean=mean, std=std, backend=backend)
     targets, values, plan = run(explained, ready, marked, pixels, "both", fill, target, batch_size)

@@ -334,3 +334,25 @@ def test_no_images() -> None:
     result = msi(Random(), torch.rand(0, 3, 9, 7), torch.rand(0, 9, 7))
     assert result.score.shape == (0,)
     assert result.curves.forwards == 0
+
+
+def test_scores_order_the_equal_pixels_of_a_saturated_map() -> None:
+    """The area form is that of the scores, the value form that of the map, from one call."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 8, 8, generator=g)
+    scores = 400 * torch.randn(3, 8, 8, generator=g)
+    saliency = scores.sigmoid()
+    assert len(saliency[0].unique()) < 40
+    weight = torch.randn(3, 192, generator=g) / 4
+
+    def model(x: Tensor) -> Tensor:
+        return x.flatten(1) @ weight.T
+
+    both = msi(model, images, saliency, scores=scores)
+    by_value, by_rank = msi(model, images, saliency, area=False), msi(model, images, scores)
+    assert torch.allclose(both.score, by_value.score, atol=1e-6)
+    assert torch.allclose(both.base_score_area, by_rank.base_score_area, atol=1e-6)
+    assert torch.equal(both.sufficient_area, by_rank.sufficient_area)
+    assert not torch.allclose(msi(model, images, saliency).base_score_area, by_rank.base_score_area, atol=1e-4)
+    with pytest.raises(UsageError, match="saliency: expected"):
+        msi(model, images, saliency, scores=scores[:, :4])
