@@ -16,6 +16,7 @@ from torch._C._functorch import (
     is_functorch_wrapped_tensor,
     unwrap_if_dead,
 )
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +27,8 @@ from . import decompositions
 from .errors import ExportError
 
 INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
+MEMORY = ("numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__")
+READS = (*MEMORY, "tolist", "item")
 VIEWS = ("T", "mT", "H", "mH", "data", "real", "imag")
 
 
@@ -87,6 +90,9 @@ def capture(fn: Callable[..., Any], examples: Sequence[Tensor], record: bool = F
         raise
     except Exception as error:  # the user's code and PyTorch's tracing may raise anything
         raise ExportError(f"cannot trace: {explain(error)}") from error
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(graph, node.target), FakeTensor):
+            raise ExportError("cannot trace: a tensor is copied past the trace (copy.deepcopy, pickle); use clone")
     graph.graph.eliminate_dead_code()  # what nobody reads may depend on the batch as it likes
     return graph
 
@@ -108,8 +114,12 @@ class _Functional(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # What is asked of a tensor (its shape, its device) is asked of itself.
-        if func.__name__ != "__get__" or func.__self__.__name__ in VIEWS:
+        # What is asked of a tensor (its shape, its numbers) is asked of itself.
+        asked = func.__name__ in READS or (func.__name__ == "__get__" and func.__self__.__name__ not in VIEWS)
+        # PyTorch would read memory where there is none.
+        if func.__name__ in MEMORY and torch._is_functional_tensor(args[0]):
+            raise RuntimeError(f"the function looks at a tensor's value ({func.__name__}); use operations of PyTorch")
+        if not asked:
             args, kwargs = tree_map_only(Tensor, self._wrap, (args, kwargs))
         out = decompositions.CALLS.get(func, func)(*args, **kwargs)
         if self.every_call:

@@ -8,6 +8,7 @@ statistics of half-precision tensors are taken in float32. Each family has a fil
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,12 +53,12 @@ for _primitive, _operator in (
 
 @decomposes(aten.empty.memory_format)
 def empty(size: Sequence[int], **options: Any) -> Tensor:
-    return torch.full(tuple(size), 0, dtype=options.get("dtype"), device=options.get("device"))
+    return torch.full(tuple(size), 0.0, dtype=options.get("dtype"), device=options.get("device"))
 
 
 @decomposes(aten.empty_permuted.default)
 def empty_permuted(size: Sequence[int], physical_layout: Sequence[int], **options: Any) -> Tensor:
-    return torch.full(tuple(size), 0, dtype=options.get("dtype"), device=options.get("device"))
+    return torch.full(tuple(size), 0.0, dtype=options.get("dtype"), device=options.get("device"))
 
 
 @decomposes(aten.new_empty_strided.default, aten.empty_strided.default)
@@ -65,7 +66,7 @@ def empty_strided(*arguments: Any, **options: Any) -> Tensor:
     size = arguments[1] if isinstance(arguments[0], Tensor) else arguments[0]
     like = arguments[0] if isinstance(arguments[0], Tensor) else None
     dtype = options.get("dtype") or (like.dtype if like is not None else None)
-    return torch.full(tuple(size), 0, dtype=dtype, device=options.get("device"))
+    return torch.full(tuple(size), 0.0, dtype=dtype, device=options.get("device"))
 
 
 # Functions that look at values before they reach an operator
@@ -106,6 +107,7 @@ CALLS: dict[Any, Callable[..., Any]] = {
 }
 
 
+@cache
 def table() -> dict[Any, Callable[..., Any]]:
     """PyTorch's core ATen decompositions with ours over them."""
     return {**core_aten_decompositions(), **OWN}

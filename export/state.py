@@ -116,6 +116,10 @@ class State:
             more += type(item).__mro__
         return more
 
+    def changed(self) -> set[int]:
+        """The tensors that hold other values now, by `id`."""
+        return {id(t) for t, alias, clone, *_ in self._tensors if clone is not None and not _equal(alias, clone)}
+
     def restore(self) -> None:
         """Put everything back.
 
@@ -224,8 +228,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def preserved(function: Any, devices: list[int]) -> Iterator[State]:
-    """The state that a function reaches, and the random generators, put back at the end whatever happens."""
+def preserved(function: Any, devices: list[int], *, traced: bool = True) -> Iterator[State]:
+    """The state that a function reaches, and the random generators, put back at the end whatever happens.
+
+    Args:
+        function: and what it leads to.
+        devices: CUDA devices whose generators are put back too.
+        traced: also forget the tensors without values that tracing makes.
+    """
     state, python = State(function), random.getstate()
     try:
         with torch.random.fork_rng(devices=devices):
@@ -233,7 +243,8 @@ def preserved(function: Any, devices: list[int]) -> Iterator[State]:
     finally:
         random.setstate(python)
         state.restore()
-        forget_fakes()
+        if traced:
+            forget_fakes()
 
 
 def forget_fakes() -> None:

@@ -103,7 +103,14 @@ def _same_result(graph: GraphModule, fn: Callable[..., Any], examples: list[Tens
 def _at_sizes(fn: Callable[..., Any], examples: list[Tensor], state: State) -> GraphModule:
     state.restore()
     rehearse(fn, examples)
-    return capture(fn, examples)
+    graph = capture(fn, examples)
+    changed = state.changed()
+    for node in graph.graph.nodes:
+        # A buffer that the function filled while it ran is emptied again afterwards.
+        if node.op == "get_attr" and id(constant := getattr(graph, node.target)) in changed:
+            delattr(graph, node.target)
+            graph.register_buffer(node.target, constant.detach().clone())
+    return graph
 
 
 def located(
