@@ -278,6 +278,7 @@ class Engine:
         self.store = Store(store)
         self._runners: dict[tuple[object, ...], StepRunner] = {}
         self._compiled_parts: dict[str, StepRunner] = {}
+        self._pins: Mapping[str, Mapping[str, str]] = {}
         self._weights_hashes: dict[int, str] = {}
         # A few real images [N, 3, H, W], if there are any yet, on which what is compiled is held to eager.
         self.real_images: Tensor | None = None
@@ -348,7 +349,9 @@ class Engine:
     def _runner(self, settings: Settings) -> StepRunner:
         key = tuple(settings.graph.values())
         if key not in self._runners:
-            self._runners[key] = StepRunner(self.spec(settings), self.runtime, self.store, self.backend, self.pullback)
+            self._runners[key] = StepRunner(
+                self.spec(settings), self.runtime, self.store, self.backend, self.pullback, pins=self._pins.get(STEP)
+            )
         return self._runners[key]
 
     @contextmanager
@@ -385,7 +388,7 @@ class Engine:
         if not self._compiled_parts:
             for what in PARTS.values():
                 spec = self.spec(self.settings(self.config), what=what)
-                self._compiled_parts[what] = StepRunner(spec, self.runtime, self.store)
+                self._compiled_parts[what] = StepRunner(spec, self.runtime, self.store, pins=self._pins.get(what))
         return self._compiled_parts
 
     def _parts(self, slots: int) -> dict[str, Callable[..., Tensor]]:
@@ -414,6 +417,54 @@ class Engine:
     def runtime_choice(self, batch: int = 1, config: Config | None = None) -> Choice:
         """Which runtime runs the guided steps of a batch of this size, and why."""
         return self._runner(self.settings(config or self.config)).choose(self.slots_for(batch))
+
+    def runtimes(self, config: Config | None = None) -> dict[str, dict[str, str]]:
+        """What runs the guided step and each part beside it, by slot count: `{"guided-step": {"1": "eager", ...}}`."""
+        runners = {STEP: self._runner(self.settings(config or self.config)), **self._part_runners()}
+        return {what: {str(n): r.taken(n) for n in self.slots} for what, r in runners.items()}
+
+    def parities(self, config: Config | None = None) -> dict[str, dict[str, Any]]:
+        """How far the compiled steps that are there were from eager when they were built, by runtime."""
+        found = self._runner(self.settings(config or self.config)).found() if self.runtime != "eager" else {}
+        return {name: artefact.report["parity"] for name, artefact in found.items()}
+
+    @contextmanager
+    def pinned(
+        self,
+        runtimes: Mapping[str, Mapping[str, str]],
+        config: Config | None,
+        say: Callable[[str], None],
+        *,
+        fresh: bool,
+    ) -> Iterator[None]:
+        """Let `auto` take what `runtimes` of an earlier session says, whatever was built or measured since.
+
+        What cannot be had here any more is eager, which `say` is told. `fresh` opens everything compiled anew.
+        """
+        before = self._runners, self._compiled_parts
+        if fresh:
+            self._runners, self._compiled_parts = {}, {}
+        now, chosen = self.runtimes(config), self.settings(config or self.config)
+        runners = {STEP: self._runner(chosen), **self._part_runners()}
+        pins: dict[str, dict[str, str]] = {}
+        for what, runner in runners.items() if self.runtime == "auto" else ():
+            wanted = runtimes.get(what, dict.fromkeys(now[what], "eager"))
+            here = {"eager", *runner.ready()}
+            pins[what] = {n: name if name in here else "eager" for n, name in wanted.items()}
+            for name in sorted({*wanted.values()} - here):
+                say(f"runtime: {name} ran {what} when this began and is not here, so eager does (counterlens export)")
+        if pins and now != pins:
+            say(f"runtime: {', '.join(dict.fromkeys(pins[STEP].values()))}, as this began")
+        self._pins = pins
+        for what, runner in runners.items():
+            runner.pins = pins.get(what, {})
+        try:
+            yield
+        finally:
+            self._pins = {}
+            for runner in runners.values():
+                runner.pins = {}
+            self._runners, self._compiled_parts = before
 
     def warmup(
         self, batches: Sequence[int] = SLOTS, config: Config | None = None, *, measure: bool | None = None

@@ -287,12 +287,15 @@ def flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 8) -> str:
-    """What differs between two nested objects, field by field with both values; empty where nothing does."""
+    """What differs between two nested objects, field by field with both values; empty where nothing does.
+
+    Fields whose name has `hash` in it are sums of others.
+    """
     theirs, mine = flat(dict(before)), flat(dict(now))
     told = [
-        f"{k} was {theirs.get(k, 'not said')}, is {mine.get(k, 'not said')}"
+        f"{k} was {theirs.get(k, 'none')}, is {mine.get(k, 'none')}"
         for k in dict.fromkeys([*mine, *theirs])
-        if mine.get(k) != theirs.get(k)
+        if mine.get(k) != theirs.get(k) and "hash" not in k
     ]
     return "; ".join(told[:most]) + (f" (and {len(told) - most} more)" if len(told) > most else "")
 
@@ -355,13 +358,19 @@ def _finished_lines(run: Run, endings: Sequence[str], *, redo: bool) -> dict[str
     return {name: line for name, line in kept.items() if name in asked}
 
 
+def remove_run(out: Path) -> None:
+    """Remove what run.json of a folder says that a run wrote, if there is one."""
+    if (description := read_run(out)) is not None:
+        _remove(out, description, set())
+
+
 def _remove(out: Path, description: dict[str, Any], read: set[Path]) -> None:
     """Remove the files that a run wrote, run.json last; what it does not list stays.
 
     Raises:
         UsageError: it is an audit's folder, one of the files is read by the next run, or cannot be removed.
     """
-    if description["command"] == "audit":
+    if description["command"] == "counterlens audit":
         raise UsageError(f"out: {out} holds an audit; choose another folder")
     root = out.resolve()
     ours = [out / name for name in map(str, description["files"]) if ".." not in Path(name).parts]

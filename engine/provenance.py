@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from counterlens.export.store import weights_digest
+from counterlens.export.store import tensors_digest, weights_digest
 
 from .packs import Pack
 
@@ -64,6 +64,7 @@ def engine_facts(engine: Engine, config: Config, batch: int = 1) -> dict[str, An
         "settings": engine.settings(config).model_dump(),
         "seed": config.seed,
         "weights": engine_digest(engine),
+        **engine_numbers(engine),
         "image_size": engine.image_size,
         "dtype": str(next(p for m in engine.diffusion.modules() for p in m.parameters()).dtype).removeprefix("torch."),
         "slots": engine.slots[-1],
@@ -76,6 +77,30 @@ def engine_facts(engine: Engine, config: Config, batch: int = 1) -> dict[str, An
     }
 
 
+@runtime_checkable
+class HasDict(Protocol):
+    """A config of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields."""
+
+
+def engine_numbers(engine: Engine) -> dict[str, Any]:
+    """What decides results beside weights: noise levels, prompts, classes, ... of the diffusion model, and configs."""
+    diffusion = engine.diffusion
+    held = {k: v for k, v in vars(diffusion).items() if not k.startswith("_")}
+    numbers = {k: v for k, v in held.items() if isinstance(v, str | int | float | bool)}
+    numbers |= {k: tensors_digest(v)[:16] for k, v in held.items() if isinstance(v, torch.Tensor)}
+    numbers |= {k: digest(v) for k, v in held.items() if isinstance(v, list | tuple | dict) and k != "labels"}
+    configs = [getattr(m, "config", None) for m in (*diffusion.modules(), engine.classifier.module)]
+    said: list[dict[str, Any] | None] = [
+        dict(c) if isinstance(c, Mapping) else c.to_dict() if isinstance(c, HasDict) else None for c in configs
+    ]
+    # Names of folders and the versions that saved a model decide nothing.
+    said = [c and {k: v for k, v in c.items() if not k.startswith("_") and "version" not in k} for c in said]
+    return {"diffusion_model": numbers, "configs": [c and digest(c) for c in said]}
+
+
 def pack_facts(name: str) -> dict[str, Any]:
     """A pack by name and contents, and the session."""
     pack = Pack(name)
@@ -84,7 +109,7 @@ def pack_facts(name: str) -> dict[str, Any]:
 
 def digest(value: Any) -> str:
     """A short hash of JSON values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def models_digest(modules: Sequence[nn.Module], labels: Sequence[str]) -> str:

@@ -97,6 +97,8 @@ def audit(
     shard: Annotated[str | None, typer.Option(help="Only this share of the parts, such as 3/8.")] = None,
     workers: Annotated[int, typer.Option(help="Threads that read images; with --ray: engines.", min=1)] = 2,
     ray: Annotated[str | None, typer.Option(help="Run on Ray: `local`, or a cluster's address.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the audit that is in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --out, as the same command does anyway.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only estimate time and disk.")] = False,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
     seed: SeedOption = 0,
@@ -104,8 +106,9 @@ def audit(
 ) -> None:
     """Explain a whole data set: rows in Parquet, images beside them, one report to read.
 
-    Stopped at any moment, the same command goes on; with another model or setting it refuses. What failed is recorded
-    in its row and the others go on; the exit code is 1 then.
+    Stopped at any moment, the same command goes on, with the threads and the runtime that it began with; with another
+    model or setting it refuses, and --overwrite replaces what is there. What failed is recorded in its row and the
+    others go on; the exit code is 1 then.
 
     Example: counterlens audit digits/labels.csv --slice marker --classifier shortcut --out audit
     """
@@ -125,6 +128,8 @@ def audit(
         match_official=match_official,
         seed=seed,
     )
+    if overwrite and resume:
+        raise UsageError("overwrite: not together with --resume")
     part = _shard(shard)
     saving = saving_options(checkpointing, memory_budget, neighbours, device=device, runtime=runtime)
     engine = open_engine(
@@ -154,8 +159,8 @@ def audit(
 
     with _bar() as update:
         results = run_audit(
-            auditor, out, shard=part, workers=workers, ray=ray, shortcuts=shortcuts, on_progress=update, on_rows=show,
-            say=lambda text: errors.print(text),
+            auditor, out, shard=part, workers=workers, ray=ray, shortcuts=shortcuts, overwrite=overwrite,
+            on_progress=update, on_rows=show, say=lambda text: errors.print(text),
         )  # fmt: skip
     from .report import write_report
     from .summary import summarise
@@ -185,7 +190,7 @@ def merge(
     from .merge import merge as merge_shards
     from .summary import summarise
 
-    summary = summarise(merge_shards(folders, out))
+    summary = summarise(merge_shards(folders, out, say=lambda text: errors.print(text)))
     console = text_console(as_json)
     for line in summary.lines():
         console.print(line)

@@ -85,20 +85,18 @@ class Worker:
     Args:
         parts: of `engine_parts`, in Ray's object store.
         slots: of the engine.
-        threads: for torch, as many as the driver has: sums depend on them.
-        job: source, options, judges, config and folder.
+        job: source, options, judges, config, folder, and the conditions that are held (threads, runtimes).
     """
 
-    def __init__(self, parts: Any, slots: tuple[int, ...], threads: int, job: Any) -> None:
+    def __init__(self, parts: Any, slots: tuple[int, ...], job: Any) -> None:
         import ray
-        import torch
 
         from ..engine import Engine
+        from .conditions import check_conditions, conditions, held
         from .explaining import Auditor
         from .run import parts_of, read_plan
         from .sources import open_source
 
-        torch.set_num_threads(threads)
         engine = Engine(**ray.get(parts))
         engine.slots = slots
         details = ray.get(job)
@@ -109,6 +107,11 @@ class Worker:
         mine, theirs = self.auditor.identity["hash"], self.results.manifest["identity"]["hash"]
         if mine != theirs:
             raise CounterlensError(f"this machine sees another model or source (hash {mine}, not {theirs})")
+        check_conditions(details["conditions"], conditions(engine, self.auditor.config), details["out"])
+        # Until the actor's end.
+        self.holding = held(engine, details["conditions"], self.auditor.config, lambda text: None)
+        self.holding.__enter__()
+        self.results.made = conditions(engine, self.auditor.config)
         self.parts = parts_of(read_plan(self.results.folder, self.auditor), details["options"].part_size)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +163,7 @@ def run_on_ray(
         "judges": auditor.judges,
         "config": auditor.config,
         "out": str(results.folder.resolve()),
+        "conditions": results.manifest["conditions"],
     }
     shipped = engine_parts(engine)
     check_travels(shipped | {f"judge {name}": judge for name, judge in auditor.judges.items()})
@@ -183,7 +187,7 @@ def run_on_ray(
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
             num_gpus=1 if torch.cuda.is_available() else None,
-            fn_constructor_args=(held[0], engine.slots, torch.get_num_threads(), held[1]),
+            fn_constructor_args=(held[0], engine.slots, held[1]),
         )
         for said in data.iter_rows():
             rows = results_rows(results, said["part"])

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from counterlens.export.store import weights_digest
-
 from ..config import Config
 from ..data import as_index, shown
 from ..errors import CounterlensError, NotFinite, UsageError
@@ -24,6 +22,9 @@ from ..guidance.pullback import frozen
 from ..images import as_saved
 from ..metrics.inputs import check_computed
 from ..models.protocols import Classifier, probabilities
+from ..outputs import SCHEMA_VERSION
+from ..provenance import digest, engine_digest, engine_numbers, models_digest, versions
+from .conditions import COMPUTING
 from .results import (
     COLUMNS,
     FORMATS,
@@ -146,6 +147,14 @@ class Auditor:
                     f"none, {source.samples[self.labels.index(None)].id!r} for one"
                 )
         self.identity = self._identity()
+        here = versions()
+        self.facts = {
+            "command": "counterlens audit", "audit": self.identity["hash"], "config_hash": self.identity["config_hash"],
+            "model_hash": self.identity["model_hash"], "classifier": type(engine.classifier.module).__name__,
+            **engine.names, "mode": self.config.mode_name, "settings": self.settings.model_dump(),
+            "run_seed": self.config.seed, "versions": {k: v for k, v in here.items() if k in COMPUTING},
+            "schema_version": SCHEMA_VERSION,
+        }  # fmt: skip
 
     def _as_target(self, target: str | int) -> str | int:
         if isinstance(target, int) or target in self.engine.labels:
@@ -185,14 +194,20 @@ class Auditor:
             "diffusion": type(engine.diffusion).__name__,
             "classifier": type(engine.classifier.module).__name__,
             "labels": len(engine.labels),
-            "weights": _models_digest([*engine.diffusion.modules(), engine.classifier.module], engine.labels),
+            "weights": engine_digest(engine),
+            **engine_numbers(engine),
             **engine.source,
-            "judges": {name: _models_digest([j.module], j.labels) for name, j in self.judges.items()},
+            "judges": {name: models_digest([j.module], j.labels) for name, j in self.judges.items()},
         }
         config = {"mode": self.config.mode_name, **self.settings.model_dump(), "seed": self.config.seed}
         if self.options.saliency is not None and not hasattr(engine, "explain"):
             raise UsageError("saliency: this engine has no `explain`")
-        config |= {"runtime": engine.runtime_choice(engine.slots[-1], self.config).runtime, "slots": engine.slots[-1]}
+        # What `auto` takes is held, not asked for: see `conditions`.
+        config |= {"runtime": engine.runtime, "slots": engine.slots[-1], "kernels": engine.backend}
+        config |= {"attention": engine.attention, "checkpointing": engine.checkpointing}
+        asked = {self.options.target, *(s.target for s in self.source.samples)}
+        if "neighbour" in asked:
+            config["neighbours"] = digest({str(k): v for k, v in engine.neighbours.items()})
         if self.config.match_official:
             config["match_official"] = True
         if engine.device.type != "cpu":  # whose results are not the CPU's, bit by bit
@@ -203,8 +218,8 @@ class Auditor:
         text = json.dumps(identity, sort_keys=True)
         return identity | {
             "hash": hashlib.sha256(text.encode()).hexdigest()[:16],
-            "config_hash": _digest({"config": identity["config"], "options": identity["options"]}),
-            "model_hash": _digest(model),
+            "config_hash": digest({"config": identity["config"], "options": identity["options"]}),
+            "model_hash": digest(model),
         }
 
     # The plan
@@ -296,7 +311,12 @@ class Auditor:
                 if isinstance(row[what], Tensor):
                     name = "input" if what == "image" else what.removesuffix("_counterfactual")
                     path = image_path(part, place, name, self.options.image_format)
-                    files[path] = encode_image(row[what], self.options.image_format)
+                    said = {
+                        k: row[k] for k in ("id", "file", "label", "prediction", "target", "seed", "number", "part")
+                    }
+                    files[path] = encode_image(
+                        row[what], self.options.image_format, {"what": name, **said, **self.facts}
+                    )
                     row[what] = path
         share = (time.perf_counter() - started) / max(len(rows), 1)
         for row in rows:
@@ -545,15 +565,6 @@ def changes(
     difference = (as_saved(after) - before).abs().mean(dim=0)
     cells = torch.nn.functional.adaptive_avg_pool2d(difference[None], GRID)[0]
     return {"changed_area": (difference > CHANGED).float().mean().item(), "change_grid": cells.flatten().tolist()}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _models_digest(modules: Sequence[torch.nn.Module], labels: Sequence[str]) -> str:
-    shapes = hashlib.sha256("".join(map(str, modules)).encode()).hexdigest()
-    return _digest([weights_digest(modules), shapes, list(labels)])
 
 
 OPTION_NAMES = tuple(f.name for f in fields(Options))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,33 +15,50 @@ import pyarrow.parquet as pq
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..images import make_folder
+from ..outputs import RUN, differences, locked
 from .explaining import Auditor
-from .results import GOES_ON, PLAN, Results, image_path, locked, part_path, table_bytes
+from .results import GOES_ON, PLAN, Results, image_path, part_path, table_bytes
 from .run import mark_finished
 
+# What runs eager's own kernels, in order; nothing was compiled that could differ.
+UNCOMPILED = {"eager", "cudagraphs"}
 
-def merge(folders: Sequence[Path], out: Path) -> Results:
+
+def merge(folders: Sequence[Path], out: Path, say: Callable[[str], None] = lambda text: None) -> Results:
     """Copy the parts of several shards into one audit; run again after a missing shard was finished, it goes on.
 
+    Machines may have run it differently where `auto` chose: a compiled runtime's parts say how far it was from eager.
+
     Raises:
-        UsageError: they are not of the same audit; the message says in what they differ.
+        UsageError: they are not of the same audit, or a runtime's parity was not recorded; the message says what to do.
         CounterlensError: parts are missing; the message says which shards are to be run or finished.
     """
     opened = [Results.open(folder) for folder in folders]
     if not opened:
         raise UsageError("folders: none given")
-    plan = _read(opened[0].folder / PLAN)
+    first = opened[0]
+    for other in opened[1:]:
+        if told := differences(first.manifest["identity"], other.manifest["identity"]):
+            raise UsageError(
+                f"{other.folder}: no shard of the audit in {first.folder}: {told}. Run all shards with the same options"
+            )
+    plan = _read(first.folder / PLAN)
     for other in opened[1:]:
         if _read(other.folder / PLAN) != plan:
-            raise UsageError(f"{other.folder}: its plan is not that of {opened[0].folder}; shards need the same source")
+            raise UsageError(f"{other.folder}: its plan is not that of {first.folder}; shards need the same source")
+    for results in opened:
+        if not results.part_files():
+            say(f"{results.folder} is empty: it has no finished part")
+    _check_made(opened, say)
     out = make_folder(out)
     if out.resolve() in [folder.resolve() for folder in folders]:
         raise UsageError(f"out: {out} is one of the shards; choose a folder of its own")
     with locked(out):
-        merged = Results.begin(out, opened[0].manifest["identity"], None)
-        for other in opened[1:]:
-            Results.begin(out, other.manifest["identity"], None)  # says in what it differs
+        here = first.manifest.get("conditions", {})
+        merged = Results.begin(out, first.manifest["identity"], None, here)
         write_atomically(out / PLAN, plan, hint=GOES_ON)
+        if (first.folder / RUN).exists():
+            write_atomically(out / RUN, _read(first.folder / RUN), hint=GOES_ON)
         size = merged.manifest["identity"]["options"]["part_size"]
         samples = pq.read_metadata(out / PLAN).num_rows
         parts = {i // size: min(size, samples - i) for i in range(0, samples, size)}
@@ -51,7 +69,7 @@ def merge(folders: Sequence[Path], out: Path) -> Results:
                 done.add(part)
         missing = sorted(parts.keys() - done)
         if missing:
-            shards = opened[0].manifest["shard"]
+            shards = first.manifest["shard"]
             count = shards[1] if shards else 1
             named = ", ".join(f"{s}/{count}" for s in sorted({p % count + 1 for p in missing}))
             raise CounterlensError(
@@ -59,6 +77,30 @@ def merge(folders: Sequence[Path], out: Path) -> Results:
             )
         mark_finished(merged, samples)
     return merged
+
+
+def _check_made(opened: Sequence[Results], say: Callable[[str], None]) -> None:
+    """Parts of several runtimes must be held to eager; what else differs between their machines is said.
+
+    Raises:
+        UsageError: a runtime's parity with eager is not recorded, or did not hold.
+    """
+    made = {results.folder: results.made_by() for results in opened}
+    everything = [facts for found in made.values() for facts in found]
+    if len({json.dumps(facts.get("runtimes"), sort_keys=True) for facts in everything}) > 1:
+        for folder, found in made.items():
+            for facts in found:
+                used = {name for by_slots in facts["runtimes"].values() for name in by_slots.values()}
+                for name in sorted(used - UNCOMPILED):
+                    parity = facts.get("parity", {}).get(name)
+                    if parity is None or not parity["worst"] <= parity["tolerance"]:
+                        raise UsageError(
+                            f"{folder}: its parts were made by {name}, whose parity with eager is not recorded there, "
+                            "and others by another runtime; run all shards with the same --runtime, such as eager"
+                        )
+    told = {differences(everything[0], facts) for facts in everything[1:]} - {""} if everything else set()
+    for text in sorted(told):
+        say(f"shards were made under different conditions, which their parts say: {text}")
 
 
 def _read(path: Path) -> bytes:

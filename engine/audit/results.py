@@ -16,23 +16,21 @@ from __future__ import annotations
 import io
 import json
 import os
-import platform
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
-from ..images import to_uint8
+from ..images import png_text, to_uint8
+from ..outputs import RUN, differences, read_run, remove_run
+from ..provenance import session
+from .conditions import check_conditions
 from .sources import need
 
 FORMAT, VERSION = "counterlens-audit", 1
@@ -43,7 +41,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG"},
     "webp": {"format": "WEBP", "lossless": True, "quality": 50},
 }
-PACKAGES = ("counterlens", "torch", "diffusers", "numpy", "pillow", "pyarrow")
+COMMAND = "counterlens audit"
 GOES_ON = "finished parts are kept, the same command goes on"
 TIMINGS = ("seconds", "wall_seconds")  # the columns that differ between two runs of the same audit
 
@@ -91,12 +89,14 @@ def sync_folder(path: Path) -> None:
 def encode_image(
     image: Tensor,  # [3, H, W] or [H, W] in [0, 1]
     kind: str,
+    facts: dict[str, Any] | None = None,
 ) -> bytes:
-    """The bytes of an 8-bit file that holds the image without loss: PNG or WebP."""
+    """The bytes of an 8-bit file that holds the image without loss: PNG, with what made it in its text, or WebP."""
     pixels = to_uint8(image).cpu()
     array = pixels.permute(1, 2, 0).contiguous().numpy() if pixels.ndim == 3 else pixels.numpy()
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, **FORMATS[kind])
+    more: dict[str, Any] = {"pnginfo": png_text(facts)} if facts and kind == "png" else {}
+    Image.fromarray(array).save(buffer, **FORMATS[kind] | more)
     return buffer.getvalue()
 
 
@@ -125,11 +125,13 @@ class Results:
     Args:
         folder: exists once `begin` or `open` was called.
         manifest: its manifest.
+        made: on what this session computes, for its parts.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.made: dict[str, Any] = {}
 
     @classmethod
     def open(cls, folder: Path) -> Results:
@@ -156,36 +158,76 @@ class Results:
         return cls(folder, manifest)
 
     @classmethod
-    def begin(cls, folder: Path, identity: dict[str, Any], shard: tuple[int, int] | None) -> Results:
+    def begin(
+        cls,
+        folder: Path,
+        identity: dict[str, Any],
+        shard: tuple[int, int] | None,
+        conditions: dict[str, Any],
+        *,
+        overwrite: bool = False,
+    ) -> Results:
         """Open a folder for writing, a new one or the same audit's again; the caller holds its lock.
 
+        An audit that has no finished part gives way to another one; `overwrite` removes one that has.
+
         Raises:
-            UsageError: another audit is there; the message says in what it differs.
+            UsageError: another audit is there, or this one under other conditions; the message says in what it differs.
         """
+        replaced = overwrite
+        if (folder / MANIFEST).exists():
+            results = cls.open(folder)
+            told = differences(
+                results.manifest["identity"] | {"shard": results.manifest["shard"]},
+                json.loads(json.dumps(identity | {"shard": shard})),
+            )
+            replaced |= bool(told) and not results.part_files()
+            if replaced:
+                results.remove()
+            elif told:
+                raise UsageError(
+                    f"out: {folder} holds another audit: {told}. Ask for the same, replace it with --overwrite, or "
+                    "choose another folder"
+                )
         if not (folder / MANIFEST).exists():
+            if overwrite:
+                remove_run(folder)
+            if (before := read_run(folder)) is not None and before["command"] != COMMAND:
+                raise UsageError(f"out: {folder} holds what {before['command']} wrote; choose another folder")
             strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
-            if strange:
+            if strange and not (replaced and {*strange} <= {"images", "rows"}):  # with foreign files in them
                 raise UsageError(f"out: {folder} is no audit and holds {strange[0]!r}; choose another folder")
             manifest = {"format": FORMAT, "version": VERSION, "identity": identity, "shard": shard, "sessions": []}
             results = cls(folder, json.loads(json.dumps(manifest)))
+        if "conditions" in results.manifest and results.part_files():
+            check_conditions(results.manifest["conditions"], conditions, str(folder))
         else:
-            results = cls.open(folder)
-        mine = flat(identity | {"shard": shard})
-        theirs = flat(results.manifest["identity"] | {"shard": results.manifest["shard"]})
-        differing = [
-            f"{k} was {theirs.get(k, 'none')}, is {mine.get(k, 'none')}"
-            for k in sorted({*mine, *theirs})
-            if mine.get(k) != theirs.get(k) and "hash" not in k
-        ]
-        if differing:
-            more = f" (and {len(differing) - 8} more)" if len(differing) > 8 else ""
-            raise UsageError(
-                f"out: {folder} holds another audit: {'; '.join(differing[:8])}{more}. "
-                "Ask for the same, or choose another folder"
-            )
+            results.manifest["conditions"] = conditions
         results.manifest["sessions"].append(environment())
         results.save()
         return results
+
+    def remove(self) -> None:
+        """Remove all that an audit writes, the manifest last; foreign files stay.
+
+        Raises:
+            UsageError: a file cannot be removed.
+        """
+        images = (self.folder / "images").glob("[0-9][0-9][0-9]/[0-9][0-9][0-9][0-9][0-9][0-9]/[0-9][0-9][0-9]-*.*")
+        named = (self.folder / name for name in (PLAN, "report.html", "disagreement.npz", "disagreement.json", RUN))
+        path = self.folder / MANIFEST
+        try:
+            for path in (*self.part_files(), *images, *named, self.folder / MANIFEST):
+                path.unlink(missing_ok=True)
+            for path in sorted((self.folder / "images").rglob("*"), reverse=True):
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+            for name in ("images", "rows/000", "rows"):
+                path = self.folder / name
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+        except OSError as error:
+            raise UsageError(f"out: {path} cannot be removed ({error.strerror or error})") from error
 
     def save(self) -> None:
         """Write the manifest."""
@@ -194,8 +236,9 @@ class Results:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What every part says about itself."""
-        return {"format": FORMAT, "version": str(VERSION), "audit": self.manifest["identity"]["hash"]}
+        """What every part says about itself; `made` is on what it was computed (see `conditions`)."""
+        made = {"made": json.dumps(self.made)} if self.made else {}
+        return {"format": FORMAT, "version": str(VERSION), "audit": self.manifest["identity"]["hash"], **made}
 
     def finished(self, sizes: dict[int, int]) -> set[int]:
         """Which of the parts, given with their sizes, are there.
@@ -237,6 +280,23 @@ class Results:
         """Every part that is there, in order."""
         return sorted((self.folder / "rows").glob("*/part-*.parquet"))
 
+    def made_by(self) -> list[dict[str, Any]]:
+        """On what the parts were computed, each that is different once.
+
+        Raises:
+            CounterlensError: a part cannot be read; the message names it.
+        """
+        pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
+        found: dict[str, None] = {}
+        for path in self.part_files():
+            try:
+                text = (pq.read_metadata(path).metadata or {}).get(b"made")
+            except (OSError, pa.ArrowException) as error:
+                raise CounterlensError(f"{path}: cannot be read ({error}); remove it, and it is done again") from error
+            if text is not None:
+                found[text.decode()] = None
+        return [json.loads(text) for text in found]
+
     def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
         """Every row in order, one part in memory at a time.
 
@@ -252,48 +312,7 @@ class Results:
             yield from table.to_pylist(maps_as_pydicts="strict")
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold an audit's folder for this process.
-
-    Raises:
-        CounterlensError: another process holds it.
-    """
-    lock = filelock.FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise CounterlensError(f"out: {folder} is in use by another process; one audit at a time") from error
-    except OSError as error:
-        raise UsageError(f"out: {folder} cannot be locked ({error.strerror or error})") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def environment() -> dict[str, Any]:
     """When and where a session ran, and with which versions."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Nested objects as `a.b.c` to JSON text."""
-    if isinstance(value, dict):
-        out: dict[str, str] = {}
-        for key, inner in value.items():
-            out |= flat(inner, f"{prefix}.{key}" if prefix else str(key))
-        return out
-    return {prefix: json.dumps(value, ensure_ascii=False)}
+    there = torch.device("cuda") if torch.cuda.is_available() else None
+    return {"host": socket.gethostname(), **session(there)}

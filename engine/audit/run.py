@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,14 +23,12 @@ from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..images import make_folder
 from ..models.protocols import Classifier
+from ..outputs import FORMAT as RUN_FORMAT
+from ..outputs import RUN, SCHEMA_VERSION, locked
+from ..provenance import engine_facts
+from .conditions import conditions, held
 from .explaining import Auditor, Chosen, open_auditor
-from .results import (
-    GOES_ON,
-    PLAN,
-    Results,
-    locked,
-    part_path,
-)
+from .results import COMMAND, GOES_ON, MANIFEST, PLAN, Results, image_path, part_path
 from .sources import Sample, need
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ class Interrupted(CounterlensError):
 
 @contextmanager
 def polite_interrupt(say: Callable[[str], None]) -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event; a second one interrupts as ever."""
+    """Turn the first Ctrl-C into an event; a second one interrupts as ever, and SIGTERM at once, leaving no partial."""
     asked = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -111,14 +110,19 @@ def polite_interrupt(say: Callable[[str], None]) -> Iterator[threading.Event]:
         asked.set()
         say("interrupted: finishing the running part; press Ctrl-C again to stop at once")
 
+    def terminate(number: int, frame: FrameType | None) -> None:
+        say("terminated; finished parts are kept, the same command goes on")
+        raise SystemExit(128 + number)
+
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGINT, handle)
+    before = signal.signal(signal.SIGINT, handle), signal.signal(signal.SIGTERM, terminate)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 def run_parts(
@@ -155,6 +159,7 @@ def run_parts(
             rows, files = auditor.explain(part, parts[part], images, unread, stepped)
             if behind is not None:
                 behind.result()
+            results.made = conditions(auditor.engine, auditor.config)
             behind = side.submit(write, part, rows, files)
             if stop.is_set():
                 break
@@ -170,6 +175,7 @@ def run_audit(
     workers: int = 2,
     ray: str | None = None,
     shortcuts: int = 0,
+    overwrite: bool = False,
     on_progress: Callable[[Progress, float], None] = lambda progress, fraction: None,
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
     say: Callable[[str], None] = lambda text: None,
@@ -178,6 +184,7 @@ def run_audit(
 
     Args:
         shortcuts: samples for the disagreement map; 0: none.
+        overwrite: remove the audit that is in the folder.
         on_progress: told after every step and part; the second argument is the share of the running part.
         on_rows: told the rows of every part once they are written.
         say: told what a person should read.
@@ -185,8 +192,14 @@ def run_audit(
     if shard is not None and not (1 <= shard[0] <= shard[1]):
         raise UsageError(f"shard: expected NUMBER/COUNT with 1 <= NUMBER <= COUNT, got {shard[0]}/{shard[1]}")
     out = make_folder(out)
-    with locked(out), polite_interrupt(say) as stop:
-        results = Results.begin(out, auditor.identity, shard)
+    engine, config = auditor.engine, auditor.config
+    with ExitStack() as stack:
+        stack.enter_context(locked(out))
+        stop = stack.enter_context(polite_interrupt(say))
+        here = conditions(engine, config)
+        results = Results.begin(out, auditor.identity, shard, here, overwrite=overwrite)
+        stack.enter_context(held(engine, results.manifest["conditions"], config, say))
+        write_atomically(out / RUN, json.dumps(run_json(auditor, shard), indent=1) + "\n", hint=GOES_ON)
         if (out / PLAN).exists():
             chosen = read_plan(out, auditor)
         else:
@@ -196,6 +209,10 @@ def run_audit(
             write_plan(out, chosen, auditor.source.samples)
         parts = parts_of(chosen, auditor.options.part_size)
         mine = shard_of(parts, shard)
+        if not mine and shard is not None:
+            size = auditor.options.part_size
+            say(f"shard {shard[0]}/{shard[1]} is empty: {len(chosen)} samples make {len(parts)} parts of {size}")
+        sweep(out, [p for p in mine if not (out / part_path(p)).exists()])
         done = results.finished({p: len(parts[p]) for p in mine})
         todo = [p for p in mine if p not in done]
         progress = Progress(sum(len(parts[p]) for p in mine), sum(len(parts[p]) for p in done))
@@ -240,6 +257,24 @@ def run_audit(
     return results
 
 
+def run_json(auditor: Auditor, shard: tuple[int, int] | None) -> dict[str, Any]:
+    """What run.json says: who made the folder, with which models and settings; the manifest has it in full."""
+    identity, facts = auditor.identity, engine_facts(auditor.engine, auditor.config)
+    return {
+        "format": RUN_FORMAT, "command": COMMAND, "schema_version": SCHEMA_VERSION, **facts,
+        "options": identity["options"], "shard": shard, "source": identity["source"], "audit": identity["hash"],
+        "manifest": MANIFEST, "sources": {}, "files": [],
+    }  # fmt: skip
+
+
+def sweep(folder: Path, parts: Sequence[int]) -> None:
+    """Remove files that a killed process did not finish, of parts that are not there."""
+    places = {folder, *((folder / image_path(p, 0, "input", "png")).parent for p in parts)}
+    for place in places | {(folder / part_path(p)).parent for p in parts}:
+        for path in place.glob(".*.partial"):
+            path.unlink(missing_ok=True)
+
+
 def mark_finished(results: Results, samples: int) -> None:
     """Write into the manifest that all is there, with the SHA-256 of every part by path."""
     hashes = {
@@ -261,6 +296,7 @@ def audit(
     workers: int = 2,
     ray: str | None = None,
     shortcuts: int = 0,
+    overwrite: bool = False,
     report: bool = True,
     on_progress: Callable[[Progress, float], None] = lambda progress, fraction: None,
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
@@ -274,14 +310,15 @@ def audit(
         workers: threads that read images; with `ray` the number of engines.
         ray: `local`, or the address of a Ray cluster whose machines see source and folder.
         shortcuts: samples for the disagreement map (`audit.disagreement`); 0: none.
+        overwrite: remove the audit that is in the folder.
         report: write report.html at the end (needs jinja2).
         on_progress, on_rows, say: see `run_audit`.
         options: of `Options`.
     """
     auditor = open_auditor(engine, source, config, judges, **options)
     results = run_audit(
-        auditor, Path(out), shard=shard, workers=workers, ray=ray, shortcuts=shortcuts, on_progress=on_progress,
-        on_rows=on_rows, say=say,
+        auditor, Path(out), shard=shard, workers=workers, ray=ray, shortcuts=shortcuts, overwrite=overwrite,
+        on_progress=on_progress, on_rows=on_rows, say=say,
     )  # fmt: skip
     if report:
         from .report import write_report

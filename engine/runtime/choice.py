@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -50,6 +50,7 @@ class StepRunner:
         store: of artefacts and measurements.
         backend, pullback: of the kernels and of the pullbacks in eager.
         say: told when something is built, which takes tens of seconds.
+        pins: what `auto` takes by batch size, whatever is ready or was measured.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class StepRunner:
         backend: str = "auto",
         pullback: PullbackMode = "functional",
         say: Callable[[str], None] = lambda _: None,
+        pins: Mapping[str, str] | None = None,
     ) -> None:
         if runtime not in RUNTIMES:
             raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
@@ -69,6 +71,7 @@ class StepRunner:
         self.backend = backend
         self.pullback: PullbackMode = pullback
         self.say = say
+        self.pins = pins or {}
         self._steps: dict[str, AnyStep] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
         self._found: dict[str, Artefact] | None = None
@@ -80,6 +83,9 @@ class StepRunner:
         if self.runtime != "auto":
             return Choice(self.runtime, "asked for")
         ready = self.ready()
+        if (pin := self.pins.get(str(batch))) is not None:
+            usable = {"eager", *ready} - ({"cudagraphs"} if batch in self._refused else set())
+            return Choice(pin if pin in usable else "eager", "as this run began")
         if not ready:
             return Choice("eager", "no compiled step in the store; `counterlens export` builds one")
         measured = self.measurements().get(str(batch), {})
@@ -112,6 +118,11 @@ class StepRunner:
             name = "eager"
         run = self._function(name)
         return run if name == "eager" else lambda *inputs: run(*inputs)[0]
+
+    def taken(self, batch: int) -> str:
+        """The runtime that a batch of this size gets: of a part that the store does not have, eager."""
+        name = self.choose(batch).runtime
+        return name if self.spec.what == STEP or name in self.ready() else "eager"
 
     def _chosen(self, batch: int) -> str:
         """The runtime for a batch size; what `auto` takes is opened or recorded now, while it can still change."""

@@ -18,7 +18,7 @@ from counterlens.engine.adapter.methods import explain_with
 from counterlens.engine.audit import results as results_module
 from counterlens.engine.audit.explaining import changes, open_auditor
 from counterlens.engine.audit.merge import estimate, merge
-from counterlens.engine.audit.results import TIMINGS, Results, locked, part_path
+from counterlens.engine.audit.results import TIMINGS, Results, part_path
 from counterlens.engine.audit.run import Interrupted
 from counterlens.engine.audit.summary import interval, summarise
 from counterlens.engine.config import Config
@@ -27,6 +27,7 @@ from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.images import as_saved, load_image, save_png
 from counterlens.engine.metrics.msi_score import msi
 from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.outputs import locked
 from tests.engine.test_audit_sources import picture, save
 
 SETTINGS = {
@@ -376,7 +377,7 @@ def test_summary_counts(unbroken: Results) -> None:
     assert sum(g["samples"] for g in s.by_class) == COUNT - 1
     moved = sum(1 for r in rows if r["counterfactual_prediction"] not in (None, r["prediction"]))
     assert sum(s.pairs.values()) == moved
-    assert "1 failed" in s.text()
+    assert "1 failed" in s.lines()[0]
 
 
 def test_webp_and_paths(tiny, source: Path, tmp_path: Path) -> None:
