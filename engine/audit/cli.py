@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +113,7 @@ def audit(
 
     Example: counterlens audit digits/labels.csv --slice marker --classifier shortcut --out audit
     """
+    started = time.perf_counter()
     from ..config import Config
     from .explaining import open_auditor
     from .run import run_audit
@@ -147,7 +149,7 @@ def audit(
     for note in auditor.notes:
         errors.print(f"note: {note}")
     if dry_run:
-        _dry_run(auditor, out, as_json)
+        _dry_run(auditor, out, shortcuts, part, time.perf_counter() - started, as_json)
         return
 
     def show(rows: list[dict[str, Any]]) -> None:
@@ -160,14 +162,19 @@ def audit(
     with _bar() as update:
         results = run_audit(
             auditor, out, shard=part, workers=workers, ray=ray, shortcuts=shortcuts, overwrite=overwrite,
-            on_progress=update, on_rows=show, say=lambda text: errors.print(text),
+            on_progress=update, on_rows=show, say=errors.print,
         )  # fmt: skip
+    from .disagreement import read_facts, verdict
     from .report import write_report
     from .summary import summarise
 
     summary = summarise(results)
     for line in summary.lines():
         console.print(line)
+    if (facts := read_facts(results.folder)) is not None:
+        console.print(verdict(facts, engine.image_size))
+    elif shortcuts and counterfactuals and part is None:
+        console.print("Shortcuts were not looked for: that takes two images that can be read, and two labels.")
     if as_json:
         print_json(summary.record())
     console.print(f"results: {out}")
@@ -240,15 +247,18 @@ def _shard(text: str | None) -> tuple[int, int] | None:
     return int(number), int(count)
 
 
-def _dry_run(auditor: Any, out: Path, as_json: bool) -> None:
+def _dry_run(
+    auditor: Any, out: Path, shortcuts: int, shard: tuple[int, int] | None, opening: float, as_json: bool
+) -> None:
     from .merge import estimate, free_bytes
 
-    e = estimate(auditor)
+    e = estimate(auditor, shortcuts, shard)
+    seconds = e.seconds + opening
     free = free_bytes(out)
     if as_json:
-        print_json({"samples": e.samples, "seconds": e.seconds, "bytes": e.bytes, "free_bytes": free})
+        print_json({"samples": e.samples, "seconds": seconds, "bytes": e.bytes, "free_bytes": free})
     text_console(as_json).print(
-        f"{e.samples} samples, about {duration(e.seconds)} and {e.bytes / 1e6:.1f} MB ({free / 1e9:.1f} GB are free), "
+        f"{e.samples} samples, about {duration(seconds)} and {e.bytes / 1e6:.1f} MB ({free / 1e9:.1f} GB are free), "
         f"measured on {e.measured_on}; nothing was written"
     )
     if e.bytes > free:

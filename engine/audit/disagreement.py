@@ -34,7 +34,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,9 @@ DEAD, CAP = 1.5, 2.0
 ALPHA = 0.05
 DRAWS = 1000
 CELLS = 16  # places a side at most; finer latents are pooled
+# In `bench.audit detector` a planted marker that decides every answer was found in 68 % of random subsets of 32 images
+# and in all of 64: fewer than these cannot say that there is no shortcut, and a weaker one needs more.
+ENOUGH = 64
 LEAST = 16  # samples from which a class is tested on its own
 BATCH = 16
 MAPS, FACTS = "disagreement.npz", "disagreement.json"
@@ -367,6 +370,44 @@ def run_disagreement(
     write_atomically(results.folder / MAPS, buffer.getvalue(), hint=GOES_ON)
     write_atomically(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n", hint=GOES_ON)
     return facts
+
+
+def verdict(facts: dict[str, Any], size: int) -> str:
+    """What the test says, in a sentence; nothing found in few images is no finding.
+
+    Args:
+        facts: of `find`.
+        size: side of the images in pixels.
+    """
+    n, places = facts["all"]["samples"], facts["all"]["places"]
+    if places:
+        first = places[0]
+        return (
+            f"Possible shortcut: around {box_name(first['box'], size)} the model spends {first['push']:.0%} of its "
+            f"push, although only {first['evidence']:.0%} of what the classes are made of is there (chance: "
+            f"p = {first['p']:.3f}, {n} images)."
+        )
+    if n < ENOUGH:
+        return (
+            f"Nothing can be said about shortcuts: {n} images show none, but they are few. A planted one that decides "
+            f"every answer was found in two thirds of random sets of 32 images and in all of {ENOUGH}."
+        )
+    return (
+        f"No shortcut found in {n} images: nowhere does the model push clearly more than the image generator's "
+        "evidence. One that decides few answers, or that the generator cannot draw, may be there."
+    )
+
+
+def box_name(box: Iterable[int], size: int) -> str:
+    """A place in words: box (row, column, row, column) in pixels of an image of that side."""
+    r0, c0, r1, c1 = box
+    if (r1 - r0) * (c1 - c0) > 0.5 * size * size:
+        return "most of the image"
+    row = ("top", "middle", "bottom")[min(2, int(3 * (r0 + r1) / 2 / size))]
+    column = ("left", "middle", "right")[min(2, int(3 * (c0 + c1) / 2 / size))]
+    if row == column == "middle":
+        return "the middle"
+    return "the " + " ".join(w for w in (row, column) if w != "middle")
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:

@@ -16,9 +16,10 @@ from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..images import make_folder
 from ..outputs import RUN, differences, locked
+from .disagreement import find
 from .explaining import Auditor
 from .results import GOES_ON, PLAN, Results, image_path, part_path, table_bytes
-from .run import mark_finished
+from .run import mark_finished, parts_of, shard_of
 
 # What runs eager's own kernels, in order; nothing was compiled that could differ.
 UNCOMPILED = {"eager", "cudagraphs"}
@@ -133,19 +134,31 @@ class Estimate:
     measured_on: int
 
 
-def estimate(auditor: Auditor) -> Estimate:
-    """Run the first few samples without writing anything, and scale up."""
+def estimate(auditor: Auditor, shortcuts: int = 0, shard: tuple[int, int] | None = None) -> Estimate:
+    """Run a batch of samples from all over the plan without writing anything, and scale up.
+
+    Args:
+        shortcuts, shard: see `run.run_audit`; the search for shortcuts is measured on the same batch.
+    """
     chosen = auditor.plan()
-    first = chosen[: min(len(chosen), auditor.options.part_size, auditor.engine.slots[-1])]
-    images, unread = auditor.read([c.sample for c in first])
-    auditor.explain(0, first, images, unread)  # the first run also loads and compiles
+    parts = parts_of(chosen, auditor.options.part_size)
+    count = sum(len(parts[p]) for p in shard_of(parts, shard))
+    size = min(len(chosen), auditor.options.part_size, auditor.engine.slots[-1])
+    some = [chosen[i * len(chosen) // max(size, 1)] for i in range(size)]
+    images, unread = auditor.read([c.sample for c in some])
+    auditor.explain(0, some, images, unread)  # the first run also loads and compiles
     started = time.perf_counter()
-    images, unread = auditor.read([c.sample for c in first])
-    rows, files = auditor.explain(0, first, images, unread)
-    seconds = time.perf_counter() - started
-    size = sum(map(len, files.values())) + len(table_bytes(rows, {}))
-    scale = len(chosen) / max(len(first), 1)
-    return Estimate(len(chosen), seconds * scale, int(size * scale), len(first))
+    images, unread = auditor.read([c.sample for c in some])
+    rows, files = auditor.explain(0, some, images, unread)
+    seconds = (time.perf_counter() - started) * count / max(size, 1)
+    asked = min(shortcuts, len(chosen)) if shard is None and auditor.options.counterfactuals else 0
+    if asked and len(images) > 1 and len(auditor.engine.labels) > 1:
+        ids = [c.sample.id for c, error in zip(some, unread, strict=True) if error is None]
+        started = time.perf_counter()
+        find(auditor.engine, images, ids, auditor.config)
+        seconds += (time.perf_counter() - started) * asked / len(images)
+    kept = sum(map(len, files.values())) + len(table_bytes(rows, {}))
+    return Estimate(count, seconds, int(kept * count / max(size, 1)), size)
 
 
 def free_bytes(folder: Path) -> int:

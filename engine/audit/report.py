@@ -7,7 +7,7 @@ import io
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 from ..drawing import change_map
 from ..errors import CounterlensError
 from ..files import write_atomically
-from .disagreement import CELLS, read_facts, read_maps
+from .disagreement import CELLS, read_facts, read_maps, verdict
 from .insight import COLUMNS as INSIGHT_COLUMNS
 from .insight import patterns
 from .results import GOES_ON, Results
@@ -294,15 +294,8 @@ def _disagreement(results: Results, rows: list[dict[str, Any]]) -> dict[str, Any
 def _findings(summary: Summary, found: list[Any], place: dict[str, Any] | None) -> list[str]:
     """What a reader should look at first, in sentences."""
     out = []
-    if place is not None and place["facts"]["all"]["places"]:
-        first = place["facts"]["all"]["places"][0]
-        out.append(
-            f"Possible shortcut: around {box_name(first['box'], place['size'])} the model spends "
-            f"{first['push']:.0%} of its push, although only {first['evidence']:.0%} of what the classes are made of "
-            f"is there (chance: p = {first['p']:.3f})."
-        )
-    elif place is not None:
-        out.append("No shortcut found: nowhere does the model push clearly more than the image generator's evidence.")
+    if place is not None:
+        out.append(verdict(place["facts"], place["size"]))
     if place is not None and place["facts"]["redrawn"]["same_answer"]["mean"] < REDRAWN:
         share = 1 - place["facts"]["redrawn"]["same_answer"]["mean"]
         out.append(
@@ -324,18 +317,6 @@ def _findings(summary: Summary, found: list[Any], place: dict[str, Any] | None) 
     if summary.failed:
         out.append(f"{summary.failed} images failed; the last section says why.")
     return out
-
-
-def box_name(box: Iterable[int], size: int) -> str:
-    """A place in words: box (row, column, row, column) in pixels of an image of that side."""
-    r0, c0, r1, c1 = box
-    if (r1 - r0) * (c1 - c0) > 0.5 * size * size:
-        return "most of the image"
-    row = ("top", "middle", "bottom")[min(2, int(3 * (r0 + r1) / 2 / size))]
-    column = ("left", "middle", "right")[min(2, int(3 * (c0 + c1) / 2 / size))]
-    if row == column == "middle":
-        return "the middle"
-    return "the " + " ".join(w for w in (row, column) if w != "middle")
 
 
 def _share(value: float | None) -> str:

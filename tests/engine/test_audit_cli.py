@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from counterlens.engine.audit.disagreement import ENOUGH, verdict
 from counterlens.engine.audit.results import Results
 from tests.engine.test_cli import one_line_error, run
 
@@ -62,3 +66,71 @@ def test_usage_errors_and_failures(digits: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     (tmp_path / "bad.csv").write_text("image\nnowhere.png\n")
     one_line_error(run("audit", tmp_path / "bad.csv", "--out", tmp_path / "out", *QUICK), 1, "no such file", "1 of 1")
+
+
+def test_empty_shards_are_said_and_merge(digits: Path, tmp_path: Path) -> None:
+    command = ["audit", digits, "--no-report", *QUICK]
+    for shard in ("1/3", "2/3", "3/3"):
+        result = run(*command, "--shard", shard, "--out", tmp_path / shard[0])
+        assert result.returncode == 0, result.stderr
+        assert ("shard 3/3 is empty: 6 samples make 2 parts" in result.stderr) == (shard == "3/3")
+    merged = run("audit-merge", *(tmp_path / n for n in "312"), "--out", tmp_path / "all")
+    assert merged.returncode == 0, merged.stderr
+    assert "6 samples" in merged.stdout
+    dry = run(*command, "--shard", "3/3", "--dry-run", "--json", "--out", tmp_path / "x")
+    assert json.loads(dry.stdout)["samples"] == 0
+
+
+def facts(samples: int, found: bool) -> dict[str, Any]:
+    place = {"box": [0, 0, 8, 8], "push": 0.2, "evidence": 0.01, "p": 0.001}
+    return {"all": {"samples": samples, "places": [place] if found else []}}
+
+
+@pytest.mark.parametrize("samples", [2, 16, 20, 32, ENOUGH - 1])
+def test_few_images_do_not_say_that_there_is_no_shortcut(samples: int) -> None:
+    said = verdict(facts(samples, False), 32)
+    assert said.startswith(f"Nothing can be said about shortcuts: {samples} images show none, but they are few.")
+    assert "No shortcut" not in said
+    assert verdict(facts(samples, True), 32).startswith("Possible shortcut: around the top left")
+
+
+@pytest.mark.parametrize("samples", [ENOUGH, 1000])
+def test_enough_images_say_what_was_looked_for(samples: int) -> None:
+    assert verdict(facts(samples, False), 32).startswith(f"No shortcut found in {samples} images")
+    assert f"{samples} images" in verdict(facts(samples, True), 32)
+
+
+def test_enough_is_what_was_measured() -> None:
+    rows = json.loads((Path(__file__).parents[2] / "bench/results/audit-detector.json").read_text())["rows"]
+    power = rows["marker, planted"]["power"]
+    assert power[str(ENOUGH)] == 1.0
+    assert 0.6 < power["32"] < 0.72
+
+
+def test_a_small_audit_ends_with_its_verdict(digits: Path, tmp_path: Path) -> None:
+    quick = ["--steps", "4", "--strength", "0.5", "--shortcuts", "4", "--no-insight"]
+    result = run("audit", digits, "--out", tmp_path / "out", *quick)
+    assert result.returncode == 0, result.stderr
+    assert "4 images" in result.stdout
+    assert "shortcut" in (tmp_path / "out" / "report.html").read_text()
+    one = sorted(digits.glob("*.png"))[0]
+    (tmp_path / "one").mkdir()
+    shutil.copy(one, tmp_path / "one")
+    result = run("audit", tmp_path / "one", "--out", tmp_path / "single", "--no-report", *quick)
+    assert "Shortcuts were not looked for" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--shortcuts", "64"], ["--shortcuts", "0"], ["--saliency", "rise"]])
+def test_dry_run_is_right_within_a_factor_of_two(options: list[str], tmp_path: Path) -> None:
+    assert run("samples", "--count", 64, "--out", tmp_path / "digits").returncode == 0
+    command = ["audit", tmp_path / "digits", "--steps", "6", "--strength", "0.5", *options]
+    ratios = []
+    for attempt in range(3):  # other work on the machine comes and goes
+        estimated = json.loads(run(*command, "--dry-run", "--json", "--out", tmp_path / "x").stdout)["seconds"]
+        started = time.perf_counter()
+        assert run(*command, "--out", tmp_path / f"out{attempt}").returncode == 0
+        ratios.append(estimated / (time.perf_counter() - started))
+        if 0.5 < ratios[-1] < 2:
+            return
+    pytest.fail(f"estimated over taken: {ratios}")

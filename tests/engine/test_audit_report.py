@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from counterlens.engine.audit import report as report_module
+from counterlens.engine.audit.disagreement import box_name
 from counterlens.engine.audit.insight import patterns, place_of
-from counterlens.engine.audit.report import ORDERS, box_name, choose_cards, write_report
+from counterlens.engine.audit.report import ORDERS, choose_cards, write_report
 from counterlens.engine.audit.results import Results
 from counterlens.engine.errors import CounterlensError
 from tests.engine.test_audit import make_engine, run
