@@ -262,6 +262,7 @@ class OnnxBuilder:
             if not isinstance(node, Node):
                 raise ExportError(f"output {name}: expected a tensor, got {node!r}")
             self.nodes.append(helper.make_node("Identity", [values[node]], [name], name=f"output_{name}"))
+            self.origins[f"output_{name}"] = node.name
         return helper.make_model(
             helper.make_graph(
                 self.nodes,

@@ -314,6 +314,8 @@ def _check(graph: GraphModule) -> None:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             if node.target._schema.is_mutable:
                 raise NodeError("an input is changed in place, at {where}; work on a copy", node.name)
+            if node.target is aten._local_scalar_dense.default:
+                raise NodeError("the function looks at a tensor's value, at {where}; use operations on it", node.name)
             if node.target.namespace != "aten":
                 raise NodeError(f"{node.target} is no operation that other runtimes know, at {{where}}", node.name)
         if isinstance(value := node.meta.get("val"), Tensor) and value.dtype not in (*DTYPES, torch.uint8, torch.int8):

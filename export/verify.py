@@ -94,6 +94,14 @@ def check_file(
                 continue
             inputs = sample(examples, batched, batch, seed=size)
             try:
+                with torch.no_grad():
+                    fn(*(x.clone() for x in inputs))
+            except Exception as error:  # noqa: BLE001 (it is the user's: it may take no such batch)
+                report["left_out"][str(size)] = f"cannot be run by the function itself ({explain(error)})"
+                state.restore()
+                continue
+            state.restore()
+            try:
                 got = _run(session, inputs)
             except _errors(onnxruntime) as error:
                 found = Comparison(float("nan"), 0, f"ONNX Runtime fails ({_first_line(error)})")
