@@ -61,7 +61,7 @@ class Counterfactuals:
     Attributes:
         images: [B, 3, H, W] in [0, 1], not rounded to 8 bits.
         inputs: [B, 3, H, W] in [0, 1].
-        source: [B] the classifier's prediction for the input.
+        source: [B] the classifier's prediction for the input; -1 where it gives NaN or infinity.
         target: [B] the label asked for.
         prediction: [B] the classifier's prediction for the counterfactual.
         confidence: [B] probability of that prediction.
@@ -735,7 +735,7 @@ class Engine:
             raise UsageError(f"budget_s: expected seconds above 0, got {budget_s}")
         with self.frozen():
             before = self.probabilities(images)
-            source = before.argmax(dim=1)
+            source = before.argmax(dim=1).masked_fill(~before.isfinite().all(dim=1), -1)
             target = self.resolve_targets(targets, before)
             if seeds is None:
                 seeds = [noise_seed(image, c) for image, c in zip(images, configs, strict=True)]
@@ -907,9 +907,12 @@ class Engine:
             seconds[i], complete[i] = outcome.seconds, outcome.complete
             if outcome.image is not None:
                 out[i] = outcome.image.clamp(0, 1)
-        failed = torch.tensor([e is not None for e in errors], dtype=torch.bool)
         saved = as_saved(out)
         probabilities = self.probabilities(saved)
+        for i, finite in enumerate(probabilities.isfinite().all(dim=1).tolist()):
+            if errors[i] is None and not finite:
+                errors[i], complete[i] = "the classifier gives NaN or infinity for the counterfactual", False
+        failed = torch.tensor([e is not None for e in errors], dtype=torch.bool)
         confidence, prediction = probabilities.max(dim=1)
         target_confidence = probabilities.gather(1, target[:, None])[:, 0]
         difference = saved - images

@@ -15,6 +15,8 @@ from counterlens.engine.adapter import cli
 from counterlens.engine.adapter.evaluation import evaluate
 from counterlens.engine.adapter.lax import new_adapter
 from counterlens.engine.adapter.methods import explain_with, saliency_methods
+from counterlens.engine.config import Config
+from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, NotFinite, UsageError
 from counterlens.engine.images import save_png
 from counterlens.engine.metrics import (
@@ -209,3 +211,30 @@ def test_grad_cam_is_left_out_where_there_are_no_maps(images: Tensor) -> None:
         assert list(evaluate(classifier, images, ["gradcam", "gradxinput"])) == ["gradxinput"]
     with pytest.raises(UsageError, match="no feature maps"):
         evaluate(classifier, images, ["gradcam"])
+
+
+class NaNWhere(nn.Module):
+    """A classifier whose answer is NaN for images that a rule picks, without a trace in its gradient."""
+
+    def __init__(self, inner: nn.Module, rule: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.rule = inner, rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).masked_fill(self.rule(x.detach())[:, None], torch.nan)
+
+
+def test_counterfactuals_of_a_classifier_that_gives_nan(tiny) -> None:
+    diffusion, classifier = tiny
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    short = Config(mode="official", steps=4, strength=0.5)
+    inputs = NaNWhere(classifier.module, lambda x: (x - images[1]).flatten(1).abs().amax(1) < 1e-6)
+    # 8-bit images are only those that are saved and measured.
+    saved = NaNWhere(classifier.module, lambda x: ((x * 255) % 1).flatten(1).sub(0.5).abs().amin(1) > 0.49)
+    for module, expected, what in ((inputs, [1], "for the image"), (saved, [0, 1, 2], "for the counterfactual")):
+        engine = Engine(diffusion, SoftmaxClassifier(module, classifier.labels), short)
+        result = engine.counterfactual(images, [3, 3, 3])
+        assert [i for i, error in enumerate(result.errors) if error] == expected
+        assert all(str(result.errors[i]).endswith(f"gives NaN or infinity {what}") for i in expected)
+        assert all(result.status(i) == "failed" and not result.complete[i] for i in expected)
+        assert result.target_confidence.isnan().tolist() == [i in expected for i in range(3)]
