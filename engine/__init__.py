@@ -10,6 +10,8 @@ from .lazy import find
 # A sample must have the same bits in every slot. Without this, MKL's products can differ in the last bit by a row's
 # place in the batch (an AMD EPYC, two threads). It is read at the first product, and costs no time.
 os.environ.setdefault("MKL_CBWR", "AUTO")
+# From 1.29 on onnxruntime writes a device id and events into the user's cache and sends them as soon as it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .config import Config

@@ -24,6 +24,7 @@ from .guidance.schedule import make_schedule
 from .guidance.spans import span
 from .images import as_saved, save_png, to_uint8
 from .memory import checkpointed, largest_batch
+from .models.gradient_check import check_gradient
 from .models.latent import ClassConditionalLatentDiffusion
 from .models.placing import choose_device, computing_on, place
 from .models.protocols import Classifier, Diffusion, probabilities
@@ -261,6 +262,8 @@ class Engine:
             place(diffusion, there)
             for module in (classifier.module, *([] if guidance_decoder is None else [guidance_decoder.module])):
                 module.to(there)
+        if not self.source:  # a pack's own classifiers are known
+            check_gradient(classifier, diffusion.image_size)
         if runtime not in RUNTIMES:
             raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
         if checkpointing and runtime not in ("auto", "eager"):

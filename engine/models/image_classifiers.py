@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import CounterlensError, UsageError
 from ..guidance import norms
 from ..guidance.pullback import frozen
+from .gradient_check import check_gradient
 from .load import find_folder, id2label_names, read_json, read_part, read_tensors
 from .preprocessing import Preprocessing, difference, from_processor
 from .protocols import SigmoidClassifier, SoftmaxClassifier
@@ -27,6 +28,8 @@ OUTPUTS: tuple[Output, ...] = ("softmax", "sigmoid", "binary")
 # Names of autograd's nodes that change shape or type alone.
 SHAPING = ("Cat", "Clone", "Reshape", "Squeeze", "Slice", "Select", "T", "ToCopy", "Unsafe", "Unsqueeze", "View")
 FLAT = ("round", "floor", "ceil", "trunc", "sign", "heaviside")  # differentiable on paper, zero everywhere
+
+ROUNDING = (*FLAT, "fake_quantize", "quantize_per", "_fake_quantize")
 
 
 class Logits(nn.Module):
@@ -189,6 +192,7 @@ class _Trail(TorchFunctionMode):
         super().__init__()
         self.broken: list[str] = []
         self.flat: list[str] = []
+        self.rounded: list[str] = []  # where a straight-through gradient may follow
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -203,6 +207,8 @@ class _Trail(TorchFunctionMode):
                 self.broken.append(f"{cause}{_where()}")
             if name in FLAT:
                 self.flat.append(f"{name}{_where()}")
+        if name.startswith(ROUNDING) and isinstance(out, Tensor) and out.is_floating_point():
+            self.rounded.append(name)
         return out
 
 
@@ -219,11 +225,11 @@ def _where() -> str:
 
 
 def check_classifier(classifier: ImageClassifier, image_size: int) -> None:
-    """Run and differentiate a classifier on one random image.
+    """Run and differentiate a classifier on a random image, and hold its gradient to the classifier itself.
 
     Raises:
         UsageError: it fails, returns another number of logits than there are labels, mixes data types, or is not
-            differentiable; the message names the operation that broke the gradient.
+            differentiable; the message names the operation that broke the gradient. See `check_gradient` as well.
     """
     dtypes = {str(p.dtype).removeprefix("torch.") for p in classifier.module.parameters() if p.is_floating_point()}
     if len(dtypes) > 1:
@@ -258,8 +264,10 @@ def check_classifier(classifier: ImageClassifier, image_size: int) -> None:
         if not logits.requires_grad:
             raise UsageError(f"classifier: not differentiable; the gradient ends at {_first(trail.broken)}")
         gradient = torch.autograd.grad(logits.sum() + logits[0, 0], image)[0]
-    if not gradient.any():
+    if not gradient.any() and trail.flat:
         raise UsageError(f"classifier: its gradient is zero everywhere; {_first(trail.flat)} may be why")
+    suspects = [*trail.broken, *trail.flat]
+    check_gradient(classifier, image_size, suspects=suspects, rounds=bool(trail.rounded))
 
 
 def probabilities_for_logits(

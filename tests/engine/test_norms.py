@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 
 from counterlens.engine.adapter.methods import explain_with
 from counterlens.engine.guidance.pullback import PULLBACK_MODES, frozen, pullback
+from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.models.image_classifiers import wrap_classifier
+from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.runtime.spec import Spec, flat
 
 C = 4
 GRID = F.affine_grid(torch.tensor([[[0.8, 0.2, 0.1], [-0.2, 0.9, 0.0]]]), [1, C, 5, 6], align_corners=False)
@@ -177,3 +182,24 @@ def test_maps_of_one_image_are_those_of_the_same_image_beside_another(method: st
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     alone, beside = (explain_with(method, classifier, x[:n], [3] * n)[1][0] for n in (1, 2))
     torch.testing.assert_close(alone, beside, rtol=1e-3, atol=1e-5 * beside.abs().max().item())
+
+
+@pytest.mark.parametrize("norm", ["module", "instance"])
+def test_a_guided_step_of_one_image_is_that_of_float64(tiny: Any, norm: str) -> None:
+    """Before, z_prev was off by a quarter of its size; a batch of two never was."""
+    diffusion, _ = tiny
+    exact = copy.deepcopy(diffusion)
+    for module in exact.modules():
+        module.double()
+    classifiers = [SoftmaxClassifier(m, diffusion.labels) for m in (Tokens(norm).eval(), Tokens(norm).eval().double())]
+    for seed in range(2):
+        given = Spec(diffusion, classifiers[0]).example(1, seed)
+        results = []
+        for model, classifier, dtype in zip(
+            (diffusion, exact), classifiers, (torch.float32, torch.float64), strict=True
+        ):
+            inputs = [x.to(dtype) if x.is_floating_point() else x for x in given]
+            step = flat(GuidedStep(model, classifier, filter_mode="off", mode="autograd", backend="reference"))
+            with frozen(*model.modules(), classifier.module), torch.no_grad():
+                results.append(step(*inputs)[0].double())
+        assert (results[0] - results[1]).norm() < 1e-4 * results[1].norm()
