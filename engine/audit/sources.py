@@ -259,7 +259,7 @@ def _csv(path: Path, slices: Sequence[str] | None) -> Source:
     rows = [dict(zip(table.columns, cells, strict=False)) for _, cells in table.rows]
     notes = table.notes + _unknown(path, table.columns, image, slices, listed=True)
     if not rows:
-        raise UsageError(f"source: {path} holds no sample: no line below the first ({', '.join(table.columns)})")
+        raise UsageError(f"source: {path} holds no sample: no line below the first ({_listed(table.columns)})")
     _forget_nan(rows)
     samples = [
         _from_row(path, f"line {number}", row, image, slices, table.encoding)
@@ -281,13 +281,18 @@ def _forget_nan(rows: list[dict[str, str]]) -> None:
 def _image_column(path: Path, columns: Sequence[str], slices: Sequence[str] | None) -> str:
     """The column that holds the image; refuses slices that are no columns, and a column that is there twice."""
     if lost := [c for c in slices or () if c not in columns]:
-        raise UsageError(f"slice: {path} has no column {lost[0]!r}; it has {', '.join(columns)}")
+        raise UsageError(f"slice: {path} has no column {lost[0]!r}; it has {_listed(columns)}")
     if twice := [c for c, n in Counter(columns).items() if c and n > 1]:
         raise UsageError(f"source: {path}: column {twice[0]!r} stands twice")
     found = [c for c in IMAGE_NAMES if c in columns]
     if not found:
-        raise UsageError(f"source: {path} has no column `image`; it has {', '.join(columns) or 'no column'}")
+        raise UsageError(f"source: {path} has no column `image`; it has {_listed(columns)}")
     return found[0]
+
+
+def _listed(columns: Sequence[str]) -> str:
+    """Names of columns on one line."""
+    return ", ".join(" ".join(name.split()) for name in columns[:20]) + (", ..." if len(columns) > 20 else "")
 
 
 def _unknown(path: Path, columns: Sequence[str], image: str, slices: Sequence[str] | None, listed: bool) -> list[str]:
