@@ -47,7 +47,8 @@ def sample(examples: Sequence[Tensor], batched: Sequence[int], batch: int | None
         shape = x.shape if batch is None else (batch, *x.shape[1:])
         if x.numel() == 0 or x.dtype == torch.bool:
             return (torch.randint(0, 2, shape, generator=g) * bool(x.any())).to(x)
-        low, high = x.min().item(), x.max().item()
+        known = x[x.isfinite()] if x.is_floating_point() else x
+        low, high = (known.min().item(), known.max().item()) if known.numel() else (0.0, 1.0)
         if not x.is_floating_point():
             return torch.randint(int(low), int(high) + 1, shape, generator=g).to(x)
         if low == high:  # a stand-in such as zeros or ones
@@ -57,20 +58,26 @@ def sample(examples: Sequence[Tensor], batched: Sequence[int], batch: int | None
     return [draw(x) if i in batched else x for i, x in enumerate(examples)]
 
 
+def call(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """All results on the CPU, without gradients; the inputs stay what they are."""
+    with torch.no_grad(), without_onednn():
+        return [v.detach().cpu() for v in outputs(function(*(x.clone() for x in inputs)))]
+
+
 def compare(
-    got: Sequence[Tensor], function: Callable[..., Any], inputs: Sequence[Tensor], tolerance: float = FINE
+    got: Sequence[Tensor],
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    tolerance: float = FINE,
+    want: Sequence[Tensor] | None = None,
 ) -> Comparison:
-    """Results `got` against what `function` returns; NaN equals NaN.
+    """Results `got` against what `function` returns (`want`, where that is known); NaN equals NaN.
 
     Where they differ, the inputs are nudged: a sample whose own result jumps then (an index of a tie, noise around
     zero) is left out, and one that moves is allowed ten times as much.
     """
 
-    def call(values: Sequence[Tensor]) -> list[Tensor]:
-        with torch.no_grad(), without_onednn():
-            return [v.detach().cpu() for v in outputs(function(*(x.clone() for x in values)))]
-
-    want = call(inputs)
+    want = call(function, inputs) if want is None else want
     if len(got) != len(want):
         return Comparison(float("nan"), 0, f"{len(got)} outputs instead of {len(want)}")
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -81,7 +88,7 @@ def compare(
     moved = [torch.zeros_like(e) for e in errors]
     if any((e > tolerance).any() for e in errors):
         for seed in range(2):
-            again = call(_nudged(inputs, seed))
+            again = call(function, _nudged(inputs, seed))
             fits = [a.shape == b.shape for a, b in zip(again, want, strict=True)]
             moved = [
                 torch.maximum(m, _errors(a, b)) if fit else m

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .capture import capture, rehearse, source_of
-from .check import compare, outputs, sample, tolerance_of
+from .check import call, compare, sample, tolerance_of
 from .errors import ExportError, NodeError
 from .simplify import Shape, Size, simplify
 from .state import State, preserved
@@ -93,8 +93,7 @@ def _same_result(graph: GraphModule, fn: Callable[..., Any], examples: list[Tens
         return False  # a line through two points
     inputs = sample(examples, batched_inputs(examples), LATER, seed=0)
     try:
-        with torch.no_grad():
-            got = [v.detach().cpu() for v in outputs(graph(*inputs))]
+        got = call(graph, inputs)
     except (RuntimeError, ValueError, IndexError, TypeError):  # sizes that do not fit
         return False
     return not compare(got, fn, inputs, tolerance_of(graph)).fault

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from .capture import explain, shapes_of
-from .check import Comparison, compare, outputs, peak_bytes, sample, tolerance_of
+from .check import Comparison, call, compare, peak_bytes, sample, tolerance_of
 from .errors import ExportError, NodeError
 from .state import preserved
 from .trace import batch_dependence, batched_inputs, devices_of, traced_alone
@@ -94,8 +94,7 @@ def check_file(
                 continue
             inputs = sample(examples, batched, batch, seed=size)
             try:
-                with torch.no_grad():
-                    fn(*(x.clone() for x in inputs))
+                want = call(fn, inputs)
             except Exception as error:  # noqa: BLE001 (it is the user's: it may take no such batch)
                 report["left_out"][str(size)] = f"cannot be run by the function itself ({explain(error)})"
                 state.restore()
@@ -106,7 +105,7 @@ def check_file(
             except _errors(onnxruntime) as error:
                 found = Comparison(float("nan"), 0, f"ONNX Runtime fails ({_first_line(error)})")
             else:
-                found = compare(got, fn, inputs, report["tolerance"])
+                found = compare(got, fn, inputs, report["tolerance"], want)
                 # PyTorch has kernels that are wrong at one shape. Then the same rows in a larger batch decide, and its
                 # own operations one by one.
                 if found.fault and batch and _agrees(got, fn, inputs, batched, report["tolerance"]):
@@ -126,9 +125,8 @@ def _agrees(
 ) -> bool:
     """Whether results are what the function gives for these rows beside as many others."""
     wide = [torch.cat([x, x]) if i in batched else x for i, x in enumerate(inputs)]
-    with torch.no_grad():
-        rows = [v[: len(v) // 2] if v.ndim else v for v in outputs(fn(*wide))]
-    return not compare(got, lambda *_: rows, inputs, tolerance).fault
+    rows = [v[: len(v) // 2] if v.ndim else v for v in call(fn, wide)]
+    return not compare(got, fn, inputs, tolerance, rows).fault
 
 
 def _session(onnxruntime: Any, path: Path, origins: Origins) -> Any:
@@ -159,9 +157,7 @@ def _reason(
 ) -> ExportError:  # fmt: skip
     """What to say of a file that does not agree: the line where the function depends on the batch, or the operation."""
     try:
-        with torch.no_grad():
-            got = [v.detach().cpu() for v in outputs(graph(*inputs))]
-        traced_well = not compare(got, fn, inputs, tolerance_of(graph)).fault
+        traced_well = not compare(call(graph, inputs), fn, inputs, tolerance_of(graph)).fault
     except MISFITS:
         traced_well = False
     at = f"at batch {batch}" if batch else f"for inputs {shapes_of(inputs)}"

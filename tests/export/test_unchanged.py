@@ -173,8 +173,7 @@ def gradient(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.func.grad(lambda v: net(v).square().sum())(x)
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["first call", "called before"])
-@pytest.mark.parametrize("through", ["module", "gradient"])
+@pytest.mark.parametrize(("through", "warm"), [("module", False), ("gradient", False), ("gradient", True)])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
 def test_what_forward_keeps(kind: Any, through: str, warm: bool, tmp_path: Path) -> None:
     """The file is right, and eager gives what it gave, with real tensors in every cache."""
