@@ -96,6 +96,10 @@ class Counterfactuals:
     labels: list[str]
     provenance: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
+    def __repr__(self) -> str:
+        done, flipped = self.errors.count(None), int(self.flipped.sum())
+        return f"Counterfactuals({done} of {len(self)} made, {flipped} flipped, mean l1 {self.l1.nanmean():.3f})"
+
     def __len__(self) -> int:
         return len(self.errors)
 

@@ -20,6 +20,7 @@ from ..metrics.intervals import bootstrap
 from ..metrics.msi_score import MSI, msi
 from ..metrics.paths import Faithfulness, deletion, insertion
 from ..models.protocols import Classifier
+from ..showing import one_line
 from .lax import LAX
 from .methods import check_methods, explain_with, predicted
 from .quantities import LogOdds, Quantity, make_quantity
@@ -52,6 +53,8 @@ class Scored:
     removed: Faithfulness
     values: dict[str, Tensor]
     seconds: float
+
+    __repr__ = one_line
 
 
 def score_maps(

@@ -14,6 +14,7 @@ from ..metrics.inputs import Baseline
 from ..metrics.msi_score import MSI, msi
 from ..models.placing import computing_on
 from ..packs import Pack
+from ..showing import one_line
 from .lax import LAX, open_adapter
 from .methods import check_methods, explain_with
 from .packed import pack_adapter
@@ -49,6 +50,8 @@ class Explanations:
     counterfactuals: Counterfactuals | None
     labels: list[str]
     method: str
+
+    __repr__ = one_line
 
     def __len__(self) -> int:
         return len(self.images)

@@ -30,6 +30,7 @@ from ..images import make_folder
 from ..metrics.inputs import check_computed
 from ..models.load import read_json
 from ..models.protocols import Classifier
+from ..showing import one_line
 from .quantities import LogOdds, Quantity, check_targets, make_quantity
 from .taps import choose_taps, resolve_taps, tapped
 
@@ -245,6 +246,8 @@ class Maps:
     scores: Tensor
     logits: Tensor
     target: Tensor
+
+    __repr__ = one_line
 
 
 @dataclass(repr=False)

@@ -51,6 +51,7 @@ from ..errors import CounterlensError
 from ..files import write_atomically
 from ..guidance.step import unit_largest
 from ..images import as_saved
+from ..showing import one_line
 from .results import GOES_ON, Results
 from .summary import interval
 
@@ -78,6 +79,8 @@ class Evidence:
     push: np.ndarray
     removed: np.ndarray
     evidence: np.ndarray
+
+    __repr__ = one_line
 
 
 class Observer:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import Settings
 from ..errors import UsageError
 from ..models.protocols import Classifier, Decoder, Diffusion
+from ..showing import one_line
 from .pullback import PullbackMode
 from .schedule import Schedule, add_noise, ddim, make_schedule
 from .solvers import COLUMNS, advance, coefficients, no_history
@@ -67,6 +68,8 @@ class Outcome:
     complete: bool
     seconds: float
     error: str | None = None
+
+    __repr__ = one_line
 
 
 @dataclass

@@ -17,6 +17,7 @@ from counterlens.kernels.curve.reference import mean_under_curve
 
 from ..errors import UsageError
 from ..files import write_atomically
+from ..showing import one_line
 from .curves import Curves, perturbation_curve
 from .inputs import Baseline, ConstantMaps, Normalize
 from .msi_score import threshold_grid
@@ -55,6 +56,8 @@ class Calibration:
     candidates: list[Candidate]
     images: int
     forwards: int
+
+    __repr__ = one_line
 
     def save(self, path: str | Path, **facts: Any) -> dict[str, Any]:
         """Write JSON with the choice, the rule and whatever else says on what it was made; returns the same.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
 from ..guidance.pullback import frozen
+from ..showing import one_line
 from .distribution import Features, extract_features
 from .inputs import check_computed, check_finite, check_images
 from .intervals import Interval, bootstrap
@@ -45,6 +46,8 @@ class CounterfactualQuality:
     transition: Transition | None
     target: Tensor
     source: Tensor
+
+    __repr__ = one_line
 
     def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Interval]:
         """Mean of each measure with its bootstrap interval.

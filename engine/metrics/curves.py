@@ -14,6 +14,7 @@ from counterlens.kernels.perturb.reference import normalised
 
 from ..errors import UsageError
 from ..guidance.pullback import frozen
+from ..showing import one_line
 from .inputs import (
     Baseline,
     Channels,
@@ -65,6 +66,8 @@ class Curves:
     constant: Tensor
     forwards: int
     asked: int
+
+    __repr__ = one_line
 
 
 @dataclass(frozen=True)

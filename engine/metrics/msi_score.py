@@ -12,6 +12,7 @@ from torch import Tensor
 from counterlens.kernels.curve.reference import mean_under_curve
 
 from ..errors import UsageError
+from ..showing import one_line
 from .curves import Curves, marked_counts, perturbing, run
 from .inputs import (
     Baseline,
@@ -58,6 +59,8 @@ class MSI:
     alpha_min: float
     steps: int
     penalty: float
+
+    __repr__ = one_line
 
 
 def msi(

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from ..errors import UsageError
+from ..showing import one_line
 from .curves import perturbation_curve
 from .inputs import Baseline, Channels, Ties, check_images
 from .quantities import Quantity
@@ -42,6 +43,8 @@ class Faithfulness:
     target: Tensor
     forwards: int
     asked: int
+
+    __repr__ = one_line
 
 
 class PathOptions(TypedDict, total=False):

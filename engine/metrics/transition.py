@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..showing import one_line
 from .curves import Score, evaluate, make_plan, perturbing
 from .inputs import (
     Ties,
@@ -46,6 +47,8 @@ class Transition:
     target: Tensor
     forwards: int
     asked: int
+
+    __repr__ = one_line
 
 
 def cout(
