@@ -109,7 +109,7 @@ def compare(
 
 def _errors(got: Tensor, want: Tensor) -> Tensor:
     """Largest difference of each sample over its largest magnitude: [B]; infinite where only one is finite."""
-    a, b = (v.double().reshape(v.shape[0], -1) if v.ndim else v.double().reshape(1, 1) for v in (got, want))
+    a, b = (v.double().flatten(1) if v.ndim > 1 else v.double().reshape(-1, 1) for v in (got, want))
     if a.shape[1] == 0:
         return a.new_zeros(a.shape[0])
     same = (a == b) | (a.isnan() & b.isnan())

@@ -69,7 +69,7 @@ def empty_strided(*arguments: Any, **options: Any) -> Tensor:
     return torch.full(tuple(size), 0.0, dtype=dtype, device=options.get("device"))
 
 
-# Functions that look at values before they reach an operator
+# Functions that PyTorch takes apart, before they reach an operator, in a way that no graph can follow or that rounds
 
 
 def one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
@@ -99,9 +99,17 @@ def cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None, out: None 
     return decompose_pointwise.cumprod(x, dim, dtype=dtype)
 
 
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """PyTorch's own clamps the norms in place."""
+    a, b = (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp(min=eps) for x in (x1, x2))
+    return (a * b).sum(dim)
+
+
 CALLS: dict[Any, Callable[..., Any]] = {
     F.one_hot: one_hot,
     F.affine_grid: affine_grid,
+    torch.binary_cross_entropy_with_logits: decompose_pointwise.binary_cross_entropy_with_logits,
+    F.cosine_similarity: cosine_similarity,
     torch.cumprod: cumprod,
     Tensor.cumprod: cumprod,
 }

@@ -180,6 +180,8 @@ FEW: list[tuple[Any, Any]] = [
     (aten.fmax.default, lambda: (far[:, None], torch.cat([far, far[:1] * math.nan]))),
     (aten.fmin.default, lambda: (far[:, None], torch.cat([far, far[:1] * math.nan]))),
     (aten.elu.default, lambda: (far, 0.7, 1.3, 0.4)),
+    (aten.elu_backward.default, lambda: (r(10), 0.7, 1.3, 0.4, False, far)),
+    (aten.elu_backward.default, lambda: (r(10), 0.7, 1.3, 0.4, True, r(10))),
     (aten.dist.default, lambda: (r(2, 3), r(2, 3), 3)),
     (aten.unfold.default, lambda: (r(2, 9, 4), 1, 3, 2)),
     (aten.hardshrink_backward.default, lambda: (r(9), r(9), 0.5)),
