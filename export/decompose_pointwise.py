@@ -209,17 +209,6 @@ def _soft_margin(x: Tensor, target: Tensor) -> Tensor:
     return -target * torch.sigmoid(-target * x)
 
 
-def binary_cross_entropy_with_logits(
-    x: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = 1
-) -> Tensor:
-    """From log1p, so that the loss of a confident right answer does not vanish."""
-    log_sigmoid = x.clamp(max=0) - torch.log1p(torch.exp(-x.abs()))
-    scale = 1 if pos_weight is None else (pos_weight - 1) * target + 1
-    loss = (1 - target) * x - scale * log_sigmoid
-    loss = loss if weight is None else loss * weight
-    return loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss
-
-
 @decomposes(aten.elu_backward.default)
 def elu_backward(grad: Tensor, alpha: float, scale: float, input_scale: float, is_result: bool, x: Tensor) -> Tensor:
     below = input_scale * (x + alpha * scale) if is_result else input_scale * alpha * scale * torch.exp(x * input_scale)

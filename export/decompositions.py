@@ -105,10 +105,23 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -
     return (a * b).sum(dim)
 
 
+def binary_cross_entropy_with_logits(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, size_average: bool | None = None,
+    reduce: bool | None = None, reduction: str = "mean", pos_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """From log1p, so that the loss of a confident right answer does not vanish."""
+    log_sigmoid = input.clamp(max=0) - torch.log1p(torch.exp(-input.abs()))
+    loss = (1 - target) * input - (1 if pos_weight is None else (pos_weight - 1) * target + 1) * log_sigmoid
+    loss = loss if weight is None else loss * weight
+    if size_average is not None or reduce is not None:
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
 CALLS: dict[Any, Callable[..., Any]] = {
     F.one_hot: one_hot,
     F.affine_grid: affine_grid,
-    torch.binary_cross_entropy_with_logits: decompose_pointwise.binary_cross_entropy_with_logits,
+    F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
     F.cosine_similarity: cosine_similarity,
     torch.cumprod: cumprod,
     Tensor.cumprod: cumprod,
