@@ -502,6 +502,8 @@ def _print_export(report: dict[str, Any]) -> None:
         f"parity with eager: worst relative error {parity['worst']:.1e} of {parity['samples']} samples at batches "
         f"{', '.join(map(str, parity['batches']))} (allowed {parity['tolerance']:g}), {parity['left_out']:.0%} left out"
     )
+    for batch, why in parity.get("beyond_memory", {}).items():
+        console.print(f"not compared at batch {batch}: {why}")
     if report["measured"]:
         rows = [[batch, *(f"{s * 1e3:.1f} ms" for s in times.values())] for batch, times in report["measured"].items()]
         console.table(["batch", *next(iter(report["measured"].values()))], rows)

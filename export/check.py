@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from .simplify import Size
 # Relative to each sample's largest magnitude, by the coarsest type in the graph.
 TOLERANCE = {torch.bfloat16: 2e-1, torch.float16: 3e-2}
 FINE = 1e-4
+BATCHES = (1, 3, 8)  # at which an open batch is checked
+UNKNOWN_MEMORY = 4 << 30  # bytes
 NUDGE = 1e-6  # relative change of the inputs that tells what rounding may do to a result
 UNSTABLE = 1e-2  # a sample that moves by more under such a change says nothing
 
@@ -131,6 +134,25 @@ def tolerance_of(graph: GraphModule) -> float:
     """What can be asked of a graph with these types."""
     held = {n.meta["val"].dtype for n in graph.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
     return max([FINE, *(t for dtype, t in TOLERANCE.items() if dtype in held)])
+
+
+def free_memory(device: torch.device) -> int:
+    """Half of the bytes that are free on a device: what a check may take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):  # Windows and macOS do not say
+        return UNKNOWN_MEMORY
+
+
+def fitting(graph: GraphModule, batches: Sequence[int], memory: int) -> tuple[tuple[int, ...], dict[str, str]]:
+    """The batches whose activations fit, and what to say of the others."""
+    need = {b: peak_bytes(graph, b) for b in batches}
+    beyond = {
+        str(b): f"takes about {n / 1e9:.1f} GB, allowed are {memory / 1e9:.1f}" for b, n in need.items() if n > memory
+    }
+    return tuple(b for b in batches if str(b) not in beyond), beyond
 
 
 def peak_bytes(graph: GraphModule, batch: int) -> int:

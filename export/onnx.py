@@ -21,7 +21,7 @@ from .errors import ExportError, NodeError
 from .lowering import LOWERINGS, Value
 from .simplify import Size, aten
 from .trace import located, trace
-from .verify import MEMORY, SMALL, check_file, check_structure
+from .verify import SMALL, check_file, check_structure
 
 OPSET = 18
 OPSETS = range(18, 22)  # what the lowerings are right for, and TensorRT 10 reads
@@ -50,7 +50,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     opset: int | None = None,
     metadata: Mapping[str, str] | None = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
     report: dict[str, Any] | None = None,
 ) -> Path:
     """Write `fn` to an ONNX file; it may call `torch.func.vjp`, `grad`, `jacrev` or `vmap` inside.
@@ -68,7 +68,8 @@ def export_onnx(
         dynamic_batch: leave the batch open, see `counterlens.export.trace`.
         opset: 18 (the default) to 21.
         metadata: strings to keep in the file.
-        memory: bytes of activations that the comparison may take; batches beyond it are left out.
+        memory: bytes of activations that the comparison may take (half of what is free without it); batches beyond it
+            are left out.
         report: filled with what was compared, see `counterlens.export.verify.check_file`.
 
     Returns:

@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from .capture import explain, shapes_of
-from .check import Comparison, call, compare, peak_bytes, sample, tolerance_of
+from .check import BATCHES, Comparison, call, compare, fitting, free_memory, sample, tolerance_of
 from .errors import ExportError, NodeError
 from .state import preserved
 from .trace import batch_dependence, batched_inputs, devices_of, traced_alone
 
-BATCHES = (1, 3, 8)
-MEMORY = 4 << 30  # bytes of activations that a check may take
 MISFITS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
@@ -63,7 +61,7 @@ def check_file(
     dynamic_batch: bool,
     values: Mapping[Node, Any],
     origins: Origins,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """Load a file in ONNX Runtime and compare it with its function on random inputs, at batches 1, 3 and 8 where open.
 
@@ -86,12 +84,12 @@ def check_file(
         return report
     session = _session(onnxruntime, path, origins)
     batched = batched_inputs(examples) if dynamic_batch else list(range(len(examples)))
+    own = examples[0].shape[0] if examples and examples[0].ndim else 1
+    allowed = free_memory(examples[0].device if examples else torch.device("cpu")) if memory is None else memory
+    sizes, report["left_out"] = fitting(graph, BATCHES if dynamic_batch else (own,), allowed)
     with preserved(fn, devices_of(examples), traced=False) as state:
-        for batch in BATCHES if dynamic_batch else (None,):
-            size = batch or (examples[0].shape[0] if examples and examples[0].ndim else 1)
-            if (need := peak_bytes(graph, size)) > memory:
-                report["left_out"][str(size)] = f"takes about {need / 1e9:.1f} GB, allowed are {memory / 1e9:.1f}"
-                continue
+        for size in sizes:
+            batch = size if dynamic_batch else None
             inputs = sample(examples, batched, batch, seed=size)
             try:
                 want = call(fn, inputs)

@@ -98,6 +98,7 @@ def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
         seconds[label] = round(time.perf_counter() - started, 2)
         return out
 
+    from counterlens.export.check import BATCHES, fitting, free_memory
     from counterlens.export.trace import trace
 
     graph = timed(f"tracing the {spec.what}", "trace", lambda: trace(spec.function(), example))
@@ -118,7 +119,9 @@ def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
         else:
             provider = onnxruntime.provider_for(spec.device)
             run = timed("loading it", "load", lambda: onnxruntime.load(path, provider=provider))
-    parity = timed("comparing with eager", "check", lambda: check_parity(spec, run))
+    batches, beyond = fitting(graph, BATCHES, free_memory(spec.device))
+    parity = timed("comparing with eager", "check", lambda: check_parity(spec, run, batches=batches or (1,)))
+    parity["beyond_memory"] = beyond
     inputs: dict[str, Tensor] = dict(zip(spec.inputs, example, strict=True))
     return {
         "what": spec.what,

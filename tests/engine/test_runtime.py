@@ -27,7 +27,7 @@ from counterlens.engine.runtime.choice import StepRunner
 from counterlens.engine.runtime.compiled import CompiledStep, expected_inputs
 from counterlens.engine.runtime.parity import check_parity
 from counterlens.engine.runtime.spec import SIGNATURES, Spec
-from counterlens.export import ExportError, Store
+from counterlens.export import ExportError, Store, check
 from tests.tensorrt_operators import unsupported
 
 NUMBERS = {"guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 45.0, "steps": 10}
@@ -392,3 +392,11 @@ def test_inductor_step_checks_before_it_answers(tiny: Any, monkeypatch: pytest.M
 def test_expected_inputs_are_those_of_the_signature(spec: Spec) -> None:
     inputs = dict(zip(spec.inputs, spec.example(2), strict=True))
     assert expected_inputs(inputs)["z"] == (torch.float32, (4, 4, 4))
+
+
+def test_batches_beyond_the_memory_are_named(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = Spec(*tiny, what="classifier")
+    monkeypatch.setattr(check, "free_memory", lambda device: 100_000)
+    parity = artefacts.build(spec, "onnx", Store(tmp_path)).report["parity"]
+    assert 8 not in parity["batches"]
+    assert "takes about" in parity["beyond_memory"]["8"]
