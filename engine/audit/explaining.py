@@ -502,12 +502,15 @@ class Auditor:
                     images = torch.stack([r["counterfactual"] for r in some])
                     padded = torch.cat([images, images[:1].expand(16 - len(images), -1, -1, -1)])
                     try:
-                        said = probabilities(judge, padded.to(device)).argmax(dim=1)[: len(some)]
+                        said = probabilities(judge, padded.to(device))[: len(some)].cpu()
                     except FAILURES as error:
                         raise CounterlensError(f"judge: {name} fails ({type(error).__name__}: {error})") from error
-                    for row, label in zip(some, said.tolist(), strict=True):
-                        row["judges"][name] = judge.labels[label]
-        for row in done:
+                    for row, p in zip(some, said, strict=True):
+                        if p.isfinite().all():
+                            row["judges"][name] = judge.labels[int(p.argmax())]
+                        else:
+                            row |= {"status": "failed", "error": f"judge {name}: NaN or infinity for this image"}
+        for row in (row for row in done if row["status"] != "failed"):
             row["transfer"] = all(said == row["target"] for said in row["judges"].values())
 
     def _insight(self, rows: list[dict[str, Any]], at: list[int], images: Tensor, chosen: Sequence[Chosen]) -> None:

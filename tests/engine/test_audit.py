@@ -427,6 +427,31 @@ def test_saliency_and_its_scores(tiny, source: Path, tmp_path: Path, method: str
     assert summarise(results).overall["msi"].n == len(done) >= COUNT - 2
 
 
+def test_nan_of_classifier_or_judge_is_that_row_s(tiny, source: Path, tmp_path: Path, unbroken: Results) -> None:
+    class NaNFor(torch.nn.Module):
+        """An answer of NaN for one image."""
+
+        def __init__(self, image: Tensor) -> None:
+            super().__init__()
+            self.inner, self.image = tiny[1].module, image
+
+        def forward(self, x: Tensor) -> Tensor:
+            same = (x.detach() - self.image).flatten(1).abs().amax(1) < 1e-6
+            return self.inner(x).masked_fill(same[:, None], torch.nan)
+
+    made = {r["id"]: r for r in unbroken.rows()}
+    picture = load_image(source / "1" / "4.png", 16)
+    changed = load_image(unbroken.folder / made["2/5.png"]["counterfactual"], 16)
+    judge = SoftmaxClassifier(NaNFor(changed), tiny[1].labels)
+    results = run(make_engine(tiny, NaNFor(picture)), source, tmp_path, judges={"other": judge})
+    rows = {r["id"]: r for r in results.rows()}
+    assert rows["1/4.png"]["error"] == "classifier: NaN or infinity for this image"
+    assert rows["2/5.png"]["error"] == "judge other: NaN or infinity for this image"
+    assert rows["2/5.png"]["transfer"] is None
+    assert {n for n, r in rows.items() if r["status"] == "failed"} == {"1/4.png", "2/5.png", "1/broken.png"}
+    assert rows["0/3.png"]["l1"] == pytest.approx(made["0/3.png"]["l1"], abs=1e-5)
+
+
 def test_every_row_of_an_audit_with_lax_has_its_area(source: Path, tmp_path: Path) -> None:
     """By the ranks of the logits: LAX's maps are saturated, and a saturated map has only ties."""
     from counterlens.engine.adapter.packed import pack_adapter
