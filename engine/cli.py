@@ -229,7 +229,7 @@ def counterfactual(
     from .outputs import Source, open_run
     from .provenance import engine_facts
 
-    items = open_images(images or [], recursive, manifest).samples
+    items = open_images(images or [], recursive, manifest, targets=True).samples
     config = Config.make(
         mode=mode, **source_fields(pack, classifier, model), preset=preset, steps=steps, strength=strength,
         guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,

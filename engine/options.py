@@ -116,8 +116,10 @@ def source_fields(pack: str, classifier: str | None, model: str | None) -> dict[
     return {} if model else {"pack": pack, "classifier": classifier or "clean"}
 
 
-def open_images(paths: Sequence[Path], recursive: bool = False, manifest: Path | None = None) -> Source:
-    """The images that a command is given; says what is passed over.
+def open_images(
+    paths: Sequence[Path], recursive: bool = False, manifest: Path | None = None, *, targets: bool = False
+) -> Source:
+    """The images that a command is given; says what is passed over, such as targets where it does not take them.
 
     Raises:
         UsageError: see `audit.sources.open_sources`.
@@ -125,7 +127,8 @@ def open_images(paths: Sequence[Path], recursive: bool = False, manifest: Path |
     from .audit.sources import open_sources
 
     source = open_sources(paths, recursive, manifest)
-    for note in source.notes:
+    unused = [] if targets or all(s.target is None for s in source.samples) else ["targets of tables are not used here"]
+    for note in source.notes + unused:
         errors.print(f"note: {note}")
     return source
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.engine.test_cli import QUICK, digits, one_line_error, run  # noqa: F401  (a fixture)
+from counterlens.engine.audit.results import Results
+from tests.engine.test_cli import QUICK, Finished, digits, one_line_error, run  # noqa: F401  (a fixture)
 
 COMMANDS = {
     "counterfactual": ["counterfactual", *QUICK],
@@ -20,7 +21,7 @@ COMMANDS = {
 }
 
 
-def over(command: str, source: Path, out: Path) -> object:
+def over(command: str, source: Path, out: Path) -> Finished:
     option = ["--images"] if command == "evaluate" else []
     return run(*COMMANDS[command], *option, source, "--out", out)
 
@@ -65,6 +66,14 @@ def test_a_manifest_of_any_ending_with_numbers_that_pandas_made(digits: Path, tm
     result = run("counterfactual", "--manifest", manifest, "--out", tmp_path / "out", "--json", *QUICK)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('"target": "7"') == 2
+    (tmp_path / "m.csv").write_text(f"image,label,target\n{first},0.0,7.0\n{second},,\n")
+    result = over("audit", tmp_path / "m.csv", tmp_path / "audit")
+    assert result.returncode == 0, result.stderr
+    rows = list(Results.open(tmp_path / "audit").rows())
+    assert [r["label"] for r in rows] == ["0", None]
+    assert rows[0]["target"] == "7"
+    said = over("saliency", tmp_path / "m.csv", tmp_path / "maps").stderr
+    assert "note: targets of tables are not used here" in said
     empty = tmp_path / "empty"
     empty.mkdir()
     one_line_error(run("counterfactual", empty, first, "--out", tmp_path / "out"), 2, "empty holds no image")
