@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from .errors import CounterlensError
+
+UNFINISHED = re.compile(r"\.[0-9a-f]{12}\.[0-9]+\.partial")
 
 
 def write_atomically(
@@ -46,6 +49,13 @@ def write_atomically(
                 partial.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(path, error, hint) from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_atomically` of a process that was killed left in a folder; for whoever holds it."""
+    for path in folder.glob(".*.partial"):
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError, hint: str = "") -> CounterlensError:

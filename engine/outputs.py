@@ -24,7 +24,7 @@ import filelock
 from counterlens.export.hashing import file_digest
 
 from .errors import CounterlensError, UsageError
-from .files import cannot_write, write_atomically
+from .files import cannot_write, sweep, write_atomically
 from .images import make_folder
 
 FORMAT, SCHEMA_VERSION = "counterlens-run", 1
@@ -204,6 +204,7 @@ def open_run(
     made: dict[str, Any] = json.loads(json.dumps({**facts, "schema_version": SCHEMA_VERSION}))
     out = make_folder(out)
     with locked(out):
+        sweep(out)
         before = read_run(out)
         if before is not None and not _wrote(out, before):
             before = None
@@ -358,10 +359,10 @@ def _finished_lines(run: Run, endings: Sequence[str], *, redo: bool) -> dict[str
     return {name: line for name, line in kept.items() if name in asked}
 
 
-def remove_run(out: Path) -> None:
-    """Remove what run.json of a folder says that a run wrote, if there is one."""
+def remove_run(out: Path, read: set[Path]) -> None:
+    """Remove what run.json of a folder says that a run wrote, if there is one; `read` are the next run's inputs."""
     if (description := read_run(out)) is not None:
-        _remove(out, description, set())
+        _remove(out, description, read)
 
 
 def _remove(out: Path, description: dict[str, Any], read: set[Path]) -> None:

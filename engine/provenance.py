@@ -68,6 +68,7 @@ def engine_facts(engine: Engine, config: Config, batch: int = 1) -> dict[str, An
         "image_size": engine.image_size,
         "dtype": str(next(p for m in engine.diffusion.modules() for p in m.parameters()).dtype).removeprefix("torch."),
         "slots": engine.slots[-1],
+        "neighbours": digest(engine.neighbours) if engine.neighbours else None,
         "attention": engine.attention,
         "checkpointing": engine.checkpointing,
         "kernels": engine.backend,

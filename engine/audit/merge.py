@@ -55,8 +55,8 @@ def merge(folders: Sequence[Path], out: Path, say: Callable[[str], None] = lambd
     if out.resolve() in [folder.resolve() for folder in folders]:
         raise UsageError(f"out: {out} is one of the shards; choose a folder of its own")
     with locked(out):
-        here = first.manifest.get("conditions", {})
-        merged = Results.begin(out, first.manifest["identity"], None, here)
+        merged = Results.begin(out, first.manifest["identity"], None, None)
+        merged.manifest.setdefault("conditions", first.manifest.get("conditions", {}))
         write_atomically(out / PLAN, plan, hint=GOES_ON)
         if (first.folder / RUN).exists():
             write_atomically(out / RUN, _read(first.folder / RUN), hint=GOES_ON)

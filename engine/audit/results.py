@@ -17,7 +17,7 @@ import io
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +163,15 @@ class Results:
         folder: Path,
         identity: dict[str, Any],
         shard: tuple[int, int] | None,
-        conditions: dict[str, Any],
+        conditions: dict[str, Any] | None,
         *,
         overwrite: bool = False,
+        read: Collection[Path] = (),
     ) -> Results:
         """Open a folder for writing, a new one or the same audit's again; the caller holds its lock.
 
-        An audit that has no finished part gives way to another one; `overwrite` removes one that has.
+        An audit that has no finished part gives way to another one; `overwrite` removes one that has, but no file of
+        `read`. Without `conditions` nothing is computed under any.
 
         Raises:
             UsageError: another audit is there, or this one under other conditions; the message says in what it differs.
@@ -191,7 +193,7 @@ class Results:
                 )
         if not (folder / MANIFEST).exists():
             if overwrite:
-                remove_run(folder)
+                remove_run(folder, {*read})
             if (before := read_run(folder)) is not None and before["command"] != COMMAND:
                 raise UsageError(f"out: {folder} holds what {before['command']} wrote; choose another folder")
             strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
@@ -199,7 +201,9 @@ class Results:
                 raise UsageError(f"out: {folder} is no audit and holds {strange[0]!r}; choose another folder")
             manifest = {"format": FORMAT, "version": VERSION, "identity": identity, "shard": shard, "sessions": []}
             results = cls(folder, json.loads(json.dumps(manifest)))
-        if "conditions" in results.manifest and results.part_files():
+        if conditions is None:
+            pass
+        elif "conditions" in results.manifest and results.part_files():
             check_conditions(results.manifest["conditions"], conditions, str(folder))
         else:
             results.manifest["conditions"] = conditions

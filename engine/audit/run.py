@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import CounterlensError, UsageError
-from ..files import write_atomically
+from ..files import sweep, write_atomically
 from ..images import make_folder
 from ..models.protocols import Classifier
 from ..outputs import FORMAT as RUN_FORMAT
@@ -197,7 +197,9 @@ def run_audit(
         stack.enter_context(locked(out))
         stop = stack.enter_context(polite_interrupt(say))
         here = conditions(engine, config)
-        results = Results.begin(out, auditor.identity, shard, here, overwrite=overwrite)
+        files = {s.where.resolve() for s in auditor.source.samples if isinstance(s.where, Path)}
+        read = {auditor.source.path.resolve(), *files}
+        results = Results.begin(out, auditor.identity, shard, here, overwrite=overwrite, read=read)
         stack.enter_context(held(engine, results.manifest["conditions"], config, say))
         write_atomically(out / RUN, json.dumps(run_json(auditor, shard), indent=1) + "\n", hint=GOES_ON)
         if (out / PLAN).exists():
@@ -212,7 +214,10 @@ def run_audit(
         if not mine and shard is not None:
             size = auditor.options.part_size
             say(f"shard {shard[0]}/{shard[1]} is empty: {len(chosen)} samples make {len(parts)} parts of {size}")
-        sweep(out, [p for p in mine if not (out / part_path(p)).exists()])
+        missing = [p for p in mine if not (out / part_path(p)).exists()]
+        names = (name for p in missing for name in (image_path(p, 0, "input", "png"), part_path(p)))
+        for place in {out, *((out / name).parent for name in names)}:
+            sweep(place)
         done = results.finished({p: len(parts[p]) for p in mine})
         todo = [p for p in mine if p not in done]
         progress = Progress(sum(len(parts[p]) for p in mine), sum(len(parts[p]) for p in done))
@@ -265,14 +270,6 @@ def run_json(auditor: Auditor, shard: tuple[int, int] | None) -> dict[str, Any]:
         "options": identity["options"], "shard": shard, "source": identity["source"], "audit": identity["hash"],
         "manifest": MANIFEST, "sources": {}, "files": [],
     }  # fmt: skip
-
-
-def sweep(folder: Path, parts: Sequence[int]) -> None:
-    """Remove files that a killed process did not finish, of parts that are not there."""
-    places = {folder, *((folder / image_path(p, 0, "input", "png")).parent for p in parts)}
-    for place in places | {(folder / part_path(p)).parent for p in parts}:
-        for path in place.glob(".*.partial"):
-            path.unlink(missing_ok=True)
 
 
 def mark_finished(results: Results, samples: int) -> None:

@@ -21,7 +21,6 @@ from PIL import Image
 from counterlens.engine.audit import conditions as conditions_module
 from counterlens.engine.audit.merge import merge
 from counterlens.engine.audit.results import Results, part_path
-from counterlens.engine.audit.run import sweep
 from counterlens.engine.config import Config
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
@@ -266,12 +265,36 @@ def test_a_signal_leaves_the_folder_whole(source: Path, tmp_path: Path, number: 
     assert len(list(Results.open(tmp_path / "out").rows())) == COUNT
 
 
-def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    (tmp_path / "images/000/000001").mkdir(parents=True)
-    for path in (tmp_path / ".x.1.partial", tmp_path / "images/000/000001/.y.2.partial", tmp_path / "kept.partial"):
-        path.touch()
-    sweep(tmp_path, [1])
-    assert [p.name for p in tmp_path.rglob("*.partial")] == ["kept.partial"]
+def test_what_a_killed_process_left_is_swept(tiny, source: Path, unbroken: Results, tmp_path: Path) -> None:
+    results = copied(unbroken, tmp_path / "o")
+    drop(results, 1)
+    left = (
+        ".0123456789ab.12.partial",
+        "images/000/000001/.0123456789ab.12.partial",
+        "rows/000/.0123456789ab.12.partial",
+    )
+    for name in (*left, "mine.partial"):
+        (results.folder / name).touch()
+    assert comparable(run(make_engine(tiny), source, results.folder)) == comparable(unbroken)
+    assert [p.name for p in results.folder.rglob("*.partial")] == ["mine.partial"]
+
+
+def test_overwrite_never_removes_the_source(tiny, source: Path, tmp_path: Path) -> None:
+    result = make_engine(tiny).counterfactual(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    paths = result.save(tmp_path)
+    with pytest.raises(UsageError, match="is an input"):
+        run(make_engine(tiny), tmp_path, tmp_path, overwrite=True)
+    assert all(path.exists() for path in paths)
+
+
+def test_shards_merge_in_any_order(tiny, source: Path, store: Path, tmp_path: Path) -> None:
+    first, second = shards(tiny, source, store, tmp_path)
+    with pytest.raises(CounterlensError, match="run or finish shards 2/2"):
+        merge([first], tmp_path / "m")
+    manifest = json.loads((second / "manifest.json").read_text())
+    manifest["conditions"]["cpu"] = "NEON"
+    (second / "manifest.json").write_text(json.dumps(manifest))
+    assert len(list(merge([second, first], tmp_path / "m").rows())) == COUNT
 
 
 def test_conditions_are_json() -> None:
