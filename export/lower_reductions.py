@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from .builder import Builder, Value, axes_of, extent, lowers, meta
+from .builder import Builder, Value, axes_of, extent, fixed, lowers, meta
 
 aten = torch.ops.aten
 
@@ -23,16 +24,35 @@ def _reduction(kind: str, *operators: Any) -> None:
         return g.op(kind, x, g.constant(axes), keepdims=int(keepdim)) if axes else x
 
 
-_reduction("ReduceSum", aten.sum.dim_IntList, aten.sum.default)
+@lowers(aten.sum.dim_IntList, aten.sum.default)
+def sum_(g: Builder, node: Node, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
+    source, out = meta(node.args[0]).dtype, meta(node).dtype
+    x, axes = g.cast(x, source, out), axes_of(node, dim)
+    if not axes:
+        return x
+    if source != torch.int64 or out != torch.int64:
+        return g.op("ReduceSum", x, g.constant(axes), keepdims=int(keepdim))
+    for axis in sorted(axes, reverse=True):  # ONNX Runtime's ReduceSum goes through float64, its CumSum does not
+        x = g.op("Gather", g.op("CumSum", x, g.constant(axis)), g.constant([-1] if keepdim else -1), axis=axis)
+    return x
+
+
 _reduction("ReduceMean", aten.mean.dim, aten.mean.default)
 _reduction("ReduceMax", aten.amax.default)
 _reduction("ReduceMin", aten.amin.default)
 
 
 @lowers(aten.prod.dim_int)
-def prod(g: Builder, node: Node, x: Value, dim: int, keepdim: bool = False) -> Value:
-    x = g.cast(x, meta(node.args[0]).dtype, meta(node).dtype)
-    return g.op("ReduceProd", x, g.constant(axes_of(node, dim)), keepdims=int(keepdim))
+def prod(g: Builder, node: Node, x: Value, dim: int, keepdim: bool = False, dtype: Any = None) -> Value:
+    source, out = meta(node.args[0]).dtype, meta(node).dtype
+    x, (axis,) = g.cast(x, source, out), axes_of(node, dim)
+    if out != torch.int64 or source == torch.bool:
+        return g.op("ReduceProd", x, g.constant([axis]), keepdims=int(keepdim))
+    (size,) = fixed(node.args[0], axis)
+    if not 0 < size <= 64:
+        raise NotImplementedError("runtimes round long products of whole numbers")
+    factors = [g.op("Gather", x, g.constant([i] if keepdim else i), axis=axis) for i in range(size)]
+    return functools.reduce(lambda a, b: g.op("Mul", a, b), factors)
 
 
 @lowers(aten.any.dim, aten.any.dims, aten.any.default)
