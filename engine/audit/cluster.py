@@ -59,7 +59,7 @@ def check_travels(parts: Mapping[str, Any]) -> None:
         where = f", in {inside[-1]}" if inside else ""
         raise UsageError(
             f"ray: the {name} cannot be sent to another process{where}: {why}; leave out ray=, or remove what cannot "
-            "be pickled (locks, open files, parametrizations: torch.nn.utils.parametrize.remove_parametrizations)"
+            "be pickled (locks, generators, parametrizations: torch.nn.utils.parametrize.remove_parametrizations)"
         )
 
 
