@@ -27,6 +27,11 @@ from .quantities import LogOdds, Quantity, make_quantity
 from .taps import tapped
 
 
+def logistic(x: Tensor) -> Tensor:
+    """A sigmoid whose small values keep their digits; ONNX Runtime's own is right to about 1e-7, not relatively."""
+    return torch.reciprocal(1 + torch.exp(-x))
+
+
 def saliency_function(adapter: LAX) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """image [B, 3, H, W] and target [B] int64 to (saliency [B, H, W], scores [B, H, W], logits [B, C])."""
 
@@ -34,7 +39,7 @@ def saliency_function(adapter: LAX) -> Callable[[Tensor, Tensor], tuple[Tensor, 
         with tapped(adapter.classifier.module, adapter.taps) as features:
             logits = adapter.classifier.logits(image)
         scores = adapter.head(image, list(features), adapter.quantity.condition(target))
-        return torch.sigmoid(scores), scores, logits
+        return logistic(scores), scores, logits
 
     return lax
 
@@ -53,7 +58,8 @@ def curve_function(
         b = image.shape[0]
         mixed = perturb(image, baseline, saliency, levels.expand(b, k), [], [], True, True)  # [B, 2, K, 3, H, W]
         logits = classifier.logits(mixed.reshape(b * 2 * k, *image.shape[1:]))
-        return quantity(logits, target[:, None].expand(b, 2 * k).reshape(-1)).reshape(b, 2, k)
+        odds = quantity.log_odds(logits, target[:, None].expand(b, 2 * k).reshape(-1))
+        return logistic(odds).reshape(b, 2, k)
 
     return curve
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from counterlens.engine.adapter.exporting import build_artefacts, export_adapter, export_curve
+from counterlens.engine.adapter.exporting import build_artefacts, export_adapter, export_curve, logistic
 from counterlens.engine.adapter.lax import new_adapter
 from counterlens.engine.cli import app
 from counterlens.engine.errors import UsageError
@@ -19,6 +19,7 @@ from counterlens.engine.models.classifiers import StridedClassifier
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 from counterlens.export.store import Store
+from tests.engine.test_taps import FORMS, Net, Twice
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 SIZE = 16
@@ -42,6 +43,22 @@ def test_adapter(classifier, taps, tmp_path: Path) -> None:
     got = session.run(None, {"image": images.numpy(), "target": target.numpy()})
     for name, value in zip(("saliency", "scores", "logits"), got, strict=True):
         assert torch.allclose(torch.from_numpy(value), getattr(expected, name), rtol=1e-4, atol=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["tokens after registers", "tokens, batch second", "a dataclass", "in place"])
+def test_adapters_on_maps_in_other_layouts(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, tap = (Twice(True), "act#2") if name == "in place" else (Net(FORMS[name][0]), FORMS[name][1])
+    adapter = new_adapter(SoftmaxClassifier(module.eval(), ["a", "b", "c"]), SIZE, taps=[tap])
+    session = onnxruntime.InferenceSession(str(export_adapter(adapter, tmp_path / "lax.onnx")))
+    images, target = torch.rand(3, 3, SIZE, SIZE), torch.arange(3)
+    got = session.run(None, {"image": images.numpy(), "target": target.numpy()})
+    assert torch.allclose(torch.from_numpy(got[1]), adapter.explain(images, target).scores, atol=1e-5)
+
+
+def test_small_probabilities_keep_their_digits() -> None:
+    odds = torch.tensor([-100.0, -60.0, -20.0, -3.0, 0.0, 20.0, 100.0])
+    assert torch.allclose(logistic(odds), odds.sigmoid(), rtol=1e-5, atol=1e-38)
 
 
 def test_curve(classifier, tmp_path: Path) -> None:
