@@ -639,7 +639,9 @@ def _run() -> int:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except Terminated:
+    except (Terminated, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 143:  # an audit turns SIGTERM into this one
+            raise
         errors.print("terminated; finished results are kept")
         return 143
     if code == 130:  # typer makes it of KeyboardInterrupt

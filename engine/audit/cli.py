@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,6 +160,8 @@ def audit(
             if row["status"] == "failed":
                 errors.print(f"error: {row['id']}: {row['error']}", style="red")
 
+    if ray is not None:
+        _quiet_ray()
     with _bar() as update:
         results = run_audit(
             auditor, out, shard=part, workers=workers, ray=ray, shortcuts=shortcuts, overwrite=overwrite,
@@ -236,6 +239,22 @@ def _judges(engine: Engine, names: list[str] | None, pack: str | None, classifie
     from ..models.image_classifiers import open_classifier
 
     return {n: open_classifier(n, image_size=engine.image_size, labels=engine.labels) for n in names or []}
+
+
+# What Ray tells of its own running, to whom it means nothing who asked for an audit: logger, and part of the message.
+RAY_SAYS = (
+    ("ray._private.authentication.authentication_token_setup", "Token authentication is enabled"),
+    ("ray._private.worker", "Started a local Ray instance"),
+    ("ray.data._internal.execution.streaming_executor", "Starting execution of Dataset"),
+    ("ray.data._internal.execution.streaming_executor", "Execution plan of Dataset"),
+    ("ray.data._internal.execution.streaming_executor", "execution finished in"),
+    ("ray.data._internal.progress", "Progress bars disabled"),
+)
+
+
+def _quiet_ray() -> None:
+    for name, text in RAY_SAYS:
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())  # type: ignore[misc]
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:

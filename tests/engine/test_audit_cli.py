@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from counterlens.engine.audit.cli import RAY_SAYS, _quiet_ray
 from counterlens.engine.audit.disagreement import ENOUGH, verdict
 from counterlens.engine.audit.results import Results
 from tests.engine.test_cli import one_line_error, run
@@ -134,3 +136,15 @@ def test_dry_run_is_right_within_a_factor_of_two(options: list[str], tmp_path: P
         if 0.5 < ratios[-1] < 2:
             return
     pytest.fail(f"estimated over taken: {ratios}")
+
+
+@pytest.mark.parametrize(("name", "text"), RAY_SAYS)
+def test_ray_says_what_matters_only(name: str, text: str) -> None:
+    _quiet_ray()
+    logger = logging.getLogger(name)
+
+    def passes(message: str) -> bool:
+        return bool(logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, message, (), None)))
+
+    assert not passes(f"2026: {text} 7.")
+    assert passes("The node ran out of memory.")
