@@ -45,7 +45,8 @@ def derived(
 
     def trace() -> Callable[..., tuple[Tensor, ...]]:
         examples = [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
-        return make_fx(pull, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+        pure = torch.func.functionalize(pull, remove="mutations")
+        return make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
 
     # In a thread of its own: the modes and transforms that are active belong to a thread, and none may see this trace.
     with ThreadPoolExecutor(1) as alone:

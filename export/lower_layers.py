@@ -109,21 +109,25 @@ def max_pool(
     shape = fixed(node.args[0], *range(-dims, 0))
     k, s, p, d = (_several(v, dims) for v in (kernel, stride or kernel, padding, dilation))
     ends = [
-        max(0, (windows(n, *sizes, ceil_mode) - 1) * sizes[1] + sizes[3] * (sizes[0] - 1) + 1 - n - sizes[2])
-        for n, *sizes in zip(shape, k, s, p, d, strict=True)
+        max(0, (windows(n, size, step, pad, spread, ceil_mode) - 1) * step + spread * (size - 1) + 1 - n - pad)
+        for n, size, step, pad, spread in zip(shape, k, s, p, d, strict=True)
     ]
     if any(end >= size for end, size in zip(ends, k, strict=True)):
         raise NotImplementedError("windows that reach so far behind the image")
     flat = meta(node.args[0]).ndim == dims + 1
     x = g.op("Unsqueeze", x, g.constant([0])) if flat else x
+
+    def flattened(value: Value) -> Value:
+        return g.op("Squeeze", value, g.constant([0])) if flat else value
+
     used = any(user.args[1] == 1 and user.users for user in node.users)
-    out = g.op(
+    out: Any = g.op(
         "MaxPool", x, kernel_shape=k, strides=s, pads=[*p, *ends], dilations=d, outputs=1 + used,
     )  # fmt: skip
+    if not used:
+        return flattened(out), None
     # ONNX counts through all planes, PyTorch through one.
-    results = (out[0], g.op("Mod", out[1], g.constant(math.prod(shape)))) if used else (out,)
-    values = [g.op("Squeeze", v, g.constant([0])) if flat else v for v in results]
-    return values[0], values[1] if used else None
+    return flattened(out[0]), flattened(g.op("Mod", out[1], g.constant(math.prod(shape))))
 
 
 @lowers(aten.upsample_nearest2d.default)
