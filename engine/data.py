@@ -111,13 +111,14 @@ def read_folder(root: Path, recursive: bool = False) -> Folder:
         found.sort(key=lambda item: (item[0].parent.parts, item[0].name))
     out.parquet.sort()
     if deeper := [path for path in deeper if _holds_files(path)]:
-        out.notes.append(f"{_count(deeper, 'folder')} below class folders not read (--recursive does): {_some(deeper)}")
+        said = f"{_count(deeper, 'folder')} below class folders not read (--recursive does)"
+        out.notes.append(f"{said}: {_some(deeper, root)}")
     if out.images:
         others, out.parquet = others + out.parquet, []
     if others:
         heic = any(path.suffix.lower() in (".heic", ".heif") for path in others)
         out.notes.append(
-            f"{_count(others, 'file')} left out, not read by the ending: {_some(others)}"
+            f"{_count(others, 'file')} left out, not read by the ending: {_some(others, root)}"
             + (" (HEIC: save it as JPEG or PNG)" if heic else "")
         )
     return out
@@ -134,8 +135,8 @@ def _count(paths: Sequence[Path], what: str) -> str:
     return f"{len(paths)} {what}{'' if len(paths) == 1 else 's'}"
 
 
-def _some(paths: Sequence[Path]) -> str:
-    named = sorted(shown(Path(path.name)) for path in paths)
+def _some(paths: Sequence[Path], root: Path) -> str:
+    named = sorted(shown(path.relative_to(root)) for path in paths)
     return ", ".join(named[:5]) + (", ..." if len(named) > 5 else "")
 
 

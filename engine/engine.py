@@ -51,6 +51,7 @@ RELATIVE_TARGETS = ("runner-up", "opposite", "neighbour")
 PARTS = {"predict_noise": "unet", "encode": "vae-encoder", "decode": "vae-decoder"}
 
 Targets = str | int | Sequence[str | int] | Tensor
+ALREADY = "is already the prediction"  # how the error of a sample that is skipped ends
 
 
 @dataclass
@@ -105,10 +106,10 @@ class Counterfactuals:
 
     def status(self, i: int) -> str:
         """What became of a sample: `done`, `skipped` (the target was the prediction already) or `failed`."""
-        if self.errors[i] is None:
+        error = self.errors[i]
+        if error is None:
             return "done"
-        already = int(self.source[i]) == int(self.target[i]) and bool(self.inputs[i].isfinite().all())
-        return "skipped" if already else "failed"
+        return "skipped" if error.endswith(ALREADY) else "failed"
 
     def record(self, i: int) -> dict[str, Any]:
         """One sample as plain values, as `--json` prints it: status, and source, target, ..., or error."""
@@ -749,7 +750,7 @@ class Engine:
             if len(seeds) != len(images):
                 raise UsageError(f"seeds: expected {len(images)}, one per image, got {len(seeds)}")
             errors: list[str | None] = [
-                f"target {self.labels[int(t)]!r} is already the prediction" if s == t and not c.match_official else None
+                f"target {self.labels[int(t)]!r} {ALREADY}" if s == t and not c.match_official else None
                 for s, t, c in zip(source.tolist(), target.tolist(), configs, strict=True)
             ]
             for i in range(len(images)):

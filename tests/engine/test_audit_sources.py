@@ -40,7 +40,7 @@ def test_folders_flat_and_by_class(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert [(s.id, s.label) for s in source.samples] == [("b.png", None), ("3/a.png", "3"), (f"7/{name}", "7")]
     assert ["deeper" in n for n in source.notes] == [True, False]
-    assert "1 file left out, not read by the ending: notes.txt" in source.notes[1]
+    assert "1 file left out, not read by the ending: 3/notes.txt" in source.notes[1]
     before = source.digest()
     (tmp_path / "b.png").write_bytes(b"more" + picture())
     assert open_source(tmp_path).digest() != before
@@ -91,7 +91,7 @@ def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     save(tmp_path / "cat" / "deep" / "c.png")
     deeper, left = open_source(tmp_path).notes
-    assert "1 folder below class folders not read (--recursive does): deep" in deeper
+    assert "1 folder below class folders not read (--recursive does): cat/deep" in deeper
     assert left == (
         "4 files left out, not read by the ending: IMG_1.HEIC, b.xyz, notes.txt, x.parquet "
         "(HEIC: save it as JPEG or PNG)"

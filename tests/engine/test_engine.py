@@ -129,6 +129,7 @@ def test_target_that_is_already_predicted_is_reported(tiny) -> None:
     result = engine.counterfactual(x, [predicted[0], other, str(predicted[2])])
     assert [e is None for e in result.errors] == [False, True, False]
     assert "already the prediction" in str(result.errors[0])
+    assert [result.status(i) for i in range(3)] == ["skipped", "done", "skipped"]
     assert torch.equal(result.images[0], x[0])
 
 
@@ -138,6 +139,9 @@ def test_nan_input_is_reported(tiny) -> None:
     result = make_engine(tiny).counterfactual(x)
     assert result.errors[0] is None
     assert "NaN" in str(result.errors[1])
+    said = int(result.source[1])
+    again = make_engine(tiny).counterfactual(x, [int(result.target[0]), max(said, 0)])
+    assert [again.status(i) for i in range(2)] == ["done", "failed"]  # whatever its prediction is
 
 
 def test_bad_arguments_are_named(tiny) -> None:
