@@ -19,11 +19,12 @@ from torch import Tensor
 from counterlens.export.store import tensors_digest, weights_digest
 from counterlens.kernels.perturb import soft_perturb
 
-from ..errors import CounterlensError, UsageError
+from ..errors import CounterlensError, NotFinite, UsageError
 from ..files import write_atomically
 from ..guidance.pullback import frozen
 from ..metrics.imputation import impute
-from ..metrics.inputs import blur
+from ..metrics.inputs import blur, check_computed
+from ..metrics.quantities import undefined
 from .lax import LAX, VERSION
 
 LARGEST = math.log(1e6)  # -log(1 - p) with 1 - p clamped at 1e-6
@@ -218,6 +219,7 @@ def training_loss(
     temperature = _anneal(schedule.temperature, share)
     low, b, k = schedule.alpha_min, len(images), schedule.thresholds
     logits, features = adapter.features(images)
+    check_computed("classifier", torch.zeros(b, device=logits.device).masked_fill(undefined(logits), torch.nan))
     target = logits.argmax(1)
     other = torch.rand(b, generator=g) < schedule.others
     drawn = torch.randint(logits.shape[1], (b,), generator=g)
@@ -322,7 +324,8 @@ def train(
 
     Raises:
         UsageError: the classifier is not differentiable, or the checkpoint is of another training.
-        CounterlensError: the checkpoint cannot be read or written, or training diverged.
+        CounterlensError: the checkpoint cannot be read or written, or training diverged. NotFinite: the classifier
+            gives NaN or infinity for an image.
     """
     head, device = adapter.head, images.device
     mean_colour = images.mean((0, 2, 3)) if mean_colour is None else mean_colour.to(images)
@@ -363,7 +366,10 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * warm * decay
         with frozen(adapter.classifier.module):
-            loss = training_loss(adapter, images[index.to(device)], mean_colour, step, schedule, g)
+            try:
+                loss = training_loss(adapter, images[index.to(device)], mean_colour, step, schedule, g)
+            except NotFinite as error:  # of the batch: said of the images
+                raise NotFinite(error.what, sorted({int(index[k]) for k in error.samples})) from error
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 5.0)

@@ -15,6 +15,7 @@ from counterlens.engine.adapter import cli
 from counterlens.engine.adapter.evaluation import evaluate
 from counterlens.engine.adapter.lax import new_adapter
 from counterlens.engine.adapter.methods import explain_with, saliency_methods
+from counterlens.engine.adapter.training import Schedule, train
 from counterlens.engine.config import Config
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, NotFinite, UsageError
@@ -118,6 +119,13 @@ def test_maps_of_a_head_that_overflows(images: Tensor) -> None:
     adapter.head.eval()
     with pytest.raises(NotFinite, match=r"lax: NaN or infinity for image 0, 1"):
         adapter.explain(images[:BAD], 1)
+
+
+@pytest.mark.parametrize("wrong", VALUES[:2])
+def test_training_names_the_image(wrong: str, images: Tensor) -> None:
+    adapter = new_adapter(of(wrong), SIZE, taps=["conv"])
+    with pytest.raises(NotFinite, match=rf"classifier: NaN or infinity for image {BAD}$"):
+        train(adapter, images, lambda _: 0.0, Schedule(steps=9, batch=3, every=9))
 
 
 METRICS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
