@@ -248,7 +248,7 @@ def counterfactual(
         config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size, dtype=dtype,
     )  # fmt: skip
-    choices = [_as_target(item.target or target, engine) for item in items]
+    choices: list[str | int] = [item.target or target for item in items]
     for choice in dict.fromkeys(choices):
         engine.check_target(choice)
     if engine.settings(config).guidance_decoder != "tiny" and tiny_decoder is not None:
@@ -284,14 +284,6 @@ def counterfactual(
     console.table(["image", "from", "target", "now", "confidence", "flipped", "L1", "file"], rows)
     if failed:
         raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
-
-
-def _as_target(target: str, engine: Engine) -> str | int:
-    """A label's index where the text is no label's name but a number."""
-    from .data import as_index
-
-    index = None if target in engine.labels else as_index(target)
-    return target if index is None else index
 
 
 def _counterfactual_records(

@@ -164,6 +164,18 @@ class Config(BaseModel):
     match_official: bool = Field(False, description="Do as the authors' code does; see OFFICIAL_CHOICES.")
     seed: int = Field(0, ge=0, le=MAX_SEED, description="Combined with each sample's own id.")
 
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(p) for p in first["loc"]) or "config"
+            if first["type"] == "extra_forbidden":
+                raise UsageError(
+                    f"{field}: no field of Config; expected some of {', '.join(Config.model_fields)}"
+                ) from None
+            raise UsageError(f"{field}: {first['msg']}, got {first.get('input')!r}") from None
+
     @classmethod
     def make(cls, **fields: Any) -> Config:
         """Validate fields; None means not given.
@@ -171,12 +183,7 @@ class Config(BaseModel):
         Raises:
             UsageError: naming the field that does not fit.
         """
-        try:
-            return cls(**{k: v for k, v in fields.items() if v is not None})
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(p) for p in first["loc"]) or "config"
-            raise UsageError(f"{field}: {first['msg']}, got {first.get('input')!r}") from error
+        return cls(**{k: v for k, v in fields.items() if v is not None})
 
     @property
     def mode_name(self) -> ModeName:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from .guidance.sampler import Job, Observer, Outcome, Sampler, count_ticks
 from .guidance.schedule import make_schedule
 from .guidance.spans import span
 from .images import as_saved, save_png, to_uint8
+from .labels import distinct_names, find_label
 from .memory import checkpointed, largest_batch
 from .models.gradient_check import check_gradient
 from .models.latent import ClassConditionalLatentDiffusion
@@ -49,6 +52,9 @@ RELATIVE_TARGETS = ("runner-up", "opposite", "neighbour")
 
 # What the sampler calls beside the step, and the part of the models that it is.
 PARTS = {"predict_noise": "unet", "encode": "vae-encoder", "decode": "vae-decoder"}
+
+# What `wrap_classifier` is given by `from_pretrained` itself.
+OF_THE_ENGINE = ("module", "labels", "image_size")
 
 Targets = str | int | Sequence[str | int] | Tensor
 ALREADY = "is already the prediction"  # how the error of a sample that is skipped ends
@@ -240,6 +246,11 @@ class Engine:
         guidance_decoder: TinyDecoder | str | Path | None = None,
         device: str | torch.device | None = None,
     ) -> None:
+        if isinstance(classifier, nn.Module) and not hasattr(classifier, "log_prob"):
+            raise UsageError(
+                f"classifier: {type(classifier).__name__} is a plain module; Engine.from_pretrained(model, module, "
+                "labels=...) or models.image_classifiers.wrap_classifier(module, labels, image_size=...) wraps it"
+            )
         if list(diffusion.labels) != list(classifier.labels):
             raise UsageError(
                 f"classifier: its {len(classifier.labels)} labels are not the diffusion model's "
@@ -315,6 +326,11 @@ class Engine:
         Raises:
             UsageError: there is no such pack or classifier. CounterlensError: a file is missing or was changed.
         """
+        if not isinstance(classifier, str):
+            raise UsageError(
+                f"classifier: from_pack takes the name of one of the pack's, not a {type(classifier).__name__}; for "
+                f"your own use Engine.from_pretrained({str(name)!r}, module, labels=[...])"
+            )
         pack = Pack(name)
         settings = {mode: pack.manifest["settings"][mode] for mode in ("realistic", "audit")}
         source = {"pack": name, "classifier": classifier}
@@ -556,6 +572,12 @@ class Engine:
         from .models.stable_diffusion import StableDiffusion
 
         config = config or Config()
+        if preprocessing is not None:
+            if not isinstance(classifier, nn.Module):
+                raise UsageError("preprocessing: for a module of your own; this classifier brings its own")
+            known = [p for p in inspect.signature(wrap_classifier).parameters if p not in OF_THE_ENGINE]
+            if wrong := [key for key in preprocessing if key not in known]:
+                raise UsageError(f"preprocessing: {wrong[0]!r} is no key of it; expected some of {', '.join(known)}")
         diffusion = open_diffusion(model, dtype=dtype, image_size=image_size)
         said = prompts or PRESET_PROMPTS.get(config.preset or "", "imagenet")
         if config.match_official and isinstance(diffusion, StableDiffusion) and isinstance(said, str):
@@ -574,6 +596,8 @@ class Engine:
         if isinstance(diffusion, StableDiffusion):
             if config.preset == "celeba-text" and prompts is None:
                 raise UsageError("prompts: celeba-text has two attributes; say smile or age, or give two prompts")
+            if classes is not None:
+                raise UsageError("classes: this model is text-conditional and has none; say the labels with prompts")
             diffusion.describe(explained.labels, said)
         else:
             diffusion.describe(explained.labels, classes)
@@ -619,10 +643,10 @@ class Engine:
             if name in config.model_fields_set and getattr(config, name) != mine:
                 raise UsageError(f"{name}: this engine has {mine!r}, the config asks for {getattr(config, name)!r}")
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
-        """Names of the classifier's labels."""
-        return list(self.classifier.labels)
+        """Names of the classifier's labels; those that repeat have their index behind them."""
+        return distinct_names(self.classifier.labels)
 
     @property
     def image_size(self) -> int:
@@ -641,7 +665,7 @@ class Engine:
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
     def check_target(self, target: str | int) -> int:
-        """Index of a label given by name or index; -1 for `RELATIVE_TARGETS`, which depend on the image.
+        """Index of a label by name or index (see `find_label`); -1 for `RELATIVE_TARGETS`, which depend on the image.
 
         Raises:
             UsageError: it is no label, or relative to something that this classifier does not have.
@@ -652,14 +676,7 @@ class Engine:
             raise UsageError(f"neighbours: none given for {len(lonely)} labels, {lonely[0]!r} for one")
         if target in RELATIVE_TARGETS:
             return -1
-        if isinstance(target, str) and target in self.labels:
-            return self.labels.index(target)
-        if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(self.labels):
-            return target
-        known = ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
-        raise UsageError(
-            f"target: {target!r} is no label; expected {', '.join(RELATIVE_TARGETS)}, an index or one of {known}"
-        )
+        return find_label(target, self.labels, more=RELATIVE_TARGETS)
 
     def resolve_targets(
         self,

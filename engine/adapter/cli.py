@@ -11,6 +11,7 @@ import typer
 
 from ..errors import CounterlensError, NotFinite, UsageError
 from ..files import write_atomically
+from ..labels import find_label
 from ..options import (
     DeviceOption,
     ForwardOption,
@@ -299,9 +300,7 @@ def _saliency(
     question = make_quantity(explained, quantity)
     wanted = None
     if target is not None:
-        if target not in explained.labels:
-            raise UsageError(f"target: {target!r} is no label; expected one of {', '.join(explained.labels[:12])}")
-        wanted = explained.labels.index(target)
+        wanted = find_label(target, explained.labels)
     trained = _adapter(opened, classifier, explained, quantity, adapter) if method == "lax" else None
     facts = {
         "command": command, "method": method, "target_option": target, "alpha_min": alpha_min, "layer": layer,

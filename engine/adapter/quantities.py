@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..labels import find_label
 from ..models.protocols import Classifier
 
 LogOdds = Callable[[Tensor, Tensor], Tensor]
@@ -82,9 +83,7 @@ def _grouped(labels: list[str], groups: Sequence[Sequence[str]]) -> Quantity:
     for number, names in enumerate(groups):
         for name in names:
             text = name.strip()
-            index = labels.index(text) if text in labels else int(text) if text.isdecimal() else -1
-            if not 0 <= index < len(labels):
-                raise UsageError(f"quantity: {text!r} is no label; expected class, or groups such as a,b/c,d of labels")
+            index = find_label(text, labels, "quantity", ("class, or groups such as a,b/c,d of labels:",))
             if group_of[index] >= 0:
                 raise UsageError(f"quantity: label {labels[index]!r} stands in two groups")
             group_of[index] = number

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data import as_index, shown
+from ..data import shown
 from ..errors import CounterlensError, NotFinite, UsageError
 from ..guidance.pullback import frozen
 from ..images import as_saved
+from ..labels import find_label, is_label
 from ..metrics.inputs import check_computed
 from ..models.protocols import Classifier, probabilities
 from ..outputs import SCHEMA_VERSION
@@ -132,12 +133,12 @@ class Auditor:
         self.settings = engine.settings(self.config)
         self.notes = list(source.notes)
         for name, judge in self.judges.items():
-            if list(judge.labels) != engine.labels:
+            if list(judge.labels) != list(engine.classifier.labels):
                 raise UsageError(f"judge: the labels of {name} are not those of the classifier")
         self.labels = self._match_labels()
         for target in dict.fromkeys([s.target for s in source.samples if s.target is not None]):
-            engine.check_target(self._as_target(target))
-        engine.check_target(self._as_target(options.target))
+            engine.check_target(target)
+        engine.check_target(options.target)
         if any(label is None for label in self.labels):
             missing = sum(label is None for label in self.labels)
             wanted = [n for n in ("only_misclassified", "per_class") if getattr(options, n)]
@@ -156,27 +157,17 @@ class Auditor:
             "schema_version": SCHEMA_VERSION,
         }  # fmt: skip
 
-    def _as_target(self, target: str | int) -> str | int:
-        if isinstance(target, int) or target in self.engine.labels:
-            return target
-        index = as_index(target)
-        return target if index is None else index
-
     def _match_labels(self) -> list[int | None]:
         """Each sample's true label as the classifier's index; class folders that are no labels become a slice."""
-        names = {name: i for i, name in enumerate(self.engine.labels)}
+        names = self.engine.labels
         said = {s.label for s in self.source.samples if s.label is not None}
-        index: dict[str, int] = {}
-        for label in said:
-            if label in names:
-                index[label] = names[label]
-            elif (number := as_index(label)) is not None and number < len(names):
-                index[label] = number
+        known = [label for label in sorted(said) if is_label(label, names)]
+        index = {label: find_label(label, names, f"label in {self.source.path}") for label in known}
         unknown = sorted(said - index.keys())
         if unknown and index:
             raise UsageError(
                 f"label: {unknown[0]!r} in {self.source.path} is none of the classifier's labels "
-                f"({', '.join(list(names)[:8])}{', ...' if len(names) > 8 else ''}); {len(unknown)} like it"
+                f"({', '.join(names[:8])}{', ...' if len(names) > 8 else ''}); {len(unknown)} like it"
             )
         if unknown and self.source.kind != "folder":
             raise UsageError(f"label: {unknown[0]!r} and all others in {self.source.path} are none of the classifier's")
@@ -239,7 +230,7 @@ class Auditor:
         chosen: list[Chosen] = []
         for n in numbers[: options.limit]:
             sample = self.source.samples[n]
-            target = self._as_target(sample.target if sample.target is not None else options.target)
+            target = sample.target if sample.target is not None else options.target
             chosen.append(Chosen(len(chosen), sample, self.labels[n], target))
         return chosen
 
@@ -507,7 +498,7 @@ class Auditor:
                         raise CounterlensError(f"judge: {name} fails ({type(error).__name__}: {error})") from error
                     for row, p in zip(some, said, strict=True):
                         if p.isfinite().all():
-                            row["judges"][name] = judge.labels[int(p.argmax())]
+                            row["judges"][name] = self.engine.labels[int(p.argmax())]
                         else:
                             row |= {"status": "failed", "error": f"judge {name}: NaN or infinity for this image"}
         for row in (row for row in done if row["status"] != "failed"):

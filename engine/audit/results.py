@@ -133,6 +133,9 @@ class Results:
         self.manifest = manifest
         self.made: dict[str, Any] = {}
 
+    def __repr__(self) -> str:
+        return f"Results({str(self.folder)!r})"
+
     @classmethod
     def open(cls, folder: Path) -> Results:
         """Open an audit's folder for reading.

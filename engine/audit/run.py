@@ -88,7 +88,7 @@ def read_plan(folder: Path, auditor: Auditor) -> list[Chosen]:
     chosen: list[Chosen] = []
     for number, place in enumerate(places):
         sample = auditor.source.samples[place]
-        target = auditor._as_target(sample.target if sample.target is not None else auditor.options.target)
+        target = sample.target if sample.target is not None else auditor.options.target
         chosen.append(Chosen(number, sample, auditor.labels[place], target))
     return chosen
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..labels import match_labels
 from .fields import to_noise, unwhitened, whitened
 
 
@@ -40,15 +42,18 @@ def check_parts(vae: nn.Module, denoiser: nn.Module) -> None:
     Raises:
         UsageError: latent channels differ, a part mixes data types, or the VAE would decode in tiles.
     """
-    latent, expected = denoiser.config.in_channels, vae.config.latent_channels  # type: ignore[union-attr]
+    config: Any = denoiser.config
+    latent, expected = int(config.in_channels), vae.config.latent_channels  # type: ignore[union-attr]
     if latent != expected:
         more = {5: "depth", 7: "upscaling", 8: "editing", 9: "inpainting"}.get(latent) if expected == 4 else None
         raise UsageError(
             f"latent channels: the denoiser takes {latent}, the VAE makes {expected} (in_channels); "
             + (f"a model for {more} takes an image beside them" if more else "they do not belong together")
         )
-    made, transformer = int(denoiser.config.out_channels or latent), hasattr(denoiser.config, "patch_size")  # type: ignore[union-attr, arg-type]
-    if made != latent and not (transformer and made == 2 * latent):  # of a DiT the second half is the variance
+    made = int(config.out_channels or latent)
+    if made != latent and not (
+        hasattr(config, "patch_size") and made == 2 * latent
+    ):  # of a DiT the second half is the variance
         raise UsageError(f"latent channels: the denoiser makes {made} (out_channels) of {latent}; expected as many")
     for name, module in (("VAE", vae), ("denoiser", denoiser)):
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()})
@@ -88,8 +93,8 @@ def match_classes(
 ) -> Tensor:
     """The model's class for each label of the classifier: [labels].
 
-    Without `indices`, labels are found among the class names; where there are as many labels as classes and not all are
-    found, they are taken to be in the same order.
+    Without `indices`, labels are found among the class names (see `labels.match_labels`); where there are as many
+    labels as classes and not all are found, they are taken to be in the same order, which no name may contradict.
 
     Args:
         labels: of the classifier.
@@ -107,12 +112,19 @@ def match_classes(
             if not 0 <= index < classes:
                 raise UsageError(f"classes: {index} is out of range, this model knows 0 to {classes - 1}")
         return torch.tensor(list(indices), dtype=torch.long)
-    places = {name: i for i, name in enumerate(names or [])}
-    if all(label in places for label in labels):
-        return torch.tensor([places[label] for label in labels], dtype=torch.long)
+    known = list(names or [])
+    if (found := match_labels(labels, known, "classes")) is not None:
+        return torch.tensor(found, dtype=torch.long)
+    unknown = next(label for label in labels if label not in known)
     if len(labels) == classes:
+        for i, label in enumerate(labels):
+            if known.count(label) == 1 and known.index(label) != i:
+                raise UsageError(
+                    f"labels: {label!r} is label {i} and class {known.index(label)} of the diffusion model, and "
+                    f"{unknown!r} is the name of none: the order is another one; say which class belongs to each label "
+                    "with classes="
+                )
         return torch.arange(classes)
-    unknown = next(label for label in labels if label not in places)
     raise UsageError(
         f"labels: the classifier has {len(labels)}, the diffusion model {classes} classes, and {unknown!r} is not the "
         "name of one; say which class belongs to each label with classes="

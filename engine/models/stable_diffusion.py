@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import runpy
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,13 @@ def make_prompts(labels: Sequence[str], prompts: str | Sequence[str]) -> list[st
         if "{label}" not in chosen:
             raise UsageError(
                 f"prompts: {chosen!r} has no {{label}}; expected one of {', '.join(PROMPTS)} or a template"
+            )
+        if twice := [label for label, count in Counter(labels).items() if count > 1]:
+            same = [i for i, label in enumerate(labels) if label == twice[0]]
+            warnings.warn(
+                f"prompts: labels {', '.join(map(str, same))} are all said as {chosen.replace('{label}', twice[0])!r} "
+                f"({len(twice)} names repeat): text cannot tell them apart; give a prompt for each label",
+                stacklevel=2,
             )
         return [chosen.replace("{label}", label) for label in labels]
     if len(chosen) != len(labels):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import CounterlensError, UsageError
 from ..models.digits import choose_markers, draw_markers, render
 from ..models.protocols import SoftmaxClassifier
+from ..showing import one_line
 
 if TYPE_CHECKING:
     from ..models.digits import Marker
@@ -37,6 +38,8 @@ class Samples:
     markers: list[Marker | None]
     ids: list[int]
     seeds: list[int]
+
+    __repr__ = one_line
 
 
 def find_pack(name: str) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CounterlensError, UsageError
+from ..labels import find_label
 
 CARD = "counterfactual.json"
 SCHEMA_VERSION = 1
@@ -87,16 +88,7 @@ class CounterfactualFile:
         """
         if text in (RUNNER_UP, -1):
             return -1
-        if isinstance(text, str):
-            named = [i for i, label in enumerate(self.labels) if label == text]
-            if len(named) > 1:
-                raise UsageError(f"target: {len(named)} labels are named {text!r}; take an index: {named}")
-            if named:
-                return named[0]
-        if (isinstance(text, int) or text.isdecimal()) and 0 <= int(text) < len(self.labels):
-            return int(text)
-        known = ", ".join(self.labels[:12]) + (", ..." if len(self.labels) > 12 else "")
-        raise UsageError(f"target: {text!r} is no label; expected {RUNNER_UP}, an index or one of {known}")
+        return find_label(text, self.labels, more=(RUNNER_UP,))
 
     def run(
         self,
