@@ -15,7 +15,8 @@ def find_label(text: str | int, labels: Sequence[str], what: str = "target", mor
     """Index of the label that is meant: by name, else by index.
 
     A number is always an index. Text is the name if a label is called so, and an index only if none is: among labels
-    `7, 3, 5` the text "3" is the second label; pandas' 3.0 is an index too. A repeated name is refused; `distinct_names` tells its labels apart.
+    `7, 3, 5` the text "3" is the second label; pandas' 3.0 is an index too. A repeated name is refused;
+    `distinct_names` tells its labels apart.
 
     Args:
         text: name or index.

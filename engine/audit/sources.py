@@ -20,9 +20,10 @@ from urllib.parse import unquote, urlsplit
 
 from counterlens.export.hashing import file_digest
 
-from ..data import ENDINGS, NUMBER, PARQUET, read_folder, read_table, shown
+from ..data import ENDINGS, PARQUET, read_folder, read_table, shown
 from ..errors import CounterlensError, UsageError, install_hint
 from ..images import check_file, decoding, load_image, load_pixels
+from ..labels import NUMBER
 
 if TYPE_CHECKING:  # `counterlens run` reads images without PyTorch
     import numpy as np

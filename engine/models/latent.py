@@ -50,10 +50,8 @@ def check_parts(vae: nn.Module, denoiser: nn.Module) -> None:
             f"latent channels: the denoiser takes {latent}, the VAE makes {expected} (in_channels); "
             + (f"a model for {more} takes an image beside them" if more else "they do not belong together")
         )
-    made = int(config.out_channels or latent)
-    if made != latent and not (
-        hasattr(config, "patch_size") and made == 2 * latent
-    ):  # of a DiT the second half is the variance
+    made = int(config.out_channels or latent)  # of a DiT the second half is the variance
+    if made != latent and not (hasattr(config, "patch_size") and made == 2 * latent):
         raise UsageError(f"latent channels: the denoiser makes {made} (out_channels) of {latent}; expected as many")
     for name, module in (("VAE", vae), ("denoiser", denoiser)):
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()})
