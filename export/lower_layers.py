@@ -44,6 +44,8 @@ def native_group_norm(
     g: Builder, node: Node, x: Value, weight: None, bias: None, n: Any, c: int, inner: int, groups: int, eps: float
 ) -> tuple[Value, Value | None, Value | None]:
     """Rows [N, G, D] that are normalised each on its own, which is all that our decompositions leave of it."""
+    if isinstance(groups, Value):
+        raise NotImplementedError("a number of groups that depends on the batch")
     dtype, (size,) = meta(node.args[0]).dtype, fixed(node.args[0], 2)
     used = {user.args[1] for user in node.users}
     if dtype == torch.float64:  # ONNX Runtime normalises in float32 only

@@ -159,6 +159,18 @@ def attribute_of_the_batch(x: Tensor) -> Tensor:
     return F.conv1d(x[None], torch.ones(1, 1, 3).expand(x.shape[0], 1, 3), groups=x.shape[0])
 
 
+def groups_of_the_batch(x: Tensor) -> Tensor:
+    return F.group_norm(x.reshape(1, -1, 3, 3), x.shape[0])
+
+
+def norm_over_the_batch(x: Tensor) -> Tensor:
+    return F.group_norm(x.reshape(1, -1, 3), 3)
+
+
+def padding_of_the_batch(x: Tensor) -> Tensor:
+    return F.pad(x, (x.shape[0], 0))
+
+
 def random_pool(x: Tensor) -> Tensor:
     return F.fractional_max_pool2d(x.reshape(-1, 1, 3, 3), 2, output_size=2)
 
@@ -172,6 +184,9 @@ def random_pool(x: Tensor) -> Tensor:
         (rounded_powers, "round powers of whole numbers"),
         (no_form, "lgamma.* has no ONNX form"),
         (attribute_of_the_batch, "group of Conv depends on the batch"),
+        (groups_of_the_batch, "number of groups that depends on the batch"),
+        (norm_over_the_batch, "size that depends on the batch"),
+        (padding_of_the_batch, "padding that depends on the batch"),
         (random_pool, "rand"),
     ],
 )
