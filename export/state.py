@@ -7,14 +7,15 @@ import gc
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, unwrap_if_dead
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import ExportError
@@ -33,10 +34,13 @@ def _library(module: Any) -> bool:
 class State:
     """Everything that is found from a function: attributes, containers, globals, closures, classes and tensors.
 
-    Libraries are left alone. Taking it runs no code of the user.
+    Random generators belong to it, those of these CUDA devices too; libraries are left alone. Taking it runs no code of
+    the user.
     """
 
-    def __init__(self, *roots: Any) -> None:
+    def __init__(self, *roots: Any, devices: Sequence[int] = ()) -> None:
+        self._generators = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self._cuda = {i: torch.cuda.get_rng_state(i) for i in devices}
         self._containers: list[tuple[Any, list[Any]]] = []
         self._bindings: list[tuple[Any, str, Any]] = []  # of module dictionaries, classes and closures
         self._tensors: list[tuple[Tensor, Tensor, Tensor | None, int, bool, Tensor | None]] = []
@@ -146,6 +150,14 @@ class State:
                 tensor.grad = grad
             self._tensors[i] = (tensor, alias, clone, _version(tensor), requires_grad, grad)
 
+    def restore_generators(self) -> None:
+        """Put the random generators back. Not between two runs: what they draw has to show itself as another value."""
+        torch.set_rng_state(self._generators[0])
+        random.setstate(self._generators[1])
+        np.random.set_state(self._generators[2])
+        for device, generator in self._cuda.items():
+            torch.cuda.set_rng_state(generator, device)
+
 
 def _names(code: CodeType) -> Iterator[str]:
     """Global and attribute names in a function and in those that are written inside it."""
@@ -229,19 +241,18 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 @contextmanager
 def preserved(function: Any, devices: list[int], *, traced: bool = True) -> Iterator[State]:
-    """The state that a function reaches, and the random generators, put back at the end whatever happens.
+    """The state that a function reaches, put back at the end whatever happens.
 
     Args:
         function: and what it leads to.
         devices: CUDA devices whose generators are put back too.
         traced: also forget the tensors without values that tracing makes.
     """
-    state, python = State(function), random.getstate()
+    state = State(function, devices=devices)
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield state
+        yield state
     finally:
-        random.setstate(python)
+        state.restore_generators()
         state.restore()
         if traced:
             forget_fakes()
@@ -255,7 +266,10 @@ def forget_fakes() -> None:
 
 
 def _holds_fake(item: Any, depth: int) -> bool:
-    if isinstance(item, FakeTensor):
-        return True
+    if isinstance(item, Tensor):
+        inner = unwrap_if_dead(item)
+        while is_functorch_wrapped_tensor(inner) and not torch._is_functional_tensor(inner):
+            inner = get_unwrapped(inner)
+        return isinstance(inner, FakeTensor) or torch._is_functional_tensor(inner)
     nested = depth > 0 and type(item) in (functools._lru_cache_wrapper, dict, tuple, list)
     return nested and any(_holds_fake(v, depth - 1) for v in gc.get_referents(item))

@@ -15,7 +15,7 @@ from .capture import capture, rehearse, source_of
 from .check import call, compare, sample, tolerance_of
 from .errors import ExportError, NodeError
 from .simplify import Shape, Size, simplify
-from .state import State, preserved
+from .state import State, forget_fakes, preserved
 
 aten = torch.ops.aten
 BATCHES = (4, 7)  # traced at both; coprime, so that halves of the batch are told from multiples
@@ -64,6 +64,8 @@ def trace(
             simplify(graph)
         except NodeError as error:
             raise located(error, fn, examples, dynamic_batch) from None
+        if doubt is not None:
+            forget_fakes()  # of the last trace, for which nothing was rehearsed
         if doubt is not None and not _same_result(graph, fn, examples):
             raise located(doubt, fn, examples, dynamic_batch)
     return graph
@@ -237,8 +239,19 @@ def _unify(graph: GraphModule, other: GraphModule, batched: list[int]) -> dict[N
     for node, twin in zip(nodes, twins, strict=True):
         if node.op != twin.op or (node.op == "call_function" and node.target != twin.target):
             raise _differs(node)
-        if node.op == "get_attr" and not _same_constant(getattr(graph, node.target), getattr(other, twin.target)):
-            raise _differs(node)
+        if node.op == "get_attr":
+            a, b = getattr(graph, node.target), getattr(other, twin.target)
+            if _row_for_all(a, b):
+                same[_repeat_row(graph, node, a[:1], symbol(Size(1, 0)))] = twin
+                continue
+            if not _same_constant(a, b):
+                raise NodeError(
+                    f"dynamic_batch: the function keeps a tensor that is {list(a.shape)} at batch {BATCHES[0]} and "
+                    f"{list(b.shape)} at {BATCHES[1]}"
+                    + (", with other values (a random one?)" if a.shape == b.shape else "")
+                    + ", at {where}; pass dynamic_batch=False or keep it for one sample",
+                    node.name,
+                )
         if node.op in ("call_function", "output"):
             node.args, node.kwargs = (
                 unify(node.args, twin.args, node),
@@ -302,6 +315,26 @@ def _differs(node: Node, first: int = BATCHES[0], second: int = BATCHES[1]) -> N
         "dynamic_batch=False or write it per sample",
         node.name,
     )
+
+
+def _row_for_all(a: Tensor, b: Tensor) -> bool:
+    """Whether two constants have the batch in front and the same in each row, as a cache by shape holds them."""
+    if a.ndim == 0 or b.ndim == 0 or (a.shape[0], b.shape[0]) != BATCHES or a.shape[1:] != b.shape[1:]:
+        return False
+    return torch.equal(a, a[:1].expand_as(a)) and torch.equal(b, a[:1].expand_as(b))
+
+
+def _repeat_row(graph: GraphModule, node: Node, row: Tensor, batch: Node) -> Node:
+    """Make a constant one row, repeated for every sample; the node to use instead."""
+    value, shape = node.meta["val"], tuple(row.shape[1:])
+    node.target = f"{node.target}_row"
+    graph.register_buffer(node.target, row.detach().clone())
+    with graph.graph.inserting_after(node):
+        wide = graph.graph.call_function(aten.expand.default, (node, [batch, *shape]))
+    node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+    node.meta.update(val=value[:1], shape=(1, *shape))
+    wide.meta.update(val=value, shape=(Size(1, 0), *shape))
+    return wide
 
 
 def _same_constant(a: Tensor, b: Tensor) -> bool:

@@ -29,6 +29,11 @@ def ramp(n: int) -> Tensor:
 
 
 @functools.cache
+def ones(shape: tuple[int, ...]) -> Tensor:
+    return torch.ones(shape)
+
+
+@functools.cache
 def ramps(n: int) -> tuple[dict[str, Tensor], ...]:
     return ({"ramp": torch.linspace(0, 1, n)},)
 
@@ -145,6 +150,11 @@ class CachedByBatch(Memo):
         return ramp(x.shape[0] + 2)[:1] + super().bias(x)
 
 
+class CachedByShape(Memo):
+    def bias(self, x: Tensor) -> Tensor:
+        return ones(tuple(x.shape)) * super().bias(x)
+
+
 class CachedMethod(Memo):
     @functools.lru_cache  # noqa: B019
     def grid(self, n: int) -> Tensor:
@@ -165,7 +175,7 @@ class CachedProperty(Memo):
 
 KINDS = (
     Dict, DictByShape, DictByBatch, Attribute, NewAttribute, EmptyBuffer, FilledBuffer, ClassAttribute, GlobalDict,
-    GlobalName, CachedFunction, CachedStructure, CachedMethod, CachedProperty,
+    GlobalName, CachedFunction, CachedStructure, CachedByShape, CachedMethod, CachedProperty,
 )  # fmt: skip
 
 
@@ -182,6 +192,7 @@ def test_what_forward_keeps(kind: Any, through: str, warm: bool, tmp_path: Path)
     SHARED.clear()
     ramp.cache_clear()
     ramps.cache_clear()
+    ones.cache_clear()
     torch.manual_seed(0)
     net = kind().eval().requires_grad_(False)
     x = torch.randn(3, 6)
@@ -201,10 +212,25 @@ def test_what_forward_keeps(kind: Any, through: str, warm: bool, tmp_path: Path)
 
 def test_a_cache_that_holds_the_batch_is_refused_and_restored(tmp_path: Path) -> None:
     ramp.cache_clear()
-    with pytest.raises(ExportError, match=r"another at batch 4 than at 7.*ramp\(x\.shape"):
+    with pytest.raises(ExportError, match=r"keeps a tensor that is \[6\] at batch 4.*ramp\(x\.shape"):
         export_onnx(CachedByBatch().requires_grad_(False), [torch.randn(2, 6)], tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
     assert all(not isinstance(ramp(n + 2), FakeTensor) for n in (1, 3, 4, 7, 8, 23))
+
+
+def test_what_is_drawn_once_and_kept_is_refused() -> None:
+    class Projection(Memo):
+        def bias(self, x: Tensor) -> Tensor:
+            if self.kept is None:
+                self.kept = torch.randn(6)
+            return self.kept
+
+    net = Projection()
+    with pytest.raises(ExportError, match=r"keeps a tensor .* with other values \(a random one\?\), at .*\.py:\d+"):
+        trace(net, [torch.randn(2, 6)])
+    assert net.kept is None
+    net(torch.randn(2, 6))
+    trace(net, [torch.randn(2, 6)])
 
 
 def test_weights_flags_hooks_and_generators_stay(tmp_path: Path) -> None:
