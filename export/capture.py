@@ -150,7 +150,7 @@ class _Functional(TorchFunctionMode):
 def explain(error: Exception) -> str:
     """The error's first line, where in the user's code it came up, and what to do about it."""
     where = line_of(error)
-    text = str(error).strip().split("\n")[0] or "no message"
+    text = str(error).strip().split("\n")[0][:300] or "no message"
     kind = type(error).__name__
     if (
         "DataDependent" in kind
