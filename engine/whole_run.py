@@ -226,6 +226,10 @@ def export_counterfactual(
     """
     config = config or engine.config
     settings = engine.settings(config)
+    if config.match_official:
+        raise UsageError(
+            "match_official: a whole run draws each image's own noise and skips what is the target already"
+        )
     if engine.device.type != "cpu":
         raise UsageError(f"device: a whole run is written and checked on the CPU, the models are on {engine.device}")
     folder = make_folder(Path(folder))

@@ -21,7 +21,7 @@ from counterlens.engine.models.stable_diffusion import make_prompts
 from tests.engine.test_cli import one_line_error, run
 from tests.tiny import IMAGE_SIZE, LABELS, save_stable_diffusion
 
-NAMES = [f"beast{chr(97 + i // 26 % 26)}{chr(97 + i % 26)} (of prey)" for i in range(1000)]
+NAMES = [f"beast{chr(97 + i // 676)}{chr(97 + i // 26 % 26)}{chr(97 + i % 26)} (of prey)" for i in range(1000)]
 QUICK = ["--steps", "4", "--strength", "0.5"]
 QUICK_CONFIG = {"steps": 4, "strength": 0.5}
 
@@ -105,6 +105,12 @@ def test_what_the_authors_code_has_not_is_refused(fields: dict[str, str]) -> Non
         Engine.from_pack("digits", "clean", Config(match_official=True, **fields)).settings(
             Config(match_official=True, **fields)
         )
+
+
+def test_a_whole_run_in_one_file_refuses_it(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="match_official"):
+        Engine.from_pack("digits", "clean").export_counterfactual(tmp_path, Config(match_official=True, **QUICK_CONFIG))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_noise_and_no_skipping() -> None:
