@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .capture import capture, rehearse, source_of
-from .check import call, compare, sample, tolerance_of
+from .check import call, compare, free_memory, peak_bytes, sample, tolerance_of
 from .errors import ExportError, NodeError
 from .simplify import Shape, Size, simplify
 from .state import State, forget_fakes, preserved
@@ -93,6 +93,8 @@ def _same_result(graph: GraphModule, fn: Callable[..., Any], examples: list[Tens
     found = [n for node in graph.graph.nodes for n in node.meta["shape"] or () if isinstance(n, Size)]
     if any(n.offset and n.scale != 1 for n in found):
         return False  # a line through two points
+    if peak_bytes(graph, LATER) > free_memory(examples[0].device):
+        return True  # too large to be run; the batches that fit are compared later
     inputs = sample(examples, batched_inputs(examples), LATER, seed=0)
     try:
         got = call(graph, inputs)
@@ -266,8 +268,9 @@ def _unify(graph: GraphModule, other: GraphModule, batched: list[int]) -> dict[N
 
 def _difference(graph: GraphModule, symbols: dict[Node, Size], other: GraphModule, batch: int) -> NodeError | None:
     """The first place where a graph that `_unify` made is not what was traced at this batch."""
-    own = [n for n in graph.graph.nodes if "symbol" not in n.meta]
-    twins = list(other.graph.nodes)
+    # Copies come and go with the layout that PyTorch takes at a batch.
+    own = [n for n in graph.graph.nodes if "symbol" not in n.meta and n.target is not aten.clone.default]
+    twins = [n for n in other.graph.nodes if n.target is not aten.clone.default]
     same: dict[Node, Node] = {}
 
     def equal(a: Any, b: Any, node: Node) -> bool:
@@ -277,7 +280,7 @@ def _difference(graph: GraphModule, symbols: dict[Node, Size], other: GraphModul
                 raise _no_multiple({**{n: a.at(n) for n in BATCHES}, batch: b}, node)
             return isinstance(b, int)
         if isinstance(a, Node):
-            return same.get(a) is b
+            return isinstance(b, Node) and same.get(_copied(a)) is _copied(b)
         if isinstance(a, (list, tuple)):
             return type(a) is type(b) and len(a) == len(b) and all(equal(*v, node) for v in zip(a, b, strict=True))
         if isinstance(a, dict):
@@ -298,6 +301,12 @@ def _difference(graph: GraphModule, symbols: dict[Node, Size], other: GraphModul
     except NodeError as error:
         return error
     return None if len(own) == len(twins) else _differs(own[-1], BATCHES[0], batch)
+
+
+def _copied(node: Node) -> Node:
+    while node.target is aten.clone.default:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _no_multiple(numbers: dict[int, float], node: Node) -> NodeError:
