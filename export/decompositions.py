@@ -101,7 +101,9 @@ def cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None, out: None 
 
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """PyTorch's own clamps the norms in place."""
-    a, b = (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp(min=eps) for x in (x1, x2))
+    # Broadcast first: an axis of one that the other stretches has another norm.
+    both = torch.broadcast_tensors(x1, x2)
+    a, b = (x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp(min=eps) for x in both)
     return (a * b).sum(dim)
 
 
