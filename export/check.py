@@ -21,6 +21,7 @@ FINE = 1e-4
 BATCHES = (1, 3, 8)  # at which an open batch is checked
 UNKNOWN_MEMORY = 4 << 30  # bytes
 NUDGE = 1e-6  # relative change of the inputs that tells what rounding may do to a result
+NUDGES = 12  # at most: one alone misses a kink (of a ReLU6) that rounding has crossed half of the time
 UNSTABLE = 1e-2  # a sample that moves by more under such a change says nothing
 
 
@@ -90,7 +91,9 @@ def compare(
     errors = [_errors(a, b) for a, b in zip(got, want, strict=True)]
     moved = [torch.zeros_like(e) for e in errors]
     if any((e > tolerance).any() for e in errors):
-        for seed in range(2):
+        for seed in range(NUDGES):
+            if seed > 1 and not any(_wrong(e, m, tolerance).any() for e, m in zip(errors, moved, strict=True)):
+                break
             again = call(function, _nudged(inputs, seed))
             fits = [a.shape == b.shape for a, b in zip(again, want, strict=True)]
             moved = [
@@ -102,12 +105,17 @@ def compare(
         stable = own <= UNSTABLE
         left_out += int((~stable).sum())
         count += len(own)
-        wrong = stable & ~(error <= (10 * own).clamp(min=tolerance))  # so that NaN is wrong
+        wrong = _wrong(error, own, tolerance)
         if stable.any():
             worst = max(worst, error[stable].max().item())
         if wrong.any():
             fault = fault or f"output {i} differs by {error[wrong].max().item():.2g} of the largest magnitude"
     return Comparison(worst, left_out / max(1, count), fault)
+
+
+def _wrong(error: Tensor, own: Tensor, tolerance: float) -> Tensor:
+    """Samples that differ although they are stable: [B]."""
+    return (own <= UNSTABLE) & ~(error <= (10 * own).clamp(min=tolerance))  # so that NaN is wrong
 
 
 def _errors(got: Tensor, want: Tensor) -> Tensor:

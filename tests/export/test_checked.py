@@ -278,3 +278,14 @@ def test_rounding_is_told_from_faults() -> None:
     assert compare([x[:3]], lambda v: v, [x]).fault
     assert compare([x.double()], lambda v: v, [x]).fault
     assert compare([x * float("nan")], lambda v: v, [x]).fault
+
+
+def test_a_kink_that_rounding_has_crossed_is_no_fault() -> None:
+    """A step just beside every sample, on whose other side the file is: few nudges would not reach it for all."""
+    x = torch.linspace(1, 2, 8)[:, None]
+    step = x * (1 + 2e-7)
+    found = compare([torch.ones(8, 1)], lambda v: (v > step) * 1.0, [x])
+    assert not found.fault
+    assert found.unstable == 1
+    apart = compare([torch.ones(8, 1)], lambda v: (v > step + 1e-5) * 1.0, [x])
+    assert apart.fault
