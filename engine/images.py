@@ -27,7 +27,7 @@ TIMES = ("started", "seconds", "path")
 MAX_BYTES = 2**29  # of a file; some decoders hold all of it
 # What Pillow may open. Not all that it can: some of its formats start other programs (EPS) or hold no picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX")
-DARK = 15  # of 255: an image of more than 8 bits without a brighter pixel was made for another range
+DARK = 16  # of 255: an image of more than 8 bits without a brighter pixel was made for another range, such as 12 bits
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
