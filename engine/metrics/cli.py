@@ -53,6 +53,7 @@ def calibrate(
     from ..provenance import pack_facts
     from ..runtime.forward import forward_by
     from .calibration import calibrate as choose
+    from .msi_score import threshold_grid
     from .reference_maps import gradient_maps, read_maps
 
     opened = Pack(pack)
@@ -62,6 +63,8 @@ def calibrate(
     saliency = (
         gradient_maps(model, samples.images, sigma=SIGMA * size) if maps is None else read_maps(maps, samples.images)
     )
+    for value in values:
+        threshold_grid(value, steps)  # refused before there is a folder
     path = out / "calibration.json"
     facts = {
         "command": "counterlens metrics calibrate", "classifier": classifier, "split": split, "count": count,

@@ -105,10 +105,16 @@ def test_calibrate_command(tmp_path: Path) -> None:
     save_file({"map": torch.rand(3, 32, 32)}, maps)
     one_line_error(run(*common, "--out", tmp_path / "b", "--maps", maps), 2, "no tensor `saliency`", "map")
     one_line_error(run(*common, "--out", tmp_path / "b", "--maps", tmp_path / "none"), 2, "none", "read")
-    one_line_error(run("metrics", "calibrate", "--split", "test"), 2, "split", "test")
-    one_line_error(run("metrics", "calibrate", "--candidates", "low"), 2, "candidates", "low")
-    one_line_error(run("metrics", "calibrate", "--candidates", "1.5", "--count", "2"), 2, "alpha_min", "1.5")
-    one_line_error(run("metrics", "calibrate", "--classifier", "vgg"), 2, "classifier", "vgg")
+    one_line_error(run("metrics", "calibrate", "--split", "test", "--out", tmp_path / "c"), 2, "split", "test")
+    one_line_error(run("metrics", "calibrate", "--candidates", "low", "--out", tmp_path / "c"), 2, "candidates", "low")
+    one_line_error(
+        run("metrics", "calibrate", "--candidates", "1.5", "--count", "2", "--out", tmp_path / "c"),
+        2,
+        "alpha_min",
+        "1.5",
+    )
+    one_line_error(run("metrics", "calibrate", "--classifier", "vgg", "--out", tmp_path / "c"), 2, "classifier", "vgg")
+    assert not (tmp_path / "c").exists()
     help_text = " ".join(run("metrics", "calibrate", "--help").stdout.split())
     assert "Example: counterlens metrics calibrate" in help_text
 
