@@ -575,6 +575,10 @@ class Engine:
         if preprocessing is not None:
             if not isinstance(classifier, nn.Module):
                 raise UsageError("preprocessing: for a module of your own; this classifier brings its own")
+            if not isinstance(preprocessing, Mapping):
+                raise UsageError(
+                    f"preprocessing: expected a mapping such as {{'mean': ..., 'std': ...}}, got {preprocessing!r:.80}"
+                )
             known = [p for p in inspect.signature(wrap_classifier).parameters if p not in OF_THE_ENGINE]
             if wrong := [key for key in preprocessing if key not in known]:
                 raise UsageError(f"preprocessing: {wrong[0]!r} is no key of it; expected some of {', '.join(known)}")

@@ -232,7 +232,8 @@ def open_diffusion(
             raise UsageError("image_size: a pack has one image size; only Stable Diffusion takes others")
         pack = Pack(str(name)).diffusion()
         for module in pack.modules():
-            module.to(check_dtype(dtype, torch.device("cpu")))
+            # not diffusers' own `to`, which warns of an empty list of modules
+            nn.Module.to(module, check_dtype(dtype, torch.device("cpu")))
         return pack
     folder = find_folder(name, "model")
     present = {p.name for p in folder.iterdir() if p.is_dir()}

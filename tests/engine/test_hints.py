@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,27 @@ def test_keys_of_preprocessing_are_named(key: str) -> None:
         match=rf"^preprocessing: '{key}' is no key of it; expected some of output, resize, crop, mean, std, interpol",
     ):
         Engine.from_pretrained("digits", net(), labels=LABELS, preprocessing={key: 1})
+
+
+@pytest.mark.parametrize("given", ["imagenet", [0.5, 0.5, 0.5], 224])
+def test_preprocessing_is_a_mapping(given: object) -> None:
+    with pytest.raises(UsageError, match=r"^preprocessing: expected a mapping such as \{'mean'"):
+        Engine.from_pretrained("digits", net(), labels=LABELS, preprocessing=given)  # type: ignore[arg-type]
+
+
+def test_opening_says_nothing_that_means_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        for dtype in ("float32", "float16"):
+            Engine.from_pretrained("digits", net(), labels=LABELS, dtype=dtype)
+    finally:
+        logger.removeHandler(handler)
+    assert heard == []
+    assert capfd.readouterr().err == ""
 
 
 def test_preprocessing_belongs_to_a_module(tiny) -> None:
