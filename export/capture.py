@@ -17,8 +17,9 @@ from torch._C._functorch import (
     unwrap_if_dead,
 )
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, make_fx
+from torch.fx.traceback import preserve_node_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -82,6 +83,12 @@ def capture(fn: Callable[..., Any], examples: Sequence[Tensor], record: bool = F
         # Fused attention has no backward that other runtimes know; plain matrix products do.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), without_onednn(), keep if record else nullcontext():
             graph = tracer(*examples)
+            if any(_changes_in_place(node) for node in graph.graph.nodes):
+                # Some operators of PyTorch (circular padding, RMSNorm) change tensors of their own in place where
+                # `functionalize` cannot see it. Written out as simple operators it can.
+                fn = Interpreter(graph).run
+                with preserve_node_meta(record):
+                    graph = tracer(*examples)
     except _Mutated as error:
         if not record:
             capture(fn, examples, record=True)  # raises at the line
@@ -95,6 +102,10 @@ def capture(fn: Callable[..., Any], examples: Sequence[Tensor], record: bool = F
             raise ExportError("cannot trace: a tensor is copied past the trace (copy.deepcopy, pickle); use clone")
     graph.graph.eliminate_dead_code()  # what nobody reads may depend on the batch as it likes
     return graph
+
+
+def _changes_in_place(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 class _Functional(TorchFunctionMode):

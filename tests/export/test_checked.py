@@ -134,6 +134,31 @@ def test_changes_in_place_of_what_is_made_inside(kind: str, tmp_path: Path) -> N
     assert torch.equal(BIAS, before[1])
 
 
+OF_PYTORCH: dict[str, Function] = {  # operators that change their own tensors in place
+    "circular 1-d": lambda x: F.pad(x[:, None], (2, 1), mode="circular"),
+    "circular 2-d": lambda x: F.pad(x[:, None, None].expand(-1, 2, 3, -1), (1, 2, 0, 3), mode="circular"),
+    "circular 3-d": lambda x: F.pad(x[:, None, None, None].expand(-1, 1, 2, 3, -1), (1,) * 6, mode="circular"),
+    "circular, cut": lambda x: F.pad(x[:, None], (-1, 2), mode="circular"),
+    "rms_norm": lambda x: F.rms_norm(x, (5,)),
+    "rms_norm with weights": lambda x: F.rms_norm(x, (5,), BIAS, 1e-3),
+    "circular after rms_norm": lambda x: F.pad(F.rms_norm(x, (5,))[:, None], (1, 1), mode="circular"),
+}
+
+
+@pytest.mark.parametrize("kind", OF_PYTORCH)
+def test_operators_that_change_their_own_tensors_without_a_gradient(kind: str, tmp_path: Path) -> None:
+    assert_right(OF_PYTORCH[kind], export_onnx(OF_PYTORCH[kind], [rows(2)], tmp_path / "m.onnx"))
+
+
+def test_the_line_is_kept_after_such_an_operator(tmp_path: Path) -> None:
+    def fn(x: Tensor) -> Tensor:
+        wide = F.pad(x[:, None], (2, 1), mode="circular")
+        return torch.linalg.svdvals(wide)
+
+    with pytest.raises(ExportError, match=r"svd.*at .*test_checked\.py:\d+: return torch\.linalg\.svdvals"):
+        export_onnx(fn, [rows(2)], tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize(
     "fn",
     [
