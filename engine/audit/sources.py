@@ -155,6 +155,8 @@ def open_source(path: Path, slices: Sequence[str] = (), recursive: bool = False)
         UsageError: there is no sample, columns are missing, unknown or misspelt, or ids stand twice; the message names
             the file, the column or the id.
     """
+    if not os.path.lexists(path):
+        raise UsageError(f"source: {path}: no such file or folder")
     source = _open(path, slices, recursive)
     if not source.samples:
         raise UsageError(f"source: {path} holds no sample")

@@ -250,7 +250,8 @@ def test_csv_manifest(tmp_path: Path) -> None:
 def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    for name, words in [("empty", "no image"), ("none.csv", "no such file"),
+    for name, words in [("empty", "no image"), ("none.csv", "no such file"), ("none", "none: no such file"),
+                        ("none.png", "none.png: no such file"),
                         ("a.parquet", "cannot be read as Parquet")]:  # fmt: skip
         with pytest.raises(UsageError, match=words):
             open_source(tmp_path / name)
