@@ -51,6 +51,11 @@ def write_atomically(
         raise cannot_write(path, error, hint) from error
 
 
+def real(path: Path) -> Path:
+    """Where a path leads, all links followed; a link to itself stays as it is (`Path.resolve` raises RuntimeError)."""
+    return Path(os.path.realpath(path))
+
+
 def sweep(folder: Path) -> None:
     """Remove what `write_atomically` of a process that was killed left in a folder; for whoever holds it."""
     for path in folder.glob(".*.partial"):

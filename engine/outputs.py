@@ -24,7 +24,7 @@ import filelock
 from counterlens.export.hashing import file_digest
 
 from .errors import CounterlensError, UsageError
-from .files import cannot_write, sweep, write_atomically
+from .files import cannot_write, real, sweep, write_atomically
 from .images import make_folder
 
 FORMAT, SCHEMA_VERSION = "counterlens-run", 1
@@ -209,8 +209,8 @@ def open_run(
         if before is not None and not _wrote(out, before):
             before = None
         wanted = [f"{name}{e}" for name in output_names(s.name for s in sources) for e in endings]
-        read = {path.resolve() for path in (*inputs, *(s.path for s in sources if s.path is not None))}
-        if own := read & {(out / name).resolve() for name in wanted}:
+        read = {real(path) for path in (*inputs, *(s.path for s in sources if s.path is not None))}
+        if own := read & {real(out / name) for name in wanted}:
             raise UsageError(f"out: {min(own)} is an input and would be overwritten; choose another folder")
         if before is not None and overwrite:
             _remove(out, before, read)
@@ -373,11 +373,11 @@ def _remove(out: Path, description: dict[str, Any], read: set[Path]) -> None:
     """
     if description["command"] == "counterlens audit":
         raise UsageError(f"out: {out} holds an audit; choose another folder")
-    root = out.resolve()
+    root = real(out)
     ours = [out / name for name in map(str, description["files"]) if ".." not in Path(name).parts]
-    ours = [path for path in ours if path.parent.resolve().is_relative_to(root)]
+    ours = [path for path in ours if real(path.parent).is_relative_to(root)]
     for path in ours:
-        if own := read & {path.resolve(), *path.resolve().parents}:
+        if own := read & {real(path), *real(path).parents}:
             raise UsageError(f"out: {path} is an input ({min(own)}) and would be overwritten; choose another folder")
     for path in [*ours, out / RUN]:
         try:

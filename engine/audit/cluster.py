@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import CounterlensError, UsageError
+from ..files import real
 from .results import Results, part_path
 from .sources import need
 
@@ -158,11 +159,11 @@ def run_on_ray(
         return
     engine = auditor.engine
     job = {
-        "source": str(auditor.source.path.resolve()),
+        "source": str(real(auditor.source.path)),
         "options": auditor.options,
         "judges": auditor.judges,
         "config": auditor.config,
-        "out": str(results.folder.resolve()),
+        "out": str(real(results.folder)),
         "conditions": results.manifest["conditions"],
     }
     shipped = engine_parts(engine)

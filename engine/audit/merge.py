@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from ..errors import CounterlensError, UsageError
-from ..files import write_atomically
+from ..files import real, write_atomically
 from ..images import make_folder
 from ..outputs import RUN, differences, locked
 from .disagreement import find
@@ -52,7 +52,7 @@ def merge(folders: Sequence[Path], out: Path, say: Callable[[str], None] = lambd
             say(f"{results.folder} is empty: it has no finished part")
     _check_made(opened, say)
     out = make_folder(out)
-    if out.resolve() in [folder.resolve() for folder in folders]:
+    if real(out) in [real(folder) for folder in folders]:
         raise UsageError(f"out: {out} is one of the shards; choose a folder of its own")
     with locked(out):
         merged = Results.begin(out, first.manifest["identity"], None, None)

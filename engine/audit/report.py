@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..drawing import change_map
 from ..errors import CounterlensError
-from ..files import write_atomically
+from ..files import real, write_atomically
 from .disagreement import CELLS, read_facts, read_maps, verdict
 from .insight import COLUMNS as INSIGHT_COLUMNS
 from .insight import patterns
@@ -190,8 +190,8 @@ def _pictures(folder: Path, row: dict[str, Any], side: int, quality: int) -> lis
 def _open(folder: Path, name: str | None) -> Image.Image | None:
     if name is None:
         return None
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    path = real(folder / name)
+    if not path.is_relative_to(real(folder)):
         raise CounterlensError(f"{name}: a row's image lies outside of {folder}; these are not our rows")
     try:
         with Image.open(path) as image:

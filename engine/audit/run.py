@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import CounterlensError, UsageError
-from ..files import sweep, write_atomically
+from ..files import real, sweep, write_atomically
 from ..images import make_folder
 from ..models.protocols import Classifier
 from ..outputs import FORMAT as RUN_FORMAT
@@ -197,8 +197,8 @@ def run_audit(
         stack.enter_context(locked(out))
         stop = stack.enter_context(polite_interrupt(say))
         here = conditions(engine, config)
-        files = {s.where.resolve() for s in auditor.source.samples if isinstance(s.where, Path)}
-        read = {auditor.source.path.resolve(), *files}
+        files = {real(s.where) for s in auditor.source.samples if isinstance(s.where, Path)}
+        read = {real(auditor.source.path), *files}
         results = Results.begin(out, auditor.identity, shard, here, overwrite=overwrite, read=read)
         stack.enter_context(held(engine, results.manifest["conditions"], config, say))
         write_atomically(out / RUN, json.dumps(run_json(auditor, shard), indent=1) + "\n", hint=GOES_ON)

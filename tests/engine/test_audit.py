@@ -99,6 +99,19 @@ def test_rows_say_what_the_engine_says(tiny, source: Path, unbroken: Results) ->
         assert sum(row["change_grid"]) / 64 == pytest.approx(row["l1"], abs=1e-5)
 
 
+def test_links_to_themselves_are_rows(tiny, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "a.png")
+    for name in ("self.png", "self", "cat"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "in" / name)
+    engine = make_engine(tiny)
+    for _ in range(2):
+        results = run(engine, tmp_path / "in", tmp_path / "out")
+        assert {r["id"]: r["status"] for r in results.rows()} == {"a.png": "done", "self.png": "failed"}
+    run(engine, tmp_path / "in" / "self.png", tmp_path / "alone", overwrite=True)
+    with pytest.raises(UsageError, match="cannot be written"):
+        run(engine, tmp_path / "in", tmp_path / "in" / "self")
+
+
 def test_the_folder_explains_itself(unbroken: Results) -> None:
     manifest = json.loads((unbroken.folder / "manifest.json").read_text())
     assert manifest["identity"]["source"]["samples"] == COUNT

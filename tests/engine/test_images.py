@@ -145,8 +145,8 @@ def test_every_type_of_pixel_by_its_range(kind: str, top: float, order: str) -> 
 
 @pytest.mark.parametrize(
     ("kind", "low", "high"),
-    [("u2", 0, 255), ("u2", 7, 3800), ("u2", 0, 4095), ("i2", -5, 3000), ("u4", 0, 65535), ("i4", 0, 255), ("f4", 0, 255),
-     ("f4", -1, 1), ("f4", 0, 0.001), ("f4", 0, float("nan"))],
+    [("u2", 0, 255), ("u2", 7, 3800), ("u2", 0, 4095), ("i2", -5, 3000), ("u4", 0, 65535), ("i4", 0, 255),
+     ("f4", 0, 255), ("f4", -1, 1), ("f4", 0, 0.001), ("f4", 0, float("nan"))],
 )  # fmt: skip
 def test_pixels_of_another_range_are_refused_and_never_black(kind: str, low: float, high: float) -> None:
     values = np.full((4, 4), low, dtype=kind)
