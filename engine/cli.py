@@ -24,6 +24,7 @@ from .errors import CounterlensError, UsageError
 from .files import write_atomically
 from .metrics import cli as _metrics
 from .options import (
+    COUNTERFACTUAL_COLUMNS,
     RUNTIMES,
     ClassesOption,
     ClassifierOption,
@@ -46,6 +47,7 @@ from .options import (
     SpeedOption,
     UnusedSeedOption,
     WeightsOption,
+    counterfactual_row,
     errors,
     open_engine,
     open_images,
@@ -271,17 +273,8 @@ def counterfactual(
             failed += record["status"] == "failed"
             if as_json:
                 print_json(record)
-            if record["status"] != "done":
-                kind, colour = ("error", "red") if record["status"] == "failed" else ("skipped", "yellow")
-                errors.print(f"{kind}: {record['image']}: {record['error']}", style=colour)
-                rows.append([record["image"], "", "", "", "", "", "", record["status"]])
-            else:
-                rows.append([
-                    record["image"], record["source"], record["target"], record["prediction"],
-                    f"{record['confidence']:.3f}", "yes" if record["flipped"] else "no", f"{record['l1']:.4f}",
-                    record["path"],
-                ])  # fmt: skip
-    console.table(["image", "from", "target", "now", "confidence", "flipped", "L1", "file"], rows)
+            rows.append(counterfactual_row(record))
+    console.table(COUNTERFACTUAL_COLUMNS, rows)
     if failed:
         raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
 

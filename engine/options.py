@@ -79,9 +79,24 @@ ImagesArgument = typer.Argument(
 RecursiveOption = Annotated[bool, typer.Option("--recursive", help="Of folders, all below; else one level of classes.")]
 
 
+COUNTERFACTUAL_COLUMNS = ["image", "from", "target", "now", "confidence", "flipped", "L1", "file"]
+
+
 def text_console(as_json: bool) -> Terminal:
     """Where text for people goes: stderr when stdout belongs to a machine."""
     return Terminal(stderr=as_json)
+
+
+def counterfactual_row(record: dict[str, Any]) -> list[str]:
+    """An image's row under `COUNTERFACTUAL_COLUMNS`; where there is no counterfactual, it is said why."""
+    if record["status"] != "done":
+        kind, colour = ("error", "red") if record["status"] == "failed" else ("skipped", "yellow")
+        errors.print(f"{kind}: {record['image']}: {record['error']}", style=colour)
+        return [record["image"], "", "", "", "", "", "", record["status"]]
+    return [
+        record["image"], record["source"], record["target"], record["prediction"], f"{record['confidence']:.3f}",
+        "yes" if record["flipped"] else "no", f"{record['l1']:.4f}", record["path"],
+    ]  # fmt: skip
 
 
 def print_json(record: dict[str, Any]) -> None:

@@ -12,12 +12,14 @@ import typer
 
 from ..errors import CounterlensError, UsageError
 from ..options import (
+    COUNTERFACTUAL_COLUMNS,
     ImagesArgument,
     JsonFlag,
     OverwriteFlag,
     RecursiveOption,
     ResumeFlag,
     SeedOption,
+    counterfactual_row,
     errors,
     open_images,
     print_json,
@@ -164,20 +166,11 @@ def run(
                     record |= {"status": "failed", "error": str(error).removeprefix(f"{item.name}: ")}
                 record = folder.line(name, record)
                 folder.append(record)
+            failed += record["status"] == "failed"
             if as_json:
                 print_json(record)
-            if record["status"] != "done":
-                failed += record["status"] == "failed"
-                kind, colour = ("error", "red") if record["status"] == "failed" else ("skipped", "yellow")
-                errors.print(f"{kind}: {record['image']}: {record['error']}", style=colour)
-                rows.append([record["image"], "", "", "", "", "", "", record["status"]])
-            else:
-                rows.append([
-                    record["image"], record["source"], record["target"], record["prediction"],
-                    f"{record['confidence']:.3f}", "yes" if record["flipped"] else "no", f"{record['l1']:.4f}",
-                    record["path"],
-                ])  # fmt: skip
-    console.table(["image", "from", "target", "now", "confidence", "flipped", "L1", "file"], rows)
+            rows.append(counterfactual_row(record))
+    console.table(COUNTERFACTUAL_COLUMNS, rows)
     if failed:
         raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
 
