@@ -128,8 +128,8 @@ def page(work: Path, rounds: int) -> dict[str, Any]:
     """The single page in headless Chromium, offline: seconds to the first answer and to the next ones."""
     from playwright.sync_api import sync_playwright
 
-    from counterlens.engine.portable.cli import page_card
     from counterlens.engine.portable.page import VERSION
+    from counterlens.engine.whole_run import page_card
 
     engine = Engine.from_pack("digits", runtime="eager", device="cpu")
     card = json.loads((work / CARD).read_text()) | {"page": page_card(engine, VERSION)}

@@ -460,7 +460,7 @@ def export(
     if what == "counterfactual":
         from .portable.cli import export_whole
 
-        return export_whole(engine, config, out, batch, storage, share, page, single_page, ort_web, as_json)
+        return export_whole(engine, config, out, batch, storage, share, page, single_page, ort_web, overwrite, as_json)
     if page or single_page or ort_web is not None or (batch, storage, share) != ("open", "lossless", "local"):
         raise UsageError("what: batch, storage, share, page and ort-web are of --what counterfactual")
     for part in ALL if what == "all" else (what,):

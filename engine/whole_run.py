@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import base64
 import json
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from counterlens.export.errors import ExportError
+from counterlens.export.hashing import file_digest
+from counterlens.export.onnx import appearing
 from counterlens.export.program import Call, If, Loop, Share, Step, Storage, Values, check_file, write_program
-from counterlens.export.store import weights_digest
 
 from .config import Config, Settings
 from .errors import UsageError
@@ -24,11 +23,15 @@ from .files import write_atomically
 from .guidance.sampler import guided_steps, sample, seeded_noise
 from .guidance.schedule import add_noise, ddim, make_schedule
 from .guidance.solvers import History, advance, coefficients
-from .images import as_saved, make_folder
+from .images import as_saved, to_uint8
 from .models.protocols import probabilities
+from .outputs import open_run
 from .packs import Pack
 from .portable.file import CARD, SCHEMA_VERSION
+from .portable.page import page_files, web_runtime, write_page
+from .provenance import engine_digest, engine_facts
 from .runtime import onnxruntime
+from .runtime.record import installed
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -81,8 +84,8 @@ def counterfactual_program(engine: Engine, settings: Settings) -> list[Step]:
         resolved = torch.where(target < 0, best[:, 1], target.clamp(max=labels - 1))
         return usable, clean, before, best[:, 0], resolved
 
-    def encode(image: Tensor) -> Tensor:
-        return diffusion.encode(image)
+    def same(z: Tensor) -> Tensor:
+        return z * 1
 
     def add_the_noise(z: Tensor, noise: Tensor) -> Tensor:
         return add_noise(z, noise, alphas_cumprod.to(z)[schedule.start].expand(z.shape[0]))
@@ -154,8 +157,8 @@ def counterfactual_program(engine: Engine, settings: Settings) -> list[Step]:
     program: list[Step] = [
         Call(resolve_target, ("image", "target"), ("usable", "clean", "source_probabilities", "best", "wanted")),
         Call(condition, ("wanted",), ("condition",)),
-        Call(encode, ("clean",), ("latents",)),
-        Call(lambda z: z * 1, ("latents",), ("z",)),
+        Call(diffusion.encode, ("clean",), ("latents",)),
+        Call(same, ("latents",), ("z",)),
     ]
     if settings.noise == "inversion":
         program.append(Loop(steps, "i", ("z",), (Call(invert, ("z", "i"), ("z",)),)))
@@ -167,12 +170,16 @@ def counterfactual_program(engine: Engine, settings: Settings) -> list[Step]:
     guided: list[Step] = [Call(guided_step, ("z", "i", "condition", reference, "wanted"), made)]
     if not all(every):
         flags = torch.tensor(every)
+
+        def is_guided(z: Tensor, i: Tensor) -> Tensor:
+            return flags[i]
+
         guided = [
-            Call(lambda z, i: flags[i], ("z", "i"), ("guide",)),
+            Call(is_guided, ("z", "i"), ("guide",)),
             If("guide", tuple(guided), (Call(unguided_step, ("z", "i", *reuse), made),), made),
         ]
     if settings.solver == "ddim":
-        guided.append(Call(lambda z: z * 1, ("z_next",), ("z",)))
+        guided.append(Call(same, ("z_next",), ("z",)))
     else:
         remembered = REMEMBERED[settings.solver]
         guided.append(Call(solve, ("z", "i", "z0", *remembered), ("z", *remembered)))
@@ -200,7 +207,10 @@ def export_counterfactual(
     batch: int | None = None,
     storage: Storage = "lossless",
     share: Share = "local",
-    page: dict[str, Any] | None = None,
+    pages: Sequence[bool] = (),
+    ort_web: Path | None = None,
+    overwrite: bool = False,
+    option: str = "{}=True",
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write a whole counterfactual as `counterfactual.onnx`, and `counterfactual.json` that says how to use it.
@@ -210,11 +220,14 @@ def export_counterfactual(
 
     Args:
         engine: on the CPU.
-        folder: created if needed.
+        folder: created if needed; it takes one run, as every output folder.
         config: instead of the engine's.
         batch: the only size of the batch; open without it.
         storage, share: see `export.program.write_program`.
-        page: more for the card, for an offline page.
+        pages: that run the file in a browser: True is one HTML file, False files for a static host.
+        ort_web: onnxruntime-web for them, see `portable.page.web_runtime`.
+        overwrite: remove what an earlier run wrote into the folder.
+        option: how a person says `overwrite`.
         say: told what is being done.
 
     Returns:
@@ -232,56 +245,92 @@ def export_counterfactual(
         )
     if engine.device.type != "cpu":
         raise UsageError(f"device: a whole run is written and checked on the CPU, the models are on {engine.device}")
-    folder = make_folder(Path(folder))
-    started = time.perf_counter()
-    model = folder / MODEL
-    with engine.frozen(), torch.no_grad(), TemporaryDirectory(prefix=".counterfactual-", dir=folder) as work:
-        program = counterfactual_program(engine, settings)
-        inputs = example_inputs(engine, settings, batch or _batch_of_its_own(engine, settings))
-        unchecked = write_program(
-            program, inputs, list(OUTPUTS), Path(work) / MODEL, storage=storage, share=share,
-            dynamic_batch=batch is None, say=say,
-        )  # fmt: skip
-        composed = time.perf_counter() - started
-        parity, shapes = check_counterfactual(engine, settings, unchecked, batch, say)
-        for part in sorted(Path(work).iterdir(), key=lambda p: p.name == MODEL):  # large weights first
-            part.replace(folder / part.name)
-    own = [] if engine.guidance_decoder is None else [engine.guidance_decoder.module]
-    card = {
+    if pages and batch not in (None, 1):
+        raise UsageError(f"batch: a page shows one image at a time; take an open batch or 1, not {batch}")
+    web = web_runtime(ort_web) if pages else None  # what is missing is said before minutes of work
+    folder, files = Path(folder), [name for single in pages for name in page_files(single)]
+    facts = {
+        **engine_facts(engine, config, batch or 1), "command": "counterlens export", "what": "counterfactual",
+        "batch": batch, "storage": storage, "share": share,
+    }  # fmt: skip
+    with open_run(folder, facts, files=[MODEL, CARD, *files], overwrite=overwrite, option=option) as run:
+        started = time.perf_counter()
+        with engine.frozen(), torch.no_grad(), appearing(folder / MODEL) as unchecked:
+            program = counterfactual_program(engine, settings)
+            inputs = example_inputs(engine, settings, batch or _batch_of_its_own(engine, program))
+            write_program(
+                program, inputs, list(OUTPUTS), unchecked, storage=storage, share=share, dynamic_batch=batch is None,
+                say=say,
+            )  # fmt: skip
+            composed = time.perf_counter() - started
+            parity, shapes = check_counterfactual(engine, settings, unchecked, batch, say)
+            run.claim(path.name for path in unchecked.parent.iterdir())
+        card = _card(engine, config, settings, folder / MODEL, inputs, shapes, batch) | {
+            "storage": storage,
+            "parity": parity,
+            "seconds": {"composing": round(composed, 1), "in all": round(time.perf_counter() - started, 1)},
+        }
+        if web is not None:
+            card["page"] = page_card(engine, web.version)
+        write_atomically(folder / CARD, json.dumps(card, indent=1) + "\n")
+        for single in pages:
+            assert web is not None
+            write_page(folder, card, web, single=single)
+    return card
+
+
+def _card(
+    engine: Engine, config: Config, settings: Settings, model: Path, inputs: Values, outputs: Values, batch: int | None
+) -> dict[str, Any]:
+    """What a user of the file has to know, and what made it."""
+    return {
         "schema_version": SCHEMA_VERSION,
         "what": "counterfactual",
         "file": MODEL,
-        "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+        "sha256": file_digest(model),
         "bytes": model.stat().st_size,
         "labels": engine.labels,
         "image_size": engine.image_size,
         "inputs": [{"name": n, **_described(x, batch), "meaning": INPUTS[n]} for n, x in inputs.items()],
-        "outputs": [{"name": n, **_described(shapes[n], batch), "meaning": meaning} for n, meaning in OUTPUTS.items()],
+        "outputs": [{"name": n, **_described(outputs[n], batch), "meaning": meaning} for n, meaning in OUTPUTS.items()],
         "mode": config.mode_name,
         "preset": config.preset,
         "speed": config.speed,
         "settings": settings.model_dump(),
-        "steps": shapes["kept"].shape[1],
+        "steps": outputs["kept"].shape[1],
         "classifier": engine.source.get("classifier"),
-        "weights": weights_digest([*engine.diffusion.modules(), engine.classifier.module, *own]),
-        "storage": storage,
-        "versions": {name: version(name) for name in ("counterlens", "torch", "onnx", "onnxruntime")},
-        "parity": parity,
-        "seconds": {"composing": round(composed, 1), "in all": round(time.perf_counter() - started, 1)},
+        "weights": engine_digest(engine),
+        "versions": {name: installed(name) for name in ("counterlens", "torch", "onnx", "onnxruntime")},
         "limits": "No time budget and no progress inside a run: the loop is in the file. Every sample takes all steps.",
-        **({} if page is None else {"page": page}),
     }
-    write_atomically(folder / CARD, json.dumps(card, indent=1) + "\n")
-    return card
 
 
-def _batch_of_its_own(engine: Engine, settings: Settings) -> int:
+def page_card(engine: Engine, web_version: str) -> dict[str, Any]:
+    """What a page shows beside the file: samples of the pack, the empty ground, and what the model is."""
+    pack = engine.source.get("pack")
+    about, samples = "The model inside was brought by whoever made this page.", []
+    if pack is not None:
+        held = Pack(pack)
+        drawn = held.samples("test", count=10)
+        about = (
+            f"Inside is the {engine.source.get('classifier', '')} classifier of counterlens' {held.name} pack, with "
+            "its diffusion model. Digits: UCI, as shipped with scikit-learn (E. Alpaydin, C. Kaynak; CC BY 4.0)."
+        )
+        samples = [
+            {
+                "name": str(label),
+                "pixels": base64.b64encode(to_uint8(image).permute(1, 2, 0).contiguous().numpy().tobytes()).decode(),
+            }
+            for image, label in zip(drawn.images, drawn.labels, strict=True)
+        ]
+    return {"about": about, "samples": samples, "ground": "#1a1a1a", "onnxruntime_web": web_version}
+
+
+def _batch_of_its_own(engine: Engine, program: Sequence[Step]) -> int:
     """A batch size that is no other size of the program's values, by which the open dimension is told from the rest."""
-    taken = {3, engine.image_size, *engine.diffusion.latent_shape, len(engine.labels), settings.steps}
+    taken = {3, engine.image_size, *engine.diffusion.latent_shape, len(engine.labels)}
     taken |= set(engine.diffusion.condition(torch.zeros(1, dtype=torch.long)).shape)
-    alphas_cumprod = engine.diffusion.alphas_cumprod
-    taken.add(len(make_schedule(len(alphas_cumprod), settings.steps, settings.strength, settings.spacing,
-                                alphas_cumprod)))  # fmt: skip
+    taken |= {step.count for step in program if isinstance(step, Loop)}
     return next(n for n in (5, 7, 11, 13, 17, 19, 23, 29, 31) if n not in taken)
 
 

@@ -6,7 +6,8 @@ import inspect
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,41 @@ def _write(
     model = builder.build(graph, input_names, output_names, opset)
     helper.set_model_props(model, dict(metadata or {}))
     builder.check(model)
+    with appearing(target) as unfinished:
+        builder.write(model, unfinished)
+        check(unfinished, builder)
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Where to write a model, and data beside it, so that they stand at `target` whole at the end, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
-        builder.write(model, Path(work), target.name)
-        check(Path(work) / target.name, builder)
+        yield Path(work) / target.name
         # The data first: a model without its data would be half a file.
         for part in sorted(Path(work).iterdir(), key=lambda p: p.name == target.name):
             os.replace(part, target.parent / part.name)
+
+
+def write_model(model: onnx.ModelProto, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a model with these weights, above 2 GB beside it; one by one, so that memory holds no second copy."""
+    external = sum(t.numel() * t.element_size() for t in weights.values()) > EXTERNAL_ABOVE
+    data = path.with_name(f"{path.name}.data").open("wb") if external else None
+    for weight, tensor in weights.items():
+        proto = model.graph.initializer.add(name=weight, data_type=TYPES[tensor.dtype], dims=tensor.shape)
+        raw = tensor_bytes(tensor)
+        if data is None or len(raw) < 1024:
+            proto.raw_data = raw
+            continue
+        data.write(b"\0" * (-data.tell() % 4096))
+        place = {"location": f"{path.name}.data", "offset": data.tell(), "length": len(raw)}
+        data.write(raw)
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in place.items():
+            proto.external_data.add(key=key, value=str(value))
+    if data is not None:
+        data.close()
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _parameter_names(fn: Callable[..., Any], count: int) -> list[str]:
@@ -215,7 +244,7 @@ class OnnxBuilder:
             raise NotImplementedError("a number that has to be fixed depends on the batch")
         tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
         if tensor.numel() <= 64:
-            key: Any = (tensor.dtype, tuple(tensor.shape), _bytes(tensor))
+            key: Any = (tensor.dtype, tuple(tensor.shape), tensor_bytes(tensor))
         else:
             key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if key not in self._constants:
@@ -320,36 +349,20 @@ class OnnxBuilder:
                 large[name] = (TYPES[tensor.dtype], tensor.shape)
             else:
                 proto = whole.graph.initializer.add(name=name, data_type=TYPES[tensor.dtype], dims=tensor.shape)
-                proto.raw_data = _bytes(tensor)
+                proto.raw_data = tensor_bytes(tensor)
         check_structure(whole, large, self.origins)
 
-    def write(self, model: onnx.ModelProto, folder: Path, name: str) -> None:
-        """Write model and weights into `folder`; weights one by one, so that memory holds no second copy."""
-        weights = self._used()
-        external = sum(t.numel() * t.element_size() for t in weights.values()) > EXTERNAL_ABOVE
-        data = (folder / f"{name}.data").open("wb") if external else None
-        for weight, tensor in weights.items():
-            proto = model.graph.initializer.add(name=weight, data_type=TYPES[tensor.dtype], dims=tensor.shape)
-            raw = _bytes(tensor)
-            if data is None or len(raw) < 1024:
-                proto.raw_data = raw
-                continue
-            data.write(b"\0" * (-data.tell() % 4096))
-            place = {"location": f"{name}.data", "offset": data.tell(), "length": len(raw)}
-            data.write(raw)
-            proto.data_location = TensorProto.EXTERNAL
-            for key, value in place.items():
-                proto.external_data.add(key=key, value=str(value))
-        if data is not None:
-            data.close()
-        (folder / name).write_bytes(model.SerializeToString(deterministic=True))
+    def write(self, model: onnx.ModelProto, path: Path) -> None:
+        """Write model and weights."""
+        write_model(model, self._used(), path)
 
 
 def _any_value(value: Any) -> bool:
     return isinstance(value, Value) or (isinstance(value, (list, tuple)) and any(map(_any_value, value)))
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's values as ONNX keeps them."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 

@@ -7,9 +7,7 @@ of what `write_program` writes.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,8 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from .errors import ExportError, NodeError
-from .onnx import EXTERNAL_ABOVE, OPSET, TYPES, OnnxBuilder
+from .onnx import OPSET, TYPES, OnnxBuilder, appearing, tensor_bytes, write_model
+from .store import tensors_digest
 from .trace import located, trace
 
 Storage = Literal["lossless", "float16", "float32"]
@@ -156,11 +155,8 @@ def write_program(
         producer_name="counterlens",
     )
     helper.set_model_props(model, dict(metadata or {}))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
-        writer.write(model, Path(work), target.name)
-        for part in sorted(Path(work).iterdir(), key=lambda p: p.name == target.name):  # the data first
-            os.replace(part, target.parent / part.name)
+    with appearing(target) as unfinished:
+        write_model(model, {w.name: w.tensor.to(w.stored) for w in writer.shared.values()}, unfinished)
     return target
 
 
@@ -319,8 +315,7 @@ class _Writer:
         if tensor.numel() <= SMALL:
             graph.constants.append(_proto(name, tensor))
             return name
-        raw = tensor.reshape(-1).view(torch.uint8).numpy()
-        digest = hashlib.sha256(repr((tensor.dtype, tuple(tensor.shape))).encode() + raw.tobytes()).hexdigest()
+        digest = tensors_digest(tensor)
         if digest not in self.shared:
             self.shared[digest] = _Weight(f"w{len(self.shared)}", tensor, self._stored(tensor))
         weight = self.shared[digest]
@@ -347,33 +342,10 @@ class _Writer:
         graph.nodes.append(helper.make_node("Reshape", [weight.name, f"{name}/shape"], [name]))
         return name
 
-    def write(self, model: onnx.ModelProto, folder: Path, name: str) -> None:
-        """Model and shared weights into a folder."""
-        tensors = {w.name: w.tensor.to(w.stored) for w in self.shared.values()}
-        external = sum(t.numel() * t.element_size() for t in tensors.values()) > EXTERNAL_ABOVE
-        data = (folder / f"{name}.data").open("wb") if external else None
-        for weight, tensor in tensors.items():
-            proto = _proto(weight, tensor)
-            if data is not None:
-                raw = proto.raw_data
-                data.write(b"\0" * (-data.tell() % 4096))
-                place = {"location": f"{name}.data", "offset": data.tell(), "length": len(raw)}
-                data.write(raw)
-                proto.ClearField("raw_data")
-                proto.data_location = TensorProto.EXTERNAL
-                for key, value in place.items():
-                    proto.external_data.add(key=key, value=str(value))
-            model.graph.initializer.append(proto)
-        if data is not None:
-            data.close()
-        (folder / name).write_bytes(model.SerializeToString(deterministic=True))
-
 
 def _described(x: Tensor) -> str:
     return f"{x.dtype} {list(x.shape)}"
 
 
 def _proto(name: str, tensor: Tensor) -> onnx.TensorProto:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return onnx.TensorProto(name=name, data_type=TYPES[tensor.dtype], dims=tensor.shape, raw_data=raw)
+    return onnx.TensorProto(name=name, data_type=TYPES[tensor.dtype], dims=tensor.shape, raw_data=tensor_bytes(tensor))

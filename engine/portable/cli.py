@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -38,30 +37,25 @@ if TYPE_CHECKING:
 
 def export_whole(
     engine: Engine, config: Config, out: Path | None, batch: str, storage: Any, share: Any, page: bool,
-    single_page: bool, ort_web: Path | None, as_json: bool,
+    single_page: bool, ort_web: Path | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """What `export --what counterfactual` does: the file, its card, and pages that run it."""
     from .file import CARD
-    from .page import web_runtime, write_page
+    from .page import page_files
 
     if out is None:
         raise UsageError("out: a whole counterfactual goes to a folder; name it (--out whole)")
     if batch != "open" and not (batch.isdecimal() and int(batch) > 0):
         raise UsageError(f"batch: expected open or a number above 0, got {batch!r}")
-    if (page or single_page) and batch not in ("open", "1"):
-        raise UsageError(f"batch: a page shows one image at a time; take open or 1, not {batch}")
-    runtime = web_runtime(ort_web) if page or single_page else None  # what is missing is said before minutes of work
+    pages = [True] * single_page + [False] * page
     with progress_bar("export") as progress:
         task = progress.task_ids[0]
         card = engine.export_counterfactual(
-            out, config, batch=None if batch == "open" else int(batch), storage=storage, share=share,
-            page=None if runtime is None else page_card(engine, runtime.version),
+            out, config, batch=None if batch == "open" else int(batch), storage=storage, share=share, pages=pages,
+            ort_web=ort_web, overwrite=overwrite, option="--{}",
             say=lambda text: progress.update(task, description=text),
         )  # fmt: skip
-    files = [out / card["file"], out / CARD]
-    if runtime is not None:
-        for single in [True] * single_page + [False] * page:
-            files += write_page(out, card, runtime, single=single)
+    files = [out / name for name in (card["file"], CARD, *(name for single in pages for name in page_files(single)))]
     report = {**card, "files": [str(path) for path in files]}
     report.pop("page", None)
     if as_json:
@@ -77,30 +71,6 @@ def export_whole(
         say(f"warning: {parity['warning']}")
     for path in files:
         say(str(path))
-
-
-def page_card(engine: Engine, version: str) -> dict[str, Any]:
-    """What a page shows beside the file: samples of the pack, the empty ground, and what the model is."""
-    pack = engine.source.get("pack")
-    about, samples = "The model inside was brought by whoever made this page.", []
-    if pack is not None:
-        from ..images import to_uint8
-        from ..packs import Pack
-
-        held = Pack(pack)
-        drawn = held.samples("test", count=10)
-        about = (
-            f"Inside is the {engine.source.get('classifier', '')} classifier of counterlens' {held.name} pack, with "
-            "its diffusion model. Digits: UCI, as shipped with scikit-learn (E. Alpaydin, C. Kaynak; CC BY 4.0)."
-        )
-        samples = [
-            {
-                "name": str(label),
-                "pixels": base64.b64encode(to_uint8(image).permute(1, 2, 0).contiguous().numpy().tobytes()).decode(),
-            }
-            for image, label in zip(drawn.images, drawn.labels, strict=True)
-        ]
-    return {"about": about, "samples": samples, "ground": "#1a1a1a", "onnxruntime_web": version}
 
 
 def register(app: typer.Typer) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from counterlens.export.hashing import file_digest
+
 from ..errors import CounterlensError, UsageError
 from ..labels import find_label
 
@@ -59,13 +61,12 @@ class CounterfactualFile:
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         path = Path(path)
         self.card = read_card(path)
-        if (found := _digest(path)) != self.card["sha256"]:
+        if (found := file_digest(path)) != self.card["sha256"]:
             raise CounterlensError(f"{path}: not the file that {CARD} describes (sha256 {found[:12]}); export it again")
         try:
             import onnxruntime
         except ImportError as error:
             raise CounterlensError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from error
-        onnxruntime.disable_telemetry_events()
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -175,7 +176,3 @@ def _noise(image: NDArray[np.float32], seed: int, shape: list[int]) -> NDArray[n
     pixels = (np.nan_to_num(image).clip(0, 1) * 255).round().astype(np.uint8).tobytes()
     own = hashlib.sha256(seed.to_bytes(8, "little") + pixels).digest()
     return np.random.default_rng(int.from_bytes(own[:8], "little")).standard_normal(shape, dtype=np.float32)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -23,6 +23,7 @@ DIGEST = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02
 ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
 # What a page needs of the package: the wasm backend with its glue in one module, and the wasm itself.
 FILES = {"ort.mjs": "dist/ort.wasm.bundle.min.mjs", "ort.wasm": "dist/ort-wasm-simd-threaded.wasm"}
+SINGLE, INDEX = "counterfactual.html", "index.html"
 NOWHERE, OWN_HOST = "'none'", "'self'"
 HOW = f"get it with `npm pack onnxruntime-web@{VERSION}` where npm reaches its registry, and give the file (--ort-web)"
 
@@ -92,6 +93,11 @@ def _from_folder(path: Path) -> WebRuntime:
         raise UsageError(f"ort-web: {path} is no unpacked onnxruntime-web ({error}); {HOW}") from error
 
 
+def page_files(single: bool) -> list[str]:
+    """Names of what `write_page` writes."""
+    return [SINGLE] if single else [INDEX, *FILES]
+
+
 def write_page(folder: Path, card: dict[str, Any], runtime: WebRuntime, *, single: bool) -> list[Path]:
     """Write the page beside `counterfactual.onnx`: `index.html` and what it loads, or all in `counterfactual.html`.
 
@@ -125,13 +131,12 @@ def write_page(folder: Path, card: dict[str, Any], runtime: WebRuntime, *, singl
     )
     page = html.replace("@CSP@", policy).replace("@ASSETS@", assets).replace("@SCRIPT@", script)
     if single:
-        path = folder / "counterfactual.html"
-        write_atomically(path, page)
-        return [path]
-    write_atomically(folder / "index.html", page)
-    for name, data in runtime.files.items():
-        write_atomically(folder / name, data)
-    return [folder / "index.html", *(folder / name for name in runtime.files)]
+        write_atomically(folder / SINGLE, page)
+    else:
+        write_atomically(folder / INDEX, page)
+        for name, data in runtime.files.items():
+            write_atomically(folder / name, data)
+    return [folder / name for name in page_files(single)]
 
 
 def _hash(text: str) -> str:

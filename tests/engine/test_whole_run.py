@@ -88,6 +88,13 @@ def test_inputs_of_the_export(engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file"):
         engine.export_counterfactual(tmp_path / "file" / "out", Config(speed="fast"))
+    with pytest.raises(UsageError, match="a page shows one image at a time; take an open batch or 1, not 4"):
+        engine.export_counterfactual(tmp_path / "out", Config(speed="fast"), batch=4, pages=[True])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / MODEL).write_text("somebody's")
+    with pytest.raises(UsageError, match="none of this run's files and would be overwritten"):
+        engine.export_counterfactual(tmp_path / "theirs", Config(speed="fast"))
+    assert [p.name for p in (tmp_path / "theirs").iterdir() if p.name != ".lock"] == [MODEL]
 
 
 def test_the_pages_runtime_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +121,8 @@ def whole(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert card["parity"]["within_1_of_255"] >= 0.98
     assert card["bytes"] <= 11e6
     assert card["seconds"]["composing"] > 0
+    with pytest.raises(UsageError, match='speed was "fast", is "balanced"'):
+        engine.export_counterfactual(folder, Config(speed="balanced"))
     save_png(Pack("digits").samples("test", count=1).images[0], folder / "digit.png")
     return folder
 
@@ -182,7 +191,7 @@ def page(whole: Path) -> Path:
         pytest.skip("needs a Chromium (apt-get install chromium)")
     if shutil.which("npm") is None:
         pytest.skip("needs npm, which fetches onnxruntime-web")
-    from counterlens.engine.portable.cli import page_card
+    from counterlens.engine.whole_run import page_card
 
     engine = Engine.from_pack("digits", runtime="eager", device="cpu")
     card = json.loads((whole / CARD).read_text()) | {"page": page_card(engine, VERSION)}
