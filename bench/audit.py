@@ -37,17 +37,18 @@ from torch.nn.functional import cross_entropy
 
 from bench.record import RESULTS, write_result
 from counterlens.engine import Config, Engine, load_image
-from counterlens.engine.audit.disagreement import Evidence, excess_test, judge, observe, redrawn, unlikely_labels
+from counterlens.engine.audit.disagreement import excess_test, judge, redrawn, unlikely_labels
 from counterlens.engine.audit.report import write_report
 from counterlens.engine.audit.results import TIMINGS, Results
-from counterlens.engine.images import save_png
-from counterlens.engine.models.classifiers import StridedClassifier
+from counterlens.engine.audit.watching import Evidence, observe
+from counterlens.engine.images.files import save_png
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
+from counterlens.engine.packs.architectures import StridedClassifier
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 Images = Annotated[int, typer.Option(help="How many images.")]
-CLI = [sys.executable, "-m", "counterlens.engine.cli", "audit"]
+CLI = [sys.executable, "-m", "counterlens.engine.cli.main", "audit"]
 ROOT = Path(__file__).parent.parent
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bench.coverage_list import ENTRIES, Entry
 from bench.record import write_result
-from counterlens.engine.guidance.norms import PlainNorms
+from counterlens.engine.models.norms import PlainNorms
 from counterlens.export import ExportError, export_onnx
 from counterlens.export.trace import trace
 

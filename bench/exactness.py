@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.baselines.literal import filter_angles, literal_loop, literal_step
 from bench.record import RESULTS, write_result
 from counterlens.engine.config import PRESETS
-from counterlens.engine.engine import image_seed
+from counterlens.engine.core.result import image_seed
 from counterlens.engine.guidance.pullback import PULLBACK_MODES
 from counterlens.engine.guidance.sampler import sample, seeded_noise
 from counterlens.engine.guidance.step import GuidedStep

@@ -19,21 +19,21 @@ import typer
 from torch import Tensor
 
 from bench.record import RESULTS, environment, interval, keep_memory, write_result
-from counterlens.engine.adapter.drawing import draw_methods
-from counterlens.engine.adapter.evaluation import METRICS, Scored, evaluate
-from counterlens.engine.adapter.lax import LAX, new_adapter
-from counterlens.engine.adapter.methods import check_methods, explain_with, minmax, saliency_methods
-from counterlens.engine.adapter.packed import pack_adapter
-from counterlens.engine.adapter.recipes import HALVES, PACK_SCHEDULE, pack_images, train_adapter
-from counterlens.engine.adapter.training import Schedule, faithfulness
-from counterlens.engine.guidance.pullback import frozen
-from counterlens.engine.images import write_png
-from counterlens.engine.memory import PeakMemory
+from counterlens.engine.guidance.memory import PeakMemory
+from counterlens.engine.images.files import write_png
+from counterlens.engine.images.maps import draw_methods
 from counterlens.engine.metrics import load_alpha_min
-from counterlens.engine.models.classifiers import StridedClassifier
-from counterlens.engine.models.digits import MARKER_SIZE, Marker
+from counterlens.engine.models.freezing import frozen
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
+from counterlens.engine.packs.architectures import StridedClassifier
+from counterlens.engine.packs.rendering import MARKER_SIZE, Marker
+from counterlens.engine.saliency.evaluation import METRICS, Scored, evaluate
+from counterlens.engine.saliency.lax import LAX, new_adapter
+from counterlens.engine.saliency.methods import check_methods, explain_with, minmax, saliency_methods
+from counterlens.engine.saliency.packed import pack_adapter
+from counterlens.engine.saliency.recipes import HALVES, PACK_SCHEDULE, pack_images, train_adapter
+from counterlens.engine.saliency.training import Schedule, faithfulness
 
 SECTIONS = ("truth", "quality", "cost", "sanity", "memory")
 METHODS = list(saliency_methods)

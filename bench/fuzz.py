@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from counterlens.engine.audit.sources import open_source, open_sources
 from counterlens.engine.errors import CounterlensError
-from counterlens.engine.images import load_pixels
+from counterlens.engine.images.files import load_pixels
+from counterlens.engine.images.sources import open_source, open_sources
 
 LIMIT_S = 20.0  # of computing, for one file
 PATIENCE_S = 120.0  # until a file counts as one that hangs

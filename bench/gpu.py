@@ -22,10 +22,10 @@ from bench.baselines.literal import literal_step
 from bench.real_models import IMAGE_SIZE, LABELS, build, wait
 from bench.record import environment, quantiles, say, write_result
 from counterlens.engine import Config, Engine
-from counterlens.engine.attention import memory_efficient_attention, not_supported_reasons
 from counterlens.engine.config import PRESETS
-from counterlens.engine.guidance.pullback import frozen
 from counterlens.engine.guidance.step import GuidedStep
+from counterlens.engine.models.attention import memory_efficient_attention, not_supported_reasons
+from counterlens.engine.models.freezing import frozen
 from counterlens.engine.models.placing import full_precision
 from counterlens.engine.models.tiny import TinyDecoder
 from counterlens.engine.packs import Pack

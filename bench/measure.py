@@ -10,10 +10,11 @@ from torch import Tensor
 
 from bench.baselines.img2img import img2img
 from bench.record import interval
+from counterlens.engine.cli.demo import marker_change
 from counterlens.engine.config import Config, Settings
-from counterlens.engine.demo import marker_change
-from counterlens.engine.engine import Engine, image_seed
-from counterlens.engine.images import as_saved
+from counterlens.engine.core.result import image_seed
+from counterlens.engine.engine import Engine
+from counterlens.engine.images.files import as_saved
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack, Samples
 

@@ -24,7 +24,7 @@ from bench.measure import quality, two_targets
 from bench.record import RESULTS, interval, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.config import PRESETS, SPEEDS, Settings
-from counterlens.engine.images import as_saved
+from counterlens.engine.images.files import as_saved
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 

@@ -24,11 +24,11 @@ import typer
 
 from bench.record import quantiles, say, write_result
 from counterlens.engine import Config, Engine
-from counterlens.engine.images import save_png
+from counterlens.engine.core.whole_run import MODEL
+from counterlens.engine.images.files import save_png
 from counterlens.engine.packs import Pack
 from counterlens.engine.portable.file import CARD
 from counterlens.engine.portable.page import web_runtime, write_page
-from counterlens.engine.whole_run import MODEL
 from counterlens.export.errors import ExportError
 
 SECTIONS = ("parity", "speed", "start", "node", "page")
@@ -63,7 +63,7 @@ def speed(work: Path, rounds: int) -> dict[str, Any]:
     store = work / "store"
     engine = Engine.from_pack("digits", runtime="onnxruntime", store=store, device="cpu")
     config = Config(speed="fast")
-    from counterlens.engine.exporting import ALL, export_artefact
+    from counterlens.engine.core.exporting import ALL, export_artefact
 
     building = Engine.from_pack("digits", config=config, runtime="auto", store=store, device="cpu")
     for what in ALL:
@@ -92,7 +92,7 @@ def speed(work: Path, rounds: int) -> dict[str, Any]:
 
 def start(work: Path, rounds: int) -> dict[str, Any]:
     """`counterlens run`, process start to file written, and `import torch` beside it."""
-    run = [sys.executable, "-c", "from counterlens.engine.cli import main; main()", "run", str(work / MODEL)]
+    run = [sys.executable, "-c", "from counterlens.engine.cli.main import main; main()", "run", str(work / MODEL)]
     run += [str(work / "digit.png"), "--out", str(work / "run"), "--overwrite", "--threads", "1"]
     plain = [sys.executable, "-c", "import torch"]
     times: dict[str, list[float]] = {"counterlens run": [], "import torch": []}
@@ -128,8 +128,8 @@ def page(work: Path, rounds: int) -> dict[str, Any]:
     """The single page in headless Chromium, offline: seconds to the first answer and to the next ones."""
     from playwright.sync_api import sync_playwright
 
+    from counterlens.engine.core.whole_run import page_card
     from counterlens.engine.portable.page import VERSION
-    from counterlens.engine.whole_run import page_card
 
     engine = Engine.from_pack("digits", runtime="eager", device="cpu")
     card = json.loads((work / CARD).read_text()) | {"page": page_card(engine, VERSION)}

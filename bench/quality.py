@@ -30,9 +30,9 @@ from bench.measure import (
 )
 from bench.record import RESULTS, interval, write_result
 from counterlens.engine.config import Settings
-from counterlens.engine.drawing import Strip, draw_strips
 from counterlens.engine.engine import Engine
-from counterlens.engine.images import as_saved, to_uint8, write_png
+from counterlens.engine.images.drawing import Strip, draw_strips
+from counterlens.engine.images.files import as_saved, to_uint8, write_png
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from bench.record import RESULTS, write_result
 from counterlens.engine.config import PRESETS
-from counterlens.engine.guidance.pullback import PullbackMode, frozen, pullback
+from counterlens.engine.guidance.memory import PeakMemory, checkpointed, weight_bytes
+from counterlens.engine.guidance.pullback import PullbackMode, pullback
 from counterlens.engine.guidance.step import GuidedStep
-from counterlens.engine.memory import PeakMemory, checkpointed, weight_bytes
+from counterlens.engine.models.freezing import frozen
 from counterlens.engine.models.image_classifiers import Logits
 from counterlens.engine.models.ldm import ClassContextLatentDiffusion
 from counterlens.engine.models.placing import choose_device, full_precision, place

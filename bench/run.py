@@ -31,11 +31,11 @@ from bench.record import RESULTS, environment, interval, quantiles, say, write_r
 from bench.runtimes import interleaved
 from counterlens.engine import Config, Engine
 from counterlens.engine.config import Settings
-from counterlens.engine.guidance.pullback import frozen
 from counterlens.engine.guidance.sampler import Job, Outcome, Sampler, seeded_noise
 from counterlens.engine.guidance.schedule import make_schedule
 from counterlens.engine.guidance.step import GuidedStep
-from counterlens.engine.images import to_uint8
+from counterlens.engine.images.files import to_uint8
+from counterlens.engine.models.freezing import frozen
 from counterlens.engine.packs import Pack
 from counterlens.export.store import Store
 
@@ -293,7 +293,7 @@ def guided_step_suite(runtime: str, rounds: int, batch: int) -> dict[str, Any]:
         seen = latents if chosen.distance == "latent" else images
         for label, one in (("", engine), (", compiled", compiled)):
             if one is not None:
-                step = one._runner(chosen).step(batch)
+                step = one.runners.step(chosen).step(batch)
                 calls[name + label] = lambda s=step, x=seen: s(z, t, t_prev, targets, x, targets, **scales)  # type: ignore[misc]
     with engine.frozen():
         seconds = interleaved(calls, rounds)
@@ -450,7 +450,7 @@ def startup_suite(times: int) -> dict[str, Any]:
     """Seconds of fresh processes: help, import, opening the pack, the first counterfactual."""
     snippets = {
         "counterlens --help": "import sys; sys.argv = ['counterlens', '--help']; "
-        "from counterlens.engine.cli import main; main()",
+        "from counterlens.engine.cli.main import main; main()",
         "import": "from counterlens.engine import Engine; Engine",
         "open the pack": "from counterlens.engine import Engine; Engine.from_pack('digits')",
         "first counterfactual": "import torch; from counterlens.engine import Engine, Config; "

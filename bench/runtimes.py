@@ -21,7 +21,7 @@ from torch import Tensor
 from bench.baselines.literal import literal_step
 from bench.record import RESULTS, write_result
 from counterlens.engine import Config, Engine
-from counterlens.engine.guidance.pullback import frozen
+from counterlens.engine.models.freezing import frozen
 from counterlens.engine.runtime import artefacts
 from counterlens.engine.runtime.choice import TARGETS
 from counterlens.engine.runtime.spec import SCALES, Spec, flat

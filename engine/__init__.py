@@ -15,12 +15,13 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .config import Config
-    from .engine import Counterfactuals, Engine
-    from .images import load_image
+    from .core.result import Counterfactuals
+    from .engine import Engine
+    from .images.files import load_image
 
 __all__ = ["Config", "Counterfactuals", "Engine", "load_image"]
 
-_HOMES = {"Config": ".config", "Counterfactuals": ".engine", "Engine": ".engine", "load_image": ".images"}
+_HOMES = {"Config": ".config", "Counterfactuals": ".core.result", "Engine": ".engine", "load_image": ".images.files"}
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ from counterlens.export.hashing import file_digest
 
 from .errors import CounterlensError, UsageError
 from .files import cannot_write, real, sweep, write_atomically
-from .images import make_folder
+from .images.files import make_folder
 
 FORMAT, SCHEMA_VERSION = "counterlens-run", 1
 RUN, LOG, LOCK = "run.json", "results.jsonl", ".lock"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExportError
+from counterlens.export.errors import ExportError
 
 if TYPE_CHECKING:
-    from .onnx import export_onnx
-    from .store import Store
+    from counterlens.export.onnx import export_onnx
+    from counterlens.export.store import Store
 
 __all__ = ["ExportError", "Store", "export_onnx"]
 

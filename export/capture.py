@@ -24,8 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from . import decompositions
-from .errors import ExportError
+from counterlens.export import decompositions
+from counterlens.export.errors import ExportError
 
 INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
 MEMORY = ("numpy", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__")

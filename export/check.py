@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from .capture import without_onednn
-from .simplify import Size
+from counterlens.export.capture import without_onednn
+from counterlens.export.simplify import Size
 
 # Relative to each sample's largest magnitude, by the coarsest type in the graph.
 TOLERANCE = {torch.bfloat16: 2e-1, torch.float16: 3e-2}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .decomposing import decomposes
+from counterlens.export.decomposing import decomposes
 
 aten = torch.ops.aten
 ONE_HOT = 1 << 20  # entries of a table of one-hot rows above which runtimes scatter instead

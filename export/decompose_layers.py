@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .decomposing import decomposes, wide
+from counterlens.export.decomposing import decomposes, wide
 
 aten = torch.ops.aten
 

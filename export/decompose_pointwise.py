@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 
-from .decomposing import OWN, decomposes, derived, wide
+from counterlens.export.decomposing import OWN, decomposes, derived, wide
 
 aten = torch.ops.aten
 

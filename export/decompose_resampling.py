@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .decomposing import OWN, decomposes, derived
+from counterlens.export.decomposing import OWN, decomposes, derived
 
 aten = torch.ops.aten
 

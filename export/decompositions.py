@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
 
-from . import decompose_indexing, decompose_layers, decompose_pointwise, decompose_resampling
-from .decomposing import OWN, decomposes
+from counterlens.export import decompose_indexing, decompose_layers, decompose_pointwise, decompose_resampling
+from counterlens.export.decomposing import OWN, decomposes
 
 __all__ = [
     "CALLS",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .builder import Builder, Value, extent, lowers, meta, scalar
+from counterlens.export.builder import Builder, Value, extent, lowers, meta, scalar
 
 aten = torch.ops.aten
 

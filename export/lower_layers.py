@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .builder import Builder, Value, fixed, lowers, meta
-from .decompose_resampling import windows
+from counterlens.export.builder import Builder, Value, fixed, lowers, meta
+from counterlens.export.decompose_resampling import windows
 
 aten = torch.ops.aten
 

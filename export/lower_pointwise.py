@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .builder import Builder, Value, lowers, meta, operands, scalar
+from counterlens.export.builder import Builder, Value, lowers, meta, operands, scalar
 
 aten = torch.ops.aten
 

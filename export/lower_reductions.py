@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .builder import Builder, Value, axes_of, extent, fixed, lowers, meta
+from counterlens.export.builder import Builder, Value, axes_of, extent, fixed, lowers, meta
 
 aten = torch.ops.aten
 

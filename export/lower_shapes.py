@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .builder import FAR, Builder, Value, axes_of, lowers, meta, scalar
+from counterlens.export.builder import FAR, Builder, Value, axes_of, lowers, meta, scalar
 
 aten = torch.ops.aten
 

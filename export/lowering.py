@@ -6,8 +6,8 @@ values elsewhere. Only operators that TensorRT documents are used.
 
 from __future__ import annotations
 
-from . import lower_indexing, lower_layers, lower_pointwise, lower_reductions, lower_shapes
-from .builder import LOWERINGS, Value
+from counterlens.export import lower_indexing, lower_layers, lower_pointwise, lower_reductions, lower_shapes
+from counterlens.export.builder import LOWERINGS, Value
 
 __all__ = [
     "LOWERINGS", "Value", "lower_indexing", "lower_layers", "lower_pointwise", "lower_reductions", "lower_shapes",

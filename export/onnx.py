@@ -17,12 +17,12 @@ from onnx import TensorProto, helper
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .dtypes import STAND_INS, TO_BOOL, data_type, held, result_type
-from .errors import ExportError, NodeError
-from .lowering import LOWERINGS, Value
-from .simplify import Size, aten
-from .trace import located, trace
-from .verify import SMALL, check_file, check_structure
+from counterlens.export.dtypes import STAND_INS, TO_BOOL, data_type, held, result_type
+from counterlens.export.errors import ExportError, NodeError
+from counterlens.export.lowering import LOWERINGS, Value
+from counterlens.export.simplify import Size, aten
+from counterlens.export.trace import located, trace
+from counterlens.export.verify import SMALL, check_file, check_structure
 
 OPSET = 18
 OPSETS = range(18, 22)  # what the lowerings are right for, and TensorRT 10 reads

@@ -18,10 +18,10 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from .errors import ExportError, NodeError
-from .onnx import OPSET, TYPES, OnnxBuilder, appearing, tensor_bytes, write_model
-from .store import tensors_digest
-from .trace import located, trace
+from counterlens.export.errors import ExportError, NodeError
+from counterlens.export.onnx import OPSET, TYPES, OnnxBuilder, appearing, tensor_bytes, write_model
+from counterlens.export.store import tensors_digest
+from counterlens.export.trace import located, trace
 
 Storage = Literal["lossless", "float16", "float32"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, unwrap_if_dead
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .errors import ExportError
+from counterlens.export.errors import ExportError
 
 CLONES = 1 << 30  # bytes of tensors that are copied; what is larger is only watched
 LIBRARIES = sys.stdlib_module_names | {"torch", "torchvision", "numpy", "onnx", "onnxruntime", "triton", "sympy"}

@@ -24,8 +24,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from .errors import ExportError
-from .hashing import file_digest
+from counterlens.export.errors import ExportError
+from counterlens.export.hashing import file_digest
 
 FORMAT = 1
 MANIFEST = "artefact.json"

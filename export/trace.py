@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .capture import capture, rehearse, source_of
-from .check import call, compare, free_memory, peak_bytes, sample, tolerance_of
-from .errors import ExportError, NodeError
-from .simplify import Shape, Size, simplify
-from .state import State, forget_fakes, preserved
+from counterlens.export.capture import capture, rehearse, source_of
+from counterlens.export.check import call, compare, free_memory, peak_bytes, sample, tolerance_of
+from counterlens.export.errors import ExportError, NodeError
+from counterlens.export.simplify import Shape, Size, simplify
+from counterlens.export.state import State, forget_fakes, preserved
 
 aten = torch.ops.aten
 BATCHES = (4, 7)  # traced at both; coprime, so that halves of the batch are told from multiples

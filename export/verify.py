@@ -16,11 +16,11 @@ from onnx import helper
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from .capture import explain, shapes_of
-from .check import BATCHES, Comparison, call, compare, fitting, free_memory, sample, tolerance_of
-from .errors import ExportError, NodeError
-from .state import preserved
-from .trace import batch_dependence, batched_inputs, devices_of, traced_alone
+from counterlens.export.capture import explain, shapes_of
+from counterlens.export.check import BATCHES, Comparison, call, compare, fitting, free_memory, sample, tolerance_of
+from counterlens.export.errors import ExportError, NodeError
+from counterlens.export.state import preserved
+from counterlens.export.trace import batch_dependence, batched_inputs, devices_of, traced_alone
 
 MISFITS: tuple[type[Exception], ...] = (
     RuntimeError,

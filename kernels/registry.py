@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .dispatch import BACKENDS, environment_reasons
+from counterlens.kernels.dispatch import BACKENDS, environment_reasons
 
 # Public functions as module:name, relative to counterlens.kernels.
 OPERATIONS = (

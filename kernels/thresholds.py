@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import values_readable
+from counterlens.kernels.dispatch import values_readable
 
 
 def check_thresholds(thresholds: Tensor | Sequence[float], samples: int, device: torch.device) -> Tensor:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DModel
 
-from counterlens.engine.models.classifiers import StridedClassifier
 from counterlens.engine.models.latent import ClassConditionalLatentDiffusion
 from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.packs.architectures import StridedClassifier
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,30 +1,10 @@
-"""Saliency: the LAX adapter, established methods beside it, and what they explain."""
+"""The former name of `counterlens.engine.saliency`, for scripts that still import from it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from importlib import import_module
 
-from ..lazy import find
-
-if TYPE_CHECKING:
-    from ..models.image_classifiers import wrap_classifier
-    from .evaluation import evaluate, summarise
-    from .lax import LAX, open_adapter
-    from .methods import explain_with
-    from .recipes import train_adapter
-    from .training import Schedule
-
-_HOMES = {
-    "LAX": ".lax", "Schedule": ".training", "evaluate": ".evaluation", "explain_with": ".methods",
-    "open_adapter": ".lax", "summarise": ".evaluation", "train_adapter": ".recipes",
-    "wrap_classifier": "..models.image_classifiers",
-}  # fmt: skip
-
-__all__ = [
-    "LAX", "Schedule", "evaluate", "explain_with", "open_adapter", "summarise", "train_adapter", "wrap_classifier",
-]  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    # `counterlens --help` reads `.cli` in this folder, and must not wait for torch.
-    return find(__name__, _HOMES, name)
+for _name in ("evaluation", "explain", "lax", "methods", "recipes", "taps", "training"):
+    sys.modules[f"{__name__}.{_name}"] = import_module(f"..saliency.{_name}", __name__)
+sys.modules[f"{__name__}.quantities"] = import_module("..metrics.quantities", __name__)

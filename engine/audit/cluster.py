@@ -12,15 +12,16 @@ from torch import nn
 
 from ..errors import CounterlensError, UsageError
 from ..files import real
+from ..images.sources import need
 from .results import Results, part_path
-from .sources import need
 
 if TYPE_CHECKING:
-    from ..engine import Engine
-    from .explaining import Auditor, Chosen
+    from ..core.core import EngineCore
+    from .auditor import Auditor
+    from .plan import Chosen
 
 
-def engine_parts(engine: Engine) -> dict[str, Any]:
+def engine_parts(engine: EngineCore) -> dict[str, Any]:
     """What an equal engine is made from, without anything compiled or open; it travels to the actors."""
     return {
         "diffusion": engine.diffusion,
@@ -92,13 +93,13 @@ class Worker:
     def __init__(self, parts: Any, slots: tuple[int, ...], job: Any) -> None:
         import ray
 
-        from ..engine import Engine
+        from ..core.core import EngineCore
+        from ..images.sources import open_source
+        from .auditor import Auditor, read_plan
         from .conditions import check_conditions, conditions, held
-        from .explaining import Auditor
-        from .run import parts_of, read_plan
-        from .sources import open_source
+        from .plan import parts_of
 
-        engine = Engine(**ray.get(parts))
+        engine = EngineCore(**ray.get(parts))
         engine.slots = slots
         details = ray.get(job)
         options = details["options"]

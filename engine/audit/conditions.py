@@ -20,16 +20,16 @@ from ..provenance import session
 
 if TYPE_CHECKING:
     from ..config import Config
-    from ..engine import Engine
+    from ..core.core import EngineCore
 
 COMPUTING = ("counterlens", "torch", "diffusers", "transformers", "pillow")  # packages that make pixels or numbers
 RUNTIME_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "tensorrt": ("tensorrt",)}
 SET = ("threads", "runtimes", "parity")  # what is set to the recorded value instead of compared
 
 
-def conditions(engine: Engine, config: Config) -> dict[str, Any]:
+def conditions(engine: EngineCore, config: Config) -> dict[str, Any]:
     """What decides the last bits of this engine's results, here and now, as JSON values."""
-    here, runtimes = session(engine.device), engine.runtimes(config)
+    here, runtimes = session(engine.device), engine.runners.taken(engine.settings(config), engine.slots)
     used = {name for by_slots in runtimes.values() for name in by_slots.values()}
     packages = {*COMPUTING, *(p for name in used for p in RUNTIME_PACKAGES.get(name, ()))}
     return {
@@ -40,7 +40,7 @@ def conditions(engine: Engine, config: Config) -> dict[str, Any]:
         "kernels": engine.backend if engine.backend != "auto" else operations()[0].automatic,
         "versions": {name: v for name, v in here["versions"].items() if name in packages},
         "runtimes": runtimes,
-        "parity": {name: p for name, p in engine.parities(config).items() if name in used},
+        "parity": {name: p for name, p in engine.runners.parities(engine.settings(config)).items() if name in used},
     }
 
 
@@ -64,14 +64,16 @@ def check_conditions(before: Mapping[str, Any], now: Mapping[str, Any], where: s
 
 
 @contextmanager
-def held(engine: Engine, before: Mapping[str, Any], config: Config, say: Callable[[str], None]) -> Iterator[None]:
+def held(engine: EngineCore, before: Mapping[str, Any], config: Config, say: Callable[[str], None]) -> Iterator[None]:
     """Compute with the threads and the runtimes under which an audit began; `say` is told what that changes."""
     threads, wanted = torch.get_num_threads(), before["threads"]
     if threads != wanted:
         say(f"threads: {wanted}, as this audit began, instead of {threads}; sums depend on them")
     torch.set_num_threads(wanted)  # of BLAS too, also where it is the same
     try:
-        with engine.pinned(before["runtimes"], config, say, fresh=threads != wanted):
+        with engine.runners.pinned(
+            before["runtimes"], engine.settings(config), engine.slots, say, fresh=threads != wanted
+        ):
             yield
     finally:
         torch.set_num_threads(threads)

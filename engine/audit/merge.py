@@ -14,12 +14,13 @@ import pyarrow.parquet as pq
 
 from ..errors import CounterlensError, UsageError
 from ..files import real, write_atomically
-from ..images import make_folder
+from ..images.files import make_folder
 from ..outputs import RUN, differences, locked
+from .auditor import Auditor
 from .disagreement import find
-from .explaining import Auditor
+from .plan import parts_of, shard_of
 from .results import GOES_ON, PLAN, Results, image_path, part_path, table_bytes
-from .run import mark_finished, parts_of, shard_of
+from .run import mark_finished
 
 # What runs eager's own kernels, in order; nothing was compiled that could differ.
 UNCOMPILED = {"eager", "cudagraphs"}

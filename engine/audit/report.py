@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..drawing import change_map
 from ..errors import CounterlensError
 from ..files import real, write_atomically
-from .disagreement import CELLS, read_facts, read_maps, verdict
+from ..images.drawing import change_map
+from ..images.sources import need
+from .disagreement import read_facts, read_maps, verdict
 from .insight import COLUMNS as INSIGHT_COLUMNS
 from .insight import patterns
 from .results import GOES_ON, Results
-from .sources import need
 from .summary import Interval, Summary, summarise
+from .watching import CELLS
 
 REPORT = "report.html"
 CARDS = 1000  # samples with pictures

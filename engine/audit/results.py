@@ -27,11 +27,11 @@ from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
-from ..images import png_text, to_uint8
+from ..images.files import png_text, to_uint8
+from ..images.sources import need
 from ..outputs import RUN, differences, read_run, remove_run
 from ..provenance import session
 from .conditions import check_conditions
-from .sources import need
 
 FORMAT, VERSION = "counterlens-audit", 1
 MANIFEST, PLAN, LOCK = "manifest.json", "plan.parquet", ".lock"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,18 +20,17 @@ from torch import Tensor
 from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..files import real, sweep, write_atomically
-from ..images import make_folder
+from ..images.files import make_folder
 from ..models.protocols import Classifier
 from ..outputs import FORMAT as RUN_FORMAT
 from ..outputs import RUN, SCHEMA_VERSION, locked
-from ..provenance import engine_facts
+from .auditor import Auditor, open_auditor, read_plan
 from .conditions import conditions, held
-from .explaining import Auditor, Chosen, open_auditor
+from .plan import Chosen, parts_of, shard_of, write_plan
 from .results import COMMAND, GOES_ON, MANIFEST, PLAN, Results, image_path, part_path
-from .sources import Sample, need
 
 if TYPE_CHECKING:
-    from ..engine import Engine
+    from ..core.core import EngineCore
 
 
 @dataclass
@@ -50,47 +48,6 @@ class Progress:
     def rate(self) -> float:
         """Samples a second in this session."""
         return self.now / self.seconds if self.seconds else 0.0
-
-
-def parts_of(chosen: Sequence[Chosen], size: int) -> dict[int, list[Chosen]]:
-    """Parts by number; which samples share a part never depends on what was done before."""
-    return {i // size: list(chosen[i : i + size]) for i in range(0, len(chosen), size)}
-
-
-def shard_of(parts: Iterable[int], shard: tuple[int, int] | None) -> list[int]:
-    """The parts of one shard (number from 1, of how many)."""
-    return [p for p in parts if shard is None or p % shard[1] == shard[0] - 1]
-
-
-def write_plan(folder: Path, chosen: Sequence[Chosen], samples: Sequence[Sample]) -> None:
-    """Write the plan: which samples of the source, in which order."""
-    pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
-    places = {s.id: i for i, s in enumerate(samples)}
-    table = pa.table(
-        {
-            "number": pa.array([c.number for c in chosen], pa.int64()),
-            "id": pa.array([c.sample.id for c in chosen], pa.string()),
-            "place": pa.array([places[c.sample.id] for c in chosen], pa.int64()),
-        }
-    )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    write_atomically(folder / PLAN, buffer.getvalue(), hint=GOES_ON)
-
-
-def read_plan(folder: Path, auditor: Auditor) -> list[Chosen]:
-    """The plan that is there."""
-    pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
-    try:
-        places = pq.read_table(folder / PLAN).column("place").to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise CounterlensError(f"{folder / PLAN}: cannot be read ({error}); remove it, and it is made again") from error
-    chosen: list[Chosen] = []
-    for number, place in enumerate(places):
-        sample = auditor.source.samples[place]
-        target = sample.target if sample.target is not None else auditor.options.target
-        chosen.append(Chosen(number, sample, auditor.labels[place], target))
-    return chosen
 
 
 class Interrupted(CounterlensError):
@@ -264,7 +221,7 @@ def run_audit(
 
 def run_json(auditor: Auditor, shard: tuple[int, int] | None) -> dict[str, Any]:
     """What run.json says: who made the folder, with which models and settings; the manifest has it in full."""
-    identity, facts = auditor.identity, engine_facts(auditor.engine, auditor.config)
+    identity, facts = auditor.identity, auditor.engine.facts(auditor.config)
     return {
         "format": RUN_FORMAT, "command": COMMAND, "schema_version": SCHEMA_VERSION, **facts,
         "options": identity["options"], "shard": shard, "source": identity["source"], "audit": identity["hash"],
@@ -283,7 +240,7 @@ def mark_finished(results: Results, samples: int) -> None:
 
 
 def audit(
-    engine: Engine,
+    engine: EngineCore,
     source: str | Path,
     out: str | Path,
     config: Config | None = None,

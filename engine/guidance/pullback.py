@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-
-from .norms import plain_norms
+from torch import Tensor
 
 PullbackMode = Literal["functional", "autograd"]
 PULLBACK_MODES: tuple[PullbackMode, ...] = ("functional", "autograd")
@@ -34,26 +31,3 @@ def pullback(
         leaf = x.detach().requires_grad_()
         y = fn(leaf)
     return y.detach(), lambda v: torch.autograd.grad(y, leaf, v, retain_graph=True)[0]
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Hold modules in eval mode without parameter gradients, their norms made right, and leave them as they were.
-
-    Without this the graph of every step would also reach the parameters, and memory would grow with the steps.
-    """
-    parts = {id(m): m for module in modules for m in module.modules()}.values()
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    training = [m for m in parts if m.training]
-    try:
-        for m in training:
-            m.training = False
-        for p in parameters:
-            p.requires_grad_(False)
-        with plain_norms(parts):
-            yield
-    finally:
-        for m in training:
-            m.training = True
-        for p in parameters:
-            p.requires_grad_(True)

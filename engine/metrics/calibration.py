@@ -21,7 +21,7 @@ from ..showing import one_line
 from .curves import Curves, perturbation_curve
 from .inputs import Baseline, ConstantMaps, Normalize
 from .msi_score import threshold_grid
-from .quantities import Quantity
+from .quantities import QuantityLike
 
 CANDIDATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RULE = (
@@ -99,7 +99,7 @@ def calibrate(
     candidates: Sequence[float] = CANDIDATES,
     steps: int = 16,
     penalty: float = 1.0,
-    quantity: Quantity = "probability",
+    quantity: QuantityLike = "probability",
     baseline: Baseline = "mean",
     normalize: Normalize = "minmax",
     seeds: int | Sequence[int] = 0,

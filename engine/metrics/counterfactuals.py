@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
-from ..guidance.pullback import frozen
+from ..models.freezing import frozen
 from ..showing import one_line
 from .distribution import Features, extract_features
 from .inputs import check_computed, check_finite, check_images

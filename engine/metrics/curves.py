@@ -13,7 +13,7 @@ from counterlens.kernels.perturb import perturb, rank_counts
 from counterlens.kernels.perturb.reference import normalised
 
 from ..errors import UsageError
-from ..guidance.pullback import frozen
+from ..models.freezing import frozen
 from ..showing import one_line
 from .inputs import (
     Baseline,
@@ -30,7 +30,7 @@ from .inputs import (
     sample_seeds,
     unit_planes,
 )
-from .quantities import Explained, Quantity, check_targets
+from .quantities import Explained, QuantityLike, check_targets
 
 Keep = Literal["both", "above", "below"]
 Order = Literal["value", "rank"]
@@ -260,7 +260,7 @@ def perturbation_curve(
     saliency: Tensor,  # [N, H, W] or [N, 1, H, W]; with channels apart also [N, C, H, W]
     target: Tensor | Sequence[int] | int | None = None,  # [N]
     *,
-    quantity: Quantity = "probability",
+    quantity: QuantityLike = "probability",
     baseline: Baseline = "mean",
     order: Order = "value",
     keep: Keep = "both",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CounterlensError, UsageError, install_hint
-from ..guidance.pullback import frozen
+from ..models.freezing import frozen
 from .inputs import check_computed, check_images
 
 Features = Callable[[Tensor], Tensor]

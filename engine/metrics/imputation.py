@@ -25,7 +25,7 @@ from .inputs import (
     sample_seeds,
 )
 from .paths import Faithfulness, check_shares, score_of
-from .quantities import Explained, Quantity
+from .quantities import Explained, QuantityLike
 
 SHARES = tuple(i / 10 for i in range(1, 10))
 TOLERANCE = 1e-10  # of the largest residual, relative to the right-hand side's largest value
@@ -143,7 +143,7 @@ def road(
     first: Literal["most", "least"] = "most",
     shares: Sequence[float] | None = None,
     noise: float = 0.01,
-    quantity: Quantity | None = None,
+    quantity: QuantityLike | None = None,
     compat: Literal["quantus"] | None = None,
     ties: Ties | None = None,
     seeds: int | Sequence[int] = 0,

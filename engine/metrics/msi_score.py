@@ -26,7 +26,7 @@ from .inputs import (
     saliency_planes,
     sample_seeds,
 )
-from .quantities import Explained, Quantity
+from .quantities import Explained, QuantityLike
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def msi(
     penalty: float = 1.0,
     area: bool = True,
     scores: Tensor | None = None,  # [N, H, W] or [N, 1, H, W]
-    quantity: Quantity = "probability",
+    quantity: QuantityLike = "probability",
     baseline: Baseline = "mean",
     normalize: Normalize = "minmax",
     channels: Channels = "together",

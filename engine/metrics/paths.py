@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..showing import one_line
 from .curves import perturbation_curve
 from .inputs import Baseline, Channels, Ties, check_images
-from .quantities import Quantity
+from .quantities import QuantityLike
 
 Rule = Literal["trapezoid", "even", "steps", "mean", "drop"]
 RULES = ("trapezoid", "even", "steps", "mean", "drop")
@@ -67,7 +67,7 @@ class PathOptions(TypedDict, total=False):
     max_share: float
     start: bool
     rule: Rule
-    quantity: Quantity
+    quantity: QuantityLike
     baseline: Baseline
     channels: Channels
     ties: Ties

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,11 @@ from counterlens.kernels.curve.reference import target_probability
 from counterlens.kernels.dispatch import compute_dtype
 
 from ..errors import UsageError
+from ..labels import find_label
+from ..models.protocols import Classifier
 
-Quantity = Literal["probability", "logit", "log_prob", "correct"] | Callable[[Tensor, Tensor], Tensor]
+LogOdds = Callable[[Tensor, Tensor], Tensor]
+QuantityLike = Literal["probability", "logit", "log_prob", "correct"] | Callable[[Tensor, Tensor], Tensor]
 QUANTITIES = ("probability", "logit", "log_prob", "correct")
 
 
@@ -31,7 +35,7 @@ class Explained:
         UsageError: the classifier cannot be called, or the quantity is unknown.
     """
 
-    def __init__(self, classifier: Any, quantity: Quantity = "probability") -> None:
+    def __init__(self, classifier: Any, quantity: QuantityLike = "probability") -> None:
         if not callable(quantity) and quantity not in QUANTITIES:
             raise UsageError(f"quantity: expected {', '.join(QUANTITIES)} or a function, got {quantity!r}")
         method = None if isinstance(classifier, nn.Module) else getattr(classifier, "logits", None)
@@ -111,11 +115,18 @@ def check_targets(
     """Explained classes [N] int64 on the logits' device; without `target`, what the classifier predicts.
 
     Raises:
-        UsageError: a label is out of range, or their number is not N.
+        UsageError: see `check_labels`.
     """
-    n, classes = logits.shape
-    if target is None:
-        return logits.argmax(1)
+    count, classes = logits.shape
+    return logits.argmax(1) if target is None else check_labels(target, count, classes, logits.device)
+
+
+def check_labels(target: Tensor | Sequence[int] | int, count: int, classes: int, device: torch.device) -> Tensor:
+    """Label indices [count] int64 on `device`, from one for all, a sequence or a tensor.
+
+    Raises:
+        UsageError: a label is out of range, or their number is not `count`.
+    """
     try:
         targets = torch.as_tensor(target)
     except (TypeError, ValueError) as error:
@@ -123,14 +134,14 @@ def check_targets(
     if targets.dtype == torch.bool or targets.is_floating_point():
         raise UsageError(f"target: expected whole numbers, got {targets.dtype}")
     if targets.ndim == 0:
-        targets = targets.expand(n)
-    if targets.shape != (n,):
-        raise UsageError(f"target: expected one label or {n} of them, got {list(targets.shape)}")
-    if n and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        targets = targets.expand(count)
+    if targets.shape != (count,):
+        raise UsageError(f"target: expected one label or {count} of them, got {list(targets.shape)}")
+    if count and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise UsageError(
             f"target: expected labels from 0 to {classes - 1}, got {int(targets.min())} to {int(targets.max())}"
         )
-    return targets.to(logits.device, torch.int64)
+    return targets.to(device, torch.int64)
 
 
 def group_odds(
@@ -169,3 +180,94 @@ def group_odds(
         return odds if form == "log_odds" else odds.sigmoid()
 
     return quantity
+
+
+MIXED = "/"  # between the groups of a quantity's name
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A probability of the logits, given by its log-odds: p = sigmoid(log-odds).
+
+    Calling it with logits [N, C] and targets [N] gives p [N], in [0, 1]; metrics take it as their `quantity`.
+
+    Attributes:
+        name: `class`, groups such as `0,1,2,3,4/5,6,7,8,9` (indices of labels), or a name of your own.
+        log_odds: logits [N, C] and targets [N] (label indices) to log p - log(1 - p), [N].
+        conditions: how many explained things there are: labels, or groups.
+        condition: targets [N] to which of them is meant, [N].
+    """
+
+    name: str
+    log_odds: LogOdds = field(repr=False)
+    conditions: int
+    condition: Callable[[Tensor], Tensor] = field(repr=False, default=lambda target: target)
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Probability of the explained quantity: [N] in [0, 1]."""
+        return torch.sigmoid(self.log_odds(logits, target))
+
+
+def _inside(logits: Tensor, inside: Tensor) -> Tensor:
+    """log p(inside) - log p(outside) under a softmax, for a mask [N, C]: [N]."""
+    minus = logits.new_tensor(-torch.inf)
+    return torch.logsumexp(torch.where(inside, logits, minus), 1) - torch.logsumexp(
+        torch.where(inside, minus, logits), 1
+    )
+
+
+def make_quantity(classifier: Classifier, quantity: str | LogOdds | Quantity = "class") -> Quantity:
+    """The explained quantity of a classifier.
+
+    Args:
+        classifier: its labels and link decide.
+        quantity: `class` (the target label against all others; under a sigmoid its own logit); groups of labels by name
+            or index, `0,1,2,3,4/5,6,7,8,9`: the target's group against the others; or any scalar of the logits, a
+            function of logits [N, C] and targets [N] that returns log-odds [N].
+
+    Raises:
+        UsageError: a label is unknown, stands twice or in no group, or groups are asked of a sigmoid classifier.
+    """
+    labels = list(classifier.labels)
+    if isinstance(quantity, Quantity):
+        return quantity
+    if not isinstance(quantity, str):
+        return Quantity(getattr(quantity, "__name__", "custom"), quantity, len(labels))
+    if quantity == "class":
+        if classifier.link == "sigmoid":
+            return Quantity("class", lambda logits, target: logits.gather(1, target[:, None])[:, 0], len(labels))
+
+        def one(logits: Tensor, target: Tensor) -> Tensor:
+            return _inside(logits, torch.arange(logits.shape[1], device=logits.device) == target[:, None])
+
+        return Quantity("class", one, len(labels))
+    if classifier.link == "sigmoid":
+        raise UsageError("quantity: groups are of labels that exclude each other; this classifier's do not")
+    return _grouped(labels, [part.split(",") for part in quantity.split(MIXED)])
+
+
+def _grouped(labels: list[str], groups: Sequence[Sequence[str]]) -> Quantity:
+    group_of = [-1] * len(labels)
+    for number, names in enumerate(groups):
+        for name in names:
+            text = name.strip()
+            index = find_label(text, labels, "quantity", ("class, or groups such as a,b/c,d of labels:",))
+            if group_of[index] >= 0:
+                raise UsageError(f"quantity: label {labels[index]!r} stands in two groups")
+            group_of[index] = number
+    if len(groups) < 2 or -1 in group_of:
+        left = [labels[i] for i, g in enumerate(group_of) if g < 0]
+        raise UsageError(
+            f"quantity: {'one group only' if not left else f'label {left[0]!r} is in no group'}; "
+            "every label belongs to one of two or more"
+        )
+    table = torch.tensor(group_of)
+
+    def of(target: Tensor) -> Tensor:
+        return table.to(target.device)[target]
+
+    def log_odds(logits: Tensor, target: Tensor) -> Tensor:
+        return _inside(logits, table.to(logits.device) == of(target)[:, None])
+
+    name = MIXED.join(",".join(str(i) for i, g in enumerate(group_of) if g == n) for n in range(len(groups)))
+    return Quantity(name, log_odds, len(groups), of)

@@ -1,4 +1,4 @@
-"""The simplest saliency maps, to calibrate and to test with; real methods are in `counterlens.engine.adapter`."""
+"""The simplest saliency maps, to calibrate and to test with; real methods are in `counterlens.engine.saliency`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import UsageError
-from ..guidance.pullback import frozen
+from ..models.freezing import frozen
 from .inputs import blur, check_computed
-from .quantities import Explained, Quantity
+from .quantities import Explained, QuantityLike
 
 
 def gradient_maps(
     classifier: Any,
     images: Tensor,  # [N, C, H, W] in [0, 1]
     *,
-    quantity: Quantity = "log_prob",
+    quantity: QuantityLike = "log_prob",
     sigma: float = 0.0,
     batch_size: int = 64,
 ) -> Tensor:

@@ -24,7 +24,7 @@ from .inputs import (
     sample_seeds,
 )
 from .paths import score_of
-from .quantities import Explained, Quantity, check_targets
+from .quantities import Explained, QuantityLike, check_targets
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def cout(
     source: Tensor | Sequence[int] | int | None = None,  # [N]
     *,
     steps: int = 50,
-    quantity: Quantity = "probability",
+    quantity: QuantityLike = "probability",
     compat: Literal["ace"] | None = None,
     ties: Ties | None = None,
     seeds: int | Sequence[int] = 0,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import CounterlensError, UsageError
 from .fields import PREDICTIONS
-from .load import open_diffusion, read_tensors
+from .files import read_tensors
+from .load import open_diffusion
 from .text import import_transformers, open_tokenizer
 
 UNET, FIRST_STAGE, CONDITION = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."

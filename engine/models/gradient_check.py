@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from counterlens.export.state import State
 
 from ..errors import UsageError
-from ..guidance.pullback import frozen
+from .freezing import frozen
 from .protocols import Classifier, SigmoidClassifier, SoftmaxClassifier
 
 DIRECTIONS = 2

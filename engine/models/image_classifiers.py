@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import CounterlensError, UsageError
-from ..guidance import norms
-from ..guidance.pullback import frozen
+from . import norms
+from .files import find_folder, id2label_names, read_json, read_part, read_tensors
+from .freezing import frozen
 from .gradient_check import check_gradient
-from .load import find_folder, id2label_names, read_json, read_part, read_tensors
 from .preprocessing import Preprocessing, difference, from_processor
 from .protocols import SigmoidClassifier, SoftmaxClassifier
 from .stable_diffusion import make_prompts

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..guidance.norms import PlainNorms
+from .norms import PlainNorms
 
 
 class Diffusion(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import CounterlensError, UsageError, install_hint
-from .load import read_json, read_part
+from .files import read_json, read_part
 
 
 def import_transformers() -> ModuleType:

@@ -107,7 +107,7 @@ def open_decoder(folder: str | Path) -> TinyDecoder:
     Raises:
         UsageError: there is no such folder, or the config is of neither kind. CounterlensError: a file is corrupt.
     """
-    from .load import find_folder, read_json
+    from .files import find_folder, read_json
 
     folder = find_folder(folder, "guidance_decoder")
     config = read_json(folder / CONFIG)

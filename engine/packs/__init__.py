@@ -15,14 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
-from ..models.digits import choose_markers, draw_markers, render
 from ..models.protocols import SoftmaxClassifier
+from ..provenance import digest, session
 from ..showing import one_line
+from .rendering import choose_markers, draw_markers, render
 
 if TYPE_CHECKING:
-    from ..models.digits import Marker
     from ..models.latent import ClassConditionalLatentDiffusion
     from ..models.tiny import TinyDecoder
+    from .rendering import Marker
 
 SPLITS = ("train", "validation", "test")
 TINY = "tiny-decoder"
@@ -100,7 +101,7 @@ class Pack:
         Raises:
             UsageError: there is none of that name.
         """
-        from ..models.classifiers import ARCHITECTURES
+        from .architectures import ARCHITECTURES
 
         if name not in self.classifier_names():
             raise UsageError(f"classifier: {name!r} is not in pack {self.name!r}: {', '.join(self.classifier_names())}")
@@ -110,18 +111,24 @@ class Pack:
         _load(module, folder / "model.safetensors")
         return SoftmaxClassifier(module.eval().requires_grad_(False), config["labels"])
 
-    def diffusion(self) -> ClassConditionalLatentDiffusion:
-        """Load the diffusion model in float32 (it is stored in float16)."""
+    def diffusion(self, dtype: str = "float32") -> ClassConditionalLatentDiffusion:
+        """Load the diffusion model (it is stored in float16) with weights of this type.
+
+        Raises:
+            UsageError: there is no such type here.
+        """
         from diffusers import AutoencoderKL, UNet2DModel
 
         from ..models.fields import read_noise_levels
+        from ..models.files import check_dtype
         from ..models.latent import ClassConditionalLatentDiffusion
 
         vae = AutoencoderKL.from_config(AutoencoderKL.load_config(self.folder / "vae"))
         unet = UNet2DModel.from_config(UNet2DModel.load_config(self.folder / "unet"))
         for module, part in ((vae, "vae"), (unet, "unet")):
             _load(module, self.folder / part / "diffusion_pytorch_model.safetensors")
-            module.eval().requires_grad_(False)
+            # not diffusers' own `to`, which warns of an empty list of modules
+            torch.nn.Module.to(module, check_dtype(dtype, torch.device("cpu"))).eval().requires_grad_(False)
         path = self.folder / "scheduler" / "scheduler_config.json"
         levels = read_noise_levels(path, json.loads(path.read_text()))
         digits = [str(d) for d in range(10)]
@@ -146,7 +153,7 @@ class Pack:
         Args:
             split: `train`, `validation` or `test`.
             count: how many, spread evenly over the classes; all without it.
-            marker: `none`, `random`, `matching` or `conflicting` (see `models.digits.choose_markers`).
+            marker: `none`, `random`, `matching` or `conflicting` (see `packs.rendering.choose_markers`).
             seed: of the renderings.
 
         Raises:
@@ -187,3 +194,14 @@ def _load(module: torch.nn.Module, path: Path) -> None:
         module.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     except (SafetensorError, RuntimeError) as error:
         raise CounterlensError(f"{path}: {error}") from error
+
+
+def pack_facts(name: str) -> dict[str, Any]:
+    """A pack by name and contents, and the session."""
+    pack = Pack(name)
+    return {"pack": pack.name, "pack_hash": digest(pack.manifest["files"]), **session()}
+
+
+def is_pack(name: str | Path) -> bool:
+    """Whether a name is that of an embedded pack, or a pack's folder."""
+    return str(name) == "digits" or (Path(name) / "pack.json").is_file()

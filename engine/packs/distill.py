@@ -17,9 +17,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ..guidance.pullback import frozen
 from ..guidance.schedule import add_noise
 from ..guidance.step import unit_largest
+from ..models.freezing import frozen
 from ..models.protocols import SoftmaxClassifier
 from ..models.tiny import CONFIG, WEIGHTS, LatentResolutionDecoder, check_decoder, read_decoder, save_decoder
 from . import TINY, Pack

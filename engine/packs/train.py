@@ -24,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..models.classifiers import ARCHITECTURES
-from ..models.digits import choose_markers, draw_markers, render
+from .architectures import ARCHITECTURES
+from .rendering import choose_markers, draw_markers, render
 
 SPLITS = {"train": 1200, "validation": 237, "test": 360}
 REPEATS = 20  # renderings of each training digit

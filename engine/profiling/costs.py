@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..guidance.memory import PeakMemory
 from ..guidance.spans import listening
-from ..memory import PeakMemory
 
 
 @dataclass

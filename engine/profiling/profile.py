@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..engine import Engine, Targets
+from ..core.core import EngineCore
+from ..core.targets import Targets
 from ..errors import UsageError
 from ..guidance.schedule import ddim
 from ..guidance.spans import STEP_PARTS, listening
@@ -93,7 +94,7 @@ class Profile:
 
 
 def profile(
-    engine: Engine,
+    engine: EngineCore,
     images: Tensor,  # [N, 3, H, W] in [0, 1]
     targets: Targets = "runner-up",
     config: Config | None = None,
@@ -244,7 +245,7 @@ def _per_step(spans: list[Span], children: dict[int, list[int]]) -> list[dict[st
 
 
 @torch.no_grad()
-def _eager_steps(engine: Engine, config: Config, slots: int, device: torch.device) -> list[Span]:
+def _eager_steps(engine: EngineCore, config: Config, slots: int, device: torch.device) -> list[Span]:
     spec = engine.spec(engine.settings(config))
     step, inputs = flat(spec.step()), spec.example(slots)
     with engine.frozen():
@@ -258,7 +259,7 @@ def _eager_steps(engine: Engine, config: Config, slots: int, device: torch.devic
 
 
 @torch.no_grad()
-def _unguided_seconds(engine: Engine, config: Config, slots: int, device: torch.device) -> float:
+def _unguided_seconds(engine: EngineCore, config: Config, slots: int, device: torch.device) -> float:
     """Median time of a step without guidance: both noise predictions as one batch, and the DDIM update."""
     spec = engine.spec(engine.settings(config))
     z, timestep, timestep_prev, condition, *_ = spec.example(slots)

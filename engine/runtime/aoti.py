@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from counterlens.export.errors import ExportError
 
-# layout_optimization: torch 2.13 returned a wrong VJP on the CPU with it (tests/engine/test_runtime_inductor.py).
+# layout_optimization: torch 2.13 returned a wrong VJP on the CPU with it (tests/engine/runtime/test_inductor.py).
 OPTIONS = {"layout_optimization": False}
 LARGEST = 64  # batch
 

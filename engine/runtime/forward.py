@@ -13,7 +13,7 @@ from counterlens.export.errors import ExportError
 from counterlens.export.store import Store, weights_digest
 
 from ..errors import UsageError
-from ..guidance.pullback import frozen
+from ..models.freezing import frozen
 from ..models.protocols import Classifier, SigmoidClassifier, SoftmaxClassifier
 from . import onnxruntime
 from .artefacts import CPU, FILES, missing

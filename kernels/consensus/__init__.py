@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import (
+from counterlens.kernels.consensus import reference as _reference
+from counterlens.kernels.dispatch import (
     FLOATING,
     choose_backend,
     compute_dtype,
@@ -18,7 +19,6 @@ from ..dispatch import (
     tensor_reasons,
     values_readable,
 )
-from . import reference as _reference
 
 Mode = Literal["zero", "project", "global", "off"]
 MODES: tuple[Mode, ...] = ("zero", "project", "global", "off")
@@ -104,7 +104,7 @@ def _filter(
 ) -> tuple[Tensor, Tensor]:
     """The compiled versions; arguments are checked."""
     if backend == "triton":
-        from . import triton as _triton
+        from counterlens.kernels.consensus import triton as _triton
 
         return _triton.consensus_filter(score, reference, cos_limit, tan_limit, mode, chunk)
     compute = compute_dtype(score.dtype)

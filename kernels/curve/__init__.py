@@ -8,9 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import FLOATING, choose_backend, compute_dtype, cpu_module, define_op, tensor_reasons, values_readable
-from ..thresholds import check_thresholds
-from . import reference as _reference
+from counterlens.kernels.curve import reference as _reference
+from counterlens.kernels.dispatch import (
+    FLOATING,
+    choose_backend,
+    compute_dtype,
+    cpu_module,
+    define_op,
+    tensor_reasons,
+    values_readable,
+)
+from counterlens.kernels.thresholds import check_thresholds
 
 __all__ = ["CurveScores", "curve_scores", "not_supported_reasons"]
 
@@ -40,7 +48,7 @@ def _scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The compiled versions; arguments are checked."""
     if backend == "triton":
-        from . import triton as _triton
+        from counterlens.kernels.curve import triton as _triton
 
         return _triton.curve_scores(logits, targets, thresholds)
     n, _, k, classes = logits.shape

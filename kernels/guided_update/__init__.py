@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..consensus import MODES, Mode, angle_limits, check_chunk, check_mode, limit_numbers
-from ..dispatch import FLOATING, choose_backend, compute_dtype, cpu_module, define_op, tensor_reasons, values_readable
-from . import reference as _reference
+from counterlens.kernels.consensus import MODES, Mode, angle_limits, check_chunk, check_mode, limit_numbers
+from counterlens.kernels.dispatch import (
+    FLOATING,
+    choose_backend,
+    compute_dtype,
+    cpu_module,
+    define_op,
+    tensor_reasons,
+    values_readable,
+)
+from counterlens.kernels.guided_update import reference as _reference
 
 __all__ = ["guided_update", "not_supported_reasons"]
 
@@ -58,7 +66,7 @@ def _update(
     """The compiled versions; arguments are checked."""
     latents = (z, eps_uncond, eps_cond, grad_class, grad_distance)
     if backend == "triton":
-        from . import triton as _triton
+        from counterlens.kernels.guided_update import triton as _triton
 
         return _triton.guided_update(*latents, tensors, numbers, mode, chunk)
     double = z.dtype == torch.float64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..consensus.reference import consensus_filter
+from counterlens.kernels.consensus.reference import consensus_filter
 
 
 def scaled_norm(

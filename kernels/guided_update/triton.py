@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..consensus.triton import (
+from counterlens.kernels.consensus.triton import (
     GLOBAL,
     MODE_CODES,
     chunk_places,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import (
+from counterlens.kernels.dispatch import (
     FLOATING,
     any_requires_grad,
     choose_backend,
@@ -20,8 +20,8 @@ from ..dispatch import (
     tensor_reasons,
     values_readable,
 )
-from ..thresholds import check_thresholds
-from . import reference as _reference
+from counterlens.kernels.perturb import reference as _reference
+from counterlens.kernels.thresholds import check_thresholds
 
 Keep = Literal["above", "below", "both"]
 Order = Literal["value", "rank"]
@@ -170,7 +170,7 @@ def _perturb(
 ) -> None:
     """The compiled versions, into out [N, sides, K, C, H, W]; arguments are checked."""
     if backend == "triton":
-        from . import triton as _triton
+        from counterlens.kernels.perturb import triton as _triton
 
         return _triton.perturb(image, baseline, key, limits, mean, std, out, above, below)
     n, c, h, w = image.shape
@@ -353,7 +353,7 @@ def _soft_perturb(
 ) -> Tensor:
     """The compiled forward pass; arguments are checked."""
     if backend == "triton":
-        from . import triton as _triton
+        from counterlens.kernels.perturb import triton as _triton
 
         return _triton.soft_perturb(image, baseline, saliency, thresholds, temperature, mean, std)
     n, c, h, w = image.shape
@@ -380,7 +380,7 @@ def _soft_perturb_backward(
     """The compiled backward pass: gradients with respect to saliency and image (empty unless wanted)."""
     grad = grad.contiguous()
     if backend == "triton":
-        from . import triton as _triton
+        from counterlens.kernels.perturb import triton as _triton
 
         return _triton.soft_perturb_backward(
             grad, image, baseline, saliency, thresholds, temperature, mean, std, image_wanted

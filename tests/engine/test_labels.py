@@ -10,12 +10,13 @@ from PIL import Image
 from torch import nn
 
 from counterlens.engine import Config, Engine
-from counterlens.engine.adapter.quantities import make_quantity
-from counterlens.engine.audit.explaining import Auditor, Options
-from counterlens.engine.audit.sources import open_source
-from counterlens.engine.data import read_names
+from counterlens.engine.audit.auditor import Auditor
+from counterlens.engine.audit.plan import Options
 from counterlens.engine.errors import UsageError
+from counterlens.engine.images.collect import read_names
+from counterlens.engine.images.sources import open_source
 from counterlens.engine.labels import distinct_names, find_label, is_label, match_labels
+from counterlens.engine.metrics.quantities import make_quantity
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.models.stable_diffusion import make_prompts
 from tests.tiny import IMAGE_SIZE, save_dit, save_ldm, save_stable_diffusion

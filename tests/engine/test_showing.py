@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterlens.engine.adapter.evaluation import evaluate
-from counterlens.engine.adapter.lax import new_adapter
 from counterlens.engine.metrics import calibrate, counterfactual_quality, cout, insertion, msi, perturbation_curve, road
-from tests.engine.test_audit import make_engine
+from counterlens.engine.saliency.evaluation import evaluate
+from counterlens.engine.saliency.lax import new_adapter
+from tests.engine.audit.test_audit import make_engine
 
 RESULTS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
     "Counterfactuals": lambda e, x, s: e.counterfactual(x),

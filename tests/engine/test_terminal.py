@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import typer
 
-from counterlens.engine.cli import app
+from counterlens.engine.cli.main import app
 from counterlens.engine.config import Config
 from counterlens.engine.errors import MAX_SEED, UsageError, install_hint
 from counterlens.engine.packs import Pack
 from counterlens.engine.terminal import Terminal, visible
-from tests.engine.test_cli import Finished, one_line_error, run
+from tests.engine.cli.test_cli import Finished, one_line_error, run
 
 QUICK = ["--steps", "4", "--strength", "0.5"]
 ROOT = Path(__file__).parent.parent.parent
@@ -54,7 +54,7 @@ def digit(tmp_path_factory) -> Path:
 
 def shell(command: str, cwd: Path, **environment: str) -> Finished:
     """The real command in a shell, where streams are what the shell makes them."""
-    program = f"{sys.executable} -c 'from counterlens.engine.cli import main; main()'"
+    program = f"{sys.executable} -c 'from counterlens.engine.cli.main import main; main()'"
     done = subprocess.run(
         ["bash", "-c", command.replace("counterlens", program)], cwd=cwd, capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
@@ -139,7 +139,7 @@ def test_a_reader_that_goes_is_no_error_of_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_with_one_line(sent: signal.Signals, after: float, tmp_path: Path) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", "from counterlens.engine.cli import main; main()", "demo", "--out", "d"],
+        [sys.executable, "-c", "from counterlens.engine.cli.main import main; main()", "demo", "--out", "d"],
         cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stderr is not None
@@ -247,7 +247,7 @@ def test_json_goes_to_stdout_beside_a_progress_bar(digit: Path, tmp_path: Path) 
     script = f"""
 import pty, subprocess, sys, os
 main, slave = pty.openpty()
-command = [sys.executable, "-c", "from counterlens.engine.cli import main; main()"]
+command = [sys.executable, "-c", "from counterlens.engine.cli.main import main; main()"]
 child = subprocess.Popen(
     [*command, "counterfactual", {str(digit)!r}, "--json", "--out", "o"], stdout=subprocess.PIPE, stderr=slave
 )

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from bench.metrics import constructed_cases
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.metrics import calibrate, gradient_maps, load_alpha_min, msi
+from tests.engine.cli.test_cli import one_line_error, run
 from tests.engine.metrics.models import Linear, Needs, Random, sample
-from tests.engine.test_cli import one_line_error, run
 
 README = Path(__file__).parent.parent.parent.parent / "README.md"
 

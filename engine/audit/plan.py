@@ -1,0 +1,103 @@
+"""What an audit is asked, which samples it takes and in which parts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..errors import UsageError
+from ..files import write_atomically
+from ..images.sources import Sample, need
+from .results import FORMATS, GOES_ON, PLAN
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of an audit; everything here decides the rows.
+
+    Attributes:
+        target: for samples without their own: label, index or one of `RELATIVE_TARGETS`.
+        counterfactuals: make them.
+        saliency: method of `Engine.explain` that explains each prediction, such as lax; None: no saliency.
+        insight: for wrong predictions also the way to the true label, and the smallest change away from the prediction.
+        limit: at most so many samples.
+        per_class: at most so many samples of each true label, drawn by `sample_seed`.
+        only_misclassified: only where prediction and true label differ.
+        only_below: only where the prediction's probability is below this.
+        sample_seed: of `per_class`.
+        budget_s: deadline in seconds for each sample; results then depend on the machine's speed.
+        part_size: samples in a part, the unit that is written at once.
+        image_format: png or webp (lossless).
+        slices: columns of the source that group the report.
+        recursive: of a source that is a folder all folders below it, not only its class folders.
+    """
+
+    target: str | int = "runner-up"
+    counterfactuals: bool = True
+    saliency: str | None = None
+    insight: bool = True
+    limit: int | None = None
+    per_class: int | None = None
+    only_misclassified: bool = False
+    only_below: float | None = None
+    sample_seed: int = 0
+    budget_s: float | None = None
+    part_size: int = 64
+    image_format: str = "png"
+    slices: tuple[str, ...] = ()
+    recursive: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "per_class", "part_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: expected 1 or more, got {value}")
+        if self.only_below is not None and not 0 < self.only_below <= 1:
+            raise UsageError(f"only_below: expected a probability in (0, 1], got {self.only_below:g}")
+        if self.budget_s is not None and not self.budget_s > 0:
+            raise UsageError(f"budget_s: expected more than 0 seconds, got {self.budget_s:g}")
+        if self.image_format not in FORMATS:
+            raise UsageError(f"image_format: expected one of {', '.join(FORMATS)}, got {self.image_format!r}")
+        if not (self.counterfactuals or self.saliency):
+            raise UsageError("counterfactuals: without them and without saliency there is nothing to do")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A sample of the plan: its number, the sample, its label's and its target's index (-1: none, or relative)."""
+
+    number: int
+    sample: Sample
+    label: int | None
+    target: str | int
+
+
+OPTION_NAMES = tuple(f.name for f in fields(Options))
+
+
+def parts_of(chosen: Sequence[Chosen], size: int) -> dict[int, list[Chosen]]:
+    """Parts by number; which samples share a part never depends on what was done before."""
+    return {i // size: list(chosen[i : i + size]) for i in range(0, len(chosen), size)}
+
+
+def shard_of(parts: Iterable[int], shard: tuple[int, int] | None) -> list[int]:
+    """The parts of one shard (number from 1, of how many)."""
+    return [p for p in parts if shard is None or p % shard[1] == shard[0] - 1]
+
+
+def write_plan(folder: Path, chosen: Sequence[Chosen], samples: Sequence[Sample]) -> None:
+    """Write the plan: which samples of the source, in which order."""
+    pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
+    places = {s.id: i for i, s in enumerate(samples)}
+    table = pa.table(
+        {
+            "number": pa.array([c.number for c in chosen], pa.int64()),
+            "id": pa.array([c.sample.id for c in chosen], pa.string()),
+            "place": pa.array([places[c.sample.id] for c in chosen], pa.int64()),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    write_atomically(folder / PLAN, buffer.getvalue(), hint=GOES_ON)

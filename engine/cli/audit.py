@@ -1,0 +1,313 @@
+"""`counterlens audit`, `audit-merge` and `audit-report`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+
+from ..errors import CounterlensError, UsageError
+from .options import (
+    RUNTIMES,
+    ClassesOption,
+    ClassifierOption,
+    DeviceOption,
+    HeadOption,
+    ImageSizeOption,
+    JsonFlag,
+    LabelsOption,
+    MatchOfficialFlag,
+    ModelOption,
+    PackOption,
+    PromptsOption,
+    RecursiveOption,
+    SeedOption,
+    SpeedOption,
+    UnusedSeedOption,
+    WeightsOption,
+    errors,
+    open_engine,
+    print_json,
+    progress_of,
+    saving_options,
+    source_fields,
+    text_column,
+    text_console,
+)
+
+if TYPE_CHECKING:
+    from ..audit.run import Progress
+    from ..engine import Engine
+    from ..models.protocols import Classifier
+
+# Everything heavy is imported inside the commands: --help must answer at once.
+
+
+def audit(
+    source: Annotated[
+        Path, typer.Argument(help="Image folder, .csv or .parquet (image,label,target,id), or a datasets folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same command goes on in it.")],
+    target: Annotated[
+        str, typer.Option(help="Label, runner-up, opposite or neighbour, where the source names none.")
+    ] = "runner-up",
+    counterfactuals: Annotated[bool, typer.Option(help="Make counterfactuals.")] = True,
+    saliency: Annotated[str | None, typer.Option(help="Saliency method as well, such as lax; scored by MSI.")] = None,
+    insight: Annotated[bool, typer.Option(help="More counterfactuals for wrong predictions.")] = True,
+    shortcuts: Annotated[int, typer.Option(help="Samples for the disagreement map; 0: none.", min=0)] = 128,
+    recursive: RecursiveOption = False,
+    limit: Annotated[int | None, typer.Option(help="At most so many samples.", min=1)] = None,
+    per_class: Annotated[int | None, typer.Option(help="At most so many of each true label.", min=1)] = None,
+    only_misclassified: Annotated[bool, typer.Option(help="Only where prediction and true label differ.")] = False,
+    only_below: Annotated[float | None, typer.Option(help="Only where the confidence is below this.")] = None,
+    slice: Annotated[list[str] | None, typer.Option(help="Column that groups the report; may be repeated.")] = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(help="Independent classifier that confirms flips; the pack's `judge`.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
+    match_official: MatchOfficialFlag = False,
+    speed: SpeedOption = None,
+    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
+    steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of the process that is noised, in (0, 1].")] = None,
+    angle: Annotated[float | None, typer.Option(help="Angle limit of the filter in degrees.")] = None,
+    filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
+    budget_s: Annotated[float | None, typer.Option(help="Deadline in seconds for each sample.")] = None,
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = None,
+    model: ModelOption = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    head: HeadOption = None,
+    weights: WeightsOption = None,
+    neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
+    image_size: ImageSizeOption = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
+    device: DeviceOption = "auto",
+    runtime: Annotated[str, typer.Option(help=f"{RUNTIMES}.")] = "auto",
+    checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
+    memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
+    part_size: Annotated[int, typer.Option(help="Samples written at once, the unit of going on.", min=1)] = 64,
+    image_format: Annotated[str, typer.Option(help="png, or webp (lossless, smaller).")] = "png",
+    shard: Annotated[str | None, typer.Option(help="Only this share of the parts, such as 3/8.")] = None,
+    workers: Annotated[int, typer.Option(help="Threads that read images; with --ray: engines.", min=1)] = 2,
+    ray: Annotated[str | None, typer.Option(help="Run on Ray: `local`, or a cluster's address.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the audit that is in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --out, as the same command does anyway.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only estimate time and disk.")] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Explain a whole data set: rows in Parquet, images beside them, one report to read.
+
+    Stopped at any moment, the same command goes on, with the threads and the runtime that it began with; with another
+    model or setting it refuses, and --overwrite replaces what is there. What failed is recorded in its row and the
+    others go on; the exit code is 1 then.
+
+    Example: counterlens audit digits/labels.csv --slice marker --classifier shortcut --out audit
+    """
+    started = time.perf_counter()
+    from ..audit.auditor import open_auditor
+    from ..audit.run import run_audit
+    from ..config import Config
+
+    config = Config.make(
+        mode=mode,
+        **source_fields(pack, classifier, model),
+        speed=speed,
+        preset=preset,
+        steps=steps,
+        strength=strength,
+        angle=angle,
+        filter=filter,
+        match_official=match_official,
+        seed=seed,
+    )
+    if overwrite and resume:
+        raise UsageError("overwrite: not together with --resume")
+    part = _shard(shard)
+    saving = saving_options(checkpointing, memory_budget, neighbours, device=device, runtime=runtime)
+    engine = open_engine(
+        config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
+        weights=weights, image_size=image_size, dtype=dtype,
+    )  # fmt: skip
+    auditor = open_auditor(
+        engine, source, config, _judges(engine, judge, pack if model is None else None, classifier),
+        target=target, counterfactuals=counterfactuals, saliency=saliency, insight=insight, limit=limit,
+        per_class=per_class, only_misclassified=only_misclassified, only_below=only_below, sample_seed=seed,
+        budget_s=budget_s, part_size=part_size, image_format=image_format, slices=slice or (),
+        recursive=recursive,
+    )  # fmt: skip
+    console = text_console(as_json)
+    for note in auditor.notes:
+        errors.print(f"note: {note}")
+    if dry_run:
+        _dry_run(auditor, out, shortcuts, part, time.perf_counter() - started, as_json)
+        return
+
+    def show(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if as_json:
+                print_json({k: v for k, v in row.items() if v is not None and not k.endswith(("_grid", "_curve"))})
+            if row["status"] == "failed":
+                errors.print(f"error: {row['id']}: {row['error']}", style="red")
+
+    if ray is not None:
+        _quiet_ray()
+    with _bar() as update:
+        results = run_audit(
+            auditor, out, shard=part, workers=workers, ray=ray, shortcuts=shortcuts, overwrite=overwrite,
+            on_progress=update, on_rows=show, say=errors.print,
+        )  # fmt: skip
+    from ..audit.disagreement import read_facts, verdict
+    from ..audit.report import write_report
+    from ..audit.summary import summarise
+
+    summary = summarise(results)
+    for line in summary.lines():
+        console.print(line)
+    if (facts := read_facts(results.folder)) is not None:
+        console.print(verdict(facts, engine.image_size))
+    elif shortcuts and counterfactuals and part is None:
+        console.print("Shortcuts were not looked for: that takes two images that can be read, and two labels.")
+    if as_json:
+        print_json(summary.record())
+    console.print(f"results: {out}")
+    if report:
+        console.print(f"report: {write_report(results)}")
+    if summary.failed:
+        raise CounterlensError(f"{summary.failed} of {summary.samples} samples failed; their rows say why")
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of the shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the whole audit.")],
+    seed: UnusedSeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Put the shards of one audit together; says which are missing.
+
+    Example: counterlens audit-merge shard-1 shard-2 --out audit
+    """
+    from ..audit.merge import merge as merge_shards
+    from ..audit.summary import summarise
+
+    summary = summarise(merge_shards(folders, out, say=lambda text: errors.print(text)))
+    console = text_console(as_json)
+    for line in summary.lines():
+        console.print(line)
+    if as_json:
+        print_json(summary.record())
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="An audit's folder.")],
+    out: Annotated[Path | None, typer.Option(help="Taken like everywhere; the report stands in the folder.")] = None,
+    seed: UnusedSeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write an audit's report.html again, also of an audit that is not finished.
+
+    Example: counterlens audit-report audit
+    """
+    from ..audit.report import write_report
+    from ..audit.results import Results
+
+    path = write_report(Results.open(folder))
+    if as_json:
+        print_json({"report": str(path), "bytes": path.stat().st_size})
+    text_console(as_json).print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _judges(engine: Engine, names: list[str] | None, pack: str | None, classifier: str | None) -> dict[str, Classifier]:
+    """The judges that were named; of a pack with a `judge`, that one."""
+    if pack is not None:
+        from ..packs import Pack
+
+        opened = Pack(pack)
+        if names is None:
+            names = ["judge"] if "judge" in opened.classifier_names() and classifier != "judge" else []
+        return {name: opened.classifier(name) for name in names}
+    from ..models.image_classifiers import open_classifier
+
+    return {n: open_classifier(n, image_size=engine.image_size, labels=engine.labels) for n in names or []}
+
+
+# What Ray tells of its own running, to whom it means nothing who asked for an audit: logger, and part of the message.
+RAY_SAYS = (
+    ("ray._private.authentication.authentication_token_setup", "Token authentication is enabled"),
+    ("ray._private.worker", "Started a local Ray instance"),
+    ("ray.data._internal.execution.streaming_executor", "Starting execution of Dataset"),
+    ("ray.data._internal.execution.streaming_executor", "Execution plan of Dataset"),
+    ("ray.data._internal.execution.streaming_executor", "execution finished in"),
+    ("ray.data._internal.progress", "Progress bars disabled"),
+)
+
+
+def _quiet_ray() -> None:
+    for name, text in RAY_SAYS:
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())  # type: ignore[misc]
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"shard: expected NUMBER/COUNT such as 3/8, got {text!r}")
+    return int(number), int(count)
+
+
+def _dry_run(
+    auditor: Any, out: Path, shortcuts: int, shard: tuple[int, int] | None, opening: float, as_json: bool
+) -> None:
+    from ..audit.merge import estimate, free_bytes
+
+    e = estimate(auditor, shortcuts, shard)
+    seconds = e.seconds + opening
+    free = free_bytes(out)
+    if as_json:
+        print_json({"samples": e.samples, "seconds": seconds, "bytes": e.bytes, "free_bytes": free})
+    text_console(as_json).print(
+        f"{e.samples} samples, about {duration(seconds)} and {e.bytes / 1e6:.1f} MB ({free / 1e9:.1f} GB are free), "
+        f"measured on {e.measured_on}; nothing was written"
+    )
+    if e.bytes > free:
+        raise CounterlensError(f"out: {out} has {free / 1e9:.1f} GB free, the audit needs about {e.bytes / 1e9:.1f}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def _bar() -> Iterator[Any]:
+    """A progress bar on stderr with rate, flips and failures; shown on terminals only and gone when done."""
+    columns = (
+        text_column("audit"), BarColumn(), MofNCompleteColumn(), text_column("{task.fields[rate]}"),
+        TimeRemainingColumn(), text_column("{task.fields[flips]} flipped, {task.fields[failures]} failed"),
+    )  # fmt: skip
+    with progress_of(*columns) as bar:
+        task = bar.add_task("audit", total=None, rate="", flips=0, failures=0)
+
+        def update(progress: Progress, part: float) -> None:
+            rate = f"{progress.rate:.2f} a second" if progress.now else ""
+            bar.update(
+                task, total=progress.total, completed=int(progress.done + part), rate=rate, flips=progress.flips,
+                failures=progress.failures,
+            )  # fmt: skip
+
+        yield update

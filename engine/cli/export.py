@@ -1,0 +1,176 @@
+"""`counterlens export` and `convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from .options import (
+    ClassesOption,
+    ClassifierOption,
+    DistanceOption,
+    GuidanceDecoderOption,
+    HeadOption,
+    ImageSizeOption,
+    JsonFlag,
+    LabelsOption,
+    ModelOption,
+    OverwriteFlag,
+    PackOption,
+    PromptsOption,
+    SpeedOption,
+    UnusedSeedOption,
+    WeightsOption,
+    open_engine,
+    print_json,
+    progress_bar,
+    source_fields,
+    text_console,
+)
+
+
+def export(
+    what: Annotated[
+        str,
+        typer.Option(
+            help="guided-step (gradient included), unet, vae-encoder, vae-decoder, classifier, all (engine), or "
+            "counterfactual: the whole run, loop and all, as one file for any ONNX Runtime."
+        ),
+    ] = "guided-step",
+    format: Annotated[str, typer.Option(help="onnx, aoti (AOTInductor package) or tensorrt.")] = "onnx",
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = None,
+    model: ModelOption = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    head: HeadOption = None,
+    weights: WeightsOption = None,
+    image_size: ImageSizeOption = None,
+    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit: filter, gradient.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
+    filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
+    gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
+    speed: SpeedOption = None,
+    guidance_decoder: GuidanceDecoderOption = None,
+    distance: DistanceOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a copy of the artefact's files.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
+    force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
+    overwrite: OverwriteFlag = False,
+    measure: Annotated[bool, typer.Option(help="Time it against eager, for runtime auto.")] = True,
+    batch: Annotated[str, typer.Option(help="Of counterfactual: open, or the one size that the file takes.")] = "open",
+    storage: Annotated[
+        str,
+        typer.Option(help="Of counterfactual's weights: lossless (float16 where nothing is lost), float16, float32."),
+    ] = "lossless",
+    share: Annotated[
+        str, typer.Option(help="Of counterfactual's weights: local (fast on a CPU) or outer (one copy in memory).")
+    ] = "local",
+    page: Annotated[bool, typer.Option("--page", help="Also a page for any static host that runs it.")] = False,
+    single_page: Annotated[
+        bool, typer.Option("--single-page", help="Also one HTML file that runs it, offline, by double click.")
+    ] = False,
+    ort_web: Annotated[
+        Path | None, typer.Option(help="onnxruntime-web as npm packs it, or unpacked; fetched by npm without it.")
+    ] = None,
+    seed: UnusedSeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compile the guided step, its gradients included, or a part of the models, and check it against eager.
+
+    The artefact goes to a store, where the engine finds it: `runtime="auto"` takes it where it was measured to be
+    faster. One that does not agree with eager is not kept. `all` is what a run uses: the step, and encoder, decoder and
+    UNet beside it.
+
+    Example: counterlens export --what guided-step --format onnx
+
+    Example: counterlens export --what counterfactual --speed fast --single-page --out whole
+
+    Example: counterlens export --model ./sd15 --classifier ./resnet-50 --preset imagenet-text --format aoti
+    """
+    from ..config import Config
+
+    if what in ("adapter", "curve"):
+        raise UsageError(f"what: {what} has a command of its own: counterlens adapter export")
+    config = Config.make(
+        mode=mode, **source_fields(pack, classifier, model), preset=preset, filter=filter, gradient=gradient,
+        speed=speed, guidance_decoder=guidance_decoder, distance=distance,
+    )  # fmt: skip
+    from ..core.exporting import ALL, export_artefact
+
+    # ONNX is the same from every device; AOTInductor and TensorRT compile for the one that they are on.
+    options = {"store": store, "device": "cpu" if format == "onnx" else "auto"}
+    engine = open_engine(
+        config, pack, classifier, model, options, labels=labels, prompts=prompts, classes=classes, head=head,
+        weights=weights, image_size=image_size,
+    )  # fmt: skip
+    if what == "counterfactual":
+        from .portable import export_whole
+
+        return export_whole(engine, config, out, batch, storage, share, page, single_page, ort_web, overwrite, as_json)
+    if page or single_page or ort_web is not None or (batch, storage, share) != ("open", "lossless", "local"):
+        raise UsageError("what: batch, storage, share, page and ort-web are of --what counterfactual")
+    for part in ALL if what == "all" else (what,):
+        with progress_bar("export") as progress:
+            task = progress.task_ids[0]
+            report = export_artefact(
+                engine, what=part, target=format, dtype=dtype, force=force, measure=measure,
+                out=out / part if out is not None and what == "all" else out, overwrite=overwrite,
+                say=lambda text, p=progress, t=task: p.update(t, description=text),  # type: ignore[misc]
+            )  # fmt: skip
+        if as_json:
+            print_json(report)
+        else:
+            _print_export(report)
+
+
+def _print_export(report: dict[str, Any]) -> None:
+    console = text_console(as_json=False)
+    parity = report["parity"]
+    built = ", ".join(f"{name} {seconds:g} s" for name, seconds in report["seconds"].items())
+    console.print(f"{report['what']} ({report['dtype']}) as {report['target']}, {report['operations']} operations")
+    console.print(("built: " if report["built"] else "already in the store; built: ") + built)
+    console.print(
+        f"parity with eager: worst relative error {parity['worst']:.1e} of {parity['samples']} samples at batches "
+        f"{', '.join(map(str, parity['batches']))} (allowed {parity['tolerance']:g}), {parity['left_out']:.0%} left out"
+    )
+    for batch, why in parity.get("beyond_memory", {}).items():
+        console.print(f"not compared at batch {batch}: {why}")
+    if report["measured"]:
+        rows = [[batch, *(f"{s * 1e3:.1f} ms" for s in times.values())] for batch, times in report["measured"].items()]
+        console.table(["batch", *next(iter(report["measured"].values()))], rows)
+    for path in report["files"]:
+        console.print(path)
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Original checkpoint: .safetensors, or a pickle of tensors.")],
+    out: Annotated[Path, typer.Option(help="New folder in diffusers' layout.")] = Path("converted"),
+    image_size: Annotated[int | None, typer.Option(help="Side that it was trained for: 256 (LDM), 512 (SD).")] = None,
+    prediction: Annotated[str, typer.Option(help="epsilon, v_prediction or sample.")] = "epsilon",
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder of a CLIP tokenizer; SD files hold none.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Names of the classes: a .txt file, one a line.")] = None,
+    seed: UnusedSeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Convert cin256-v2 or a Stable Diffusion single file to a folder for --model; every tensor is accounted for.
+
+    Example: counterlens convert model.ckpt --out cin256
+    """
+    from ..images.collect import read_names
+    from ..models.convert import convert_checkpoint
+
+    report = convert_checkpoint(
+        checkpoint, out, image_size=image_size, prediction=prediction, tokenizer=tokenizer,
+        labels=read_names(labels) if labels else None,
+    )  # fmt: skip
+    if as_json:
+        print_json(report)
+    text = ", ".join(f"{part} {count}" for part, count in report["tensors"].items())
+    left = ", ".join(f"{name} {count}" for name, count in report["left_out"].items()) or "nothing"
+    text_console(as_json).print(f"{report['kind']} in {out}; tensors: {text}; left out: {left}")

@@ -1,0 +1,129 @@
+"""`counterlens profile`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CounterlensError, UsageError
+from ..files import write_atomically
+from .options import (
+    RUNTIMES,
+    ClassesOption,
+    ClassifierOption,
+    DeviceOption,
+    GuidanceDecoderOption,
+    HeadOption,
+    ImagesArgument,
+    ImageSizeOption,
+    JsonFlag,
+    LabelsOption,
+    ModelOption,
+    OverwriteFlag,
+    PackOption,
+    PromptsOption,
+    RecursiveOption,
+    SeedOption,
+    SpeedOption,
+    WeightsOption,
+    load_all,
+    open_engine,
+    open_images,
+    print_json,
+    progress_bar,
+    source_fields,
+    text_console,
+)
+
+
+def profile(
+    images: Annotated[list[Path] | None, ImagesArgument] = None,
+    recursive: RecursiveOption = False,
+    target: Annotated[str, typer.Option(help="Label, runner-up, ... as for counterfactual.")] = "runner-up",
+    batch: Annotated[int, typer.Option(help="Images per call: 1 for latency, 16 for throughput.", min=1)] = 1,
+    count: Annotated[int, typer.Option(help="At most so many images.", min=1)] = 16,
+    runtime: Annotated[str, typer.Option(help=f"{RUNTIMES}; parts are timed in eager.")] = "auto",
+    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
+    speed: SpeedOption = None,
+    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps over the whole process.")] = None,
+    gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
+    guidance_decoder: GuidanceDecoderOption = None,
+    pack: PackOption = "digits",
+    classifier: ClassifierOption = None,
+    model: ModelOption = None,
+    labels: LabelsOption = None,
+    prompts: PromptsOption = None,
+    classes: ClassesOption = None,
+    head: HeadOption = None,
+    weights: WeightsOption = None,
+    image_size: ImageSizeOption = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
+    device: DeviceOption = "auto",
+    store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for profile.html, profile.json and trace.json.")] = Path("profile"),
+    overwrite: OverwriteFlag = False,
+    seed: SeedOption = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show where time and memory of guided sampling go, and what guidance costs over unguided sampling.
+
+    Without images the pack's test digits are taken.
+
+    Writes a page (profile.html), all numbers (profile.json) and a trace for ui.perfetto.dev (trace.json). A compiled
+    step is one call: its parts are timed in eager, its whole in the runtime that was asked for.
+
+    Example: counterlens profile --batch 16 --out profile
+    """
+    from ..config import Config
+    from ..outputs import open_run
+
+    config = Config.make(
+        mode=mode, **source_fields(pack, classifier, model), speed=speed, preset=preset, steps=steps, gradient=gradient,
+        guidance_decoder=guidance_decoder, seed=seed,
+    )  # fmt: skip
+    items = open_images(images, recursive).samples[:count] if images else []
+    if model and not items:
+        raise UsageError("images: none given; name files or folders (only a pack has its own)")
+    options = {"runtime": runtime, "store": store, "device": device}
+    engine = open_engine(
+        config, pack, classifier, model, options, labels=labels, prompts=prompts, classes=classes, head=head,
+        weights=weights, image_size=image_size, dtype=dtype,
+    )  # fmt: skip
+    import torch
+
+    from ..packs import Pack
+    from ..profiling.profile import profile as measure
+    from ..profiling.report import page, perfetto, print_profile
+
+    if items:
+        _, loaded, failed = load_all(items, engine.image_size, config.interpolation)
+        pictures = torch.stack(loaded)
+    else:
+        failed, pictures = 0, Pack(pack).samples("test", count=count, marker="random").images
+    facts = {
+        "command": "counterlens profile", "images": [item.name for item in items], "target": target,
+        "batch": batch, "count": count, **engine.facts(config, batch),
+    }  # fmt: skip
+    names = ("profile.html", "profile.json", "trace.json")
+    inputs = [item.own_file for item in items if item.own_file is not None]
+    with open_run(out, facts, files=names, inputs=inputs, overwrite=overwrite), progress_bar("profile") as progress:
+        task = progress.task_ids[0]
+        result = measure(
+            engine, pictures, target, batch=batch, say=lambda text: progress.update(task, description=text)
+        )
+        texts = (page(result), json.dumps(result.as_json(), indent=1) + "\n", perfetto(result.spans))
+        files = dict(zip((out / name for name in names), texts, strict=True))
+        for path, text in files.items():
+            write_atomically(path, text)
+    if as_json:
+        print_json(result.as_json() | {"files": [str(path) for path in files]})
+    console = text_console(as_json)
+    print_profile(result, console)
+    for path in files:
+        console.print(str(path))
+    if failed:
+        raise CounterlensError(f"{failed} of {len(items)} images could not be read; the others were profiled")

@@ -1,0 +1,1 @@
+"""EngineCore: models held under one runtime, images and targets in, measured counterfactuals out."""

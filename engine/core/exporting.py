@@ -1,0 +1,83 @@
+"""What `counterlens export` does: build an artefact of an engine's models, measure it, copy it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from counterlens.export.store import MANIFEST
+
+from ..files import write_atomically
+from ..models.freezing import frozen
+from ..models.placing import computing_on
+from ..outputs import open_run
+from ..runtime import artefacts
+from ..runtime.choice import TARGETS, StepRunner
+from ..runtime.runners import PARTS, SLOTS
+from ..runtime.spec import STEP
+from .core import EngineCore
+
+ALL = (STEP, *PARTS.values())  # what an engine runs
+
+
+def export_artefact(
+    engine: EngineCore,
+    *,
+    what: str = STEP,
+    target: str = "onnx",
+    dtype: str = "fp32",
+    force: bool = False,
+    measure: bool = True,
+    out: Path | None = None,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Build an artefact into the engine's store and return its report with `built`, `files` and `measured`.
+
+    Args:
+        engine: its models, config (filter and gradient) and store.
+        what, target, dtype: see `runtime.spec.Spec` and `runtime.artefacts.TARGETS`.
+        force: build again.
+        measure: time what the engine runs, in float32, against eager at every slot count, for `runtime="auto"`.
+        out: folder for a copy of the files, and run.json.
+        overwrite: remove what an earlier run wrote there.
+        say: told what is being done.
+
+    Raises:
+        UsageError: what or dtype is none that there is. ExportError: it cannot be built, or is wrong.
+        CounterlensError: the copy cannot be written.
+    """
+    spec = engine.spec(engine.settings(engine.config), what=what, dtype=dtype)
+    with ExitStack() as stack:
+        facts = {"command": "counterlens export", "what": what, "format": target, "dtype": dtype}
+        facts = engine.facts(engine.config) | facts
+        run = None if out is None else stack.enter_context(open_run(out, facts, overwrite=overwrite))
+        stack.enter_context(computing_on(spec.device))
+        stack.enter_context(frozen(*spec.modules))
+        before = engine.store.path(artefacts.key_of(spec, target)).exists()
+        artefact = artefacts.build(spec, target, engine.store, force=force, say=say)
+        measured: dict[str, dict[str, float]] = {}
+        if measure and what != "classifier" and dtype == "fp32":
+            runner = StepRunner(spec, "auto", engine.store)
+            for slots in SLOTS:
+                say(f"measuring batch {slots}")
+                measured[str(slots)] = runner.measure(slots)
+        folder = artefact.folder
+        if run is not None:
+            folder = run.folder
+            run.claim(path.name for path in artefact.folder.iterdir())
+            for path in artefact.folder.iterdir():
+                with path.open("rb") as file:
+                    write_atomically(folder / path.name, partial(shutil.copyfileobj, file))
+    files = sorted(str(p) for p in folder.iterdir() if p.name in (MANIFEST, *artefacts.FILES.values()))
+    return {
+        **artefact.report,
+        "built": force or not before,
+        "runtime": {v: k for k, v in TARGETS.items()}[target],
+        "measured": measured,
+        "files": files,
+    }

@@ -1,0 +1,403 @@
+"""A whole counterfactual as one ONNX file: image and target in, counterfactual and measures out; the loop inside."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from counterlens.export.errors import ExportError
+from counterlens.export.hashing import file_digest
+from counterlens.export.onnx import appearing
+from counterlens.export.program import Call, If, Loop, Share, Step, Storage, Values, check_file, write_program
+
+from ..config import Config, Settings
+from ..errors import UsageError
+from ..files import write_atomically
+from ..guidance.sampler import guided_steps, sample, seeded_noise
+from ..guidance.schedule import add_noise, ddim, make_schedule
+from ..guidance.solvers import History, advance, coefficients
+from ..images.files import as_saved, to_uint8
+from ..models.protocols import probabilities
+from ..outputs import open_run
+from ..packs import Pack
+from ..portable.file import CARD, SCHEMA_VERSION
+from ..portable.page import page_files, web_runtime, write_page
+from ..runtime import onnxruntime
+from ..runtime.record import installed
+
+if TYPE_CHECKING:
+    from .core import EngineCore
+
+MODEL = "counterfactual.onnx"
+INPUTS = {
+    "image": "pixels, red, green and blue, in [0, 1]",
+    "target": "label to reach, by its place in `labels`; -1: the runner-up",
+    "noise": "standard normal numbers",
+}
+OUTPUTS = {
+    "counterfactual": "the changed image in [0, 1], of 8-bit values k / 255",
+    "source": "label of the image; -1 where image or target cannot be used",
+    "source_probabilities": "of the image's labels",
+    "resolved_target": "label that was to be reached; where it is `source`, the image itself comes back",
+    "prediction": "label of the counterfactual; a success where it is `resolved_target`; -1 where there is none",
+    "probabilities": "of the counterfactual's labels",
+    "l1": "mean absolute change per pixel and channel; NaN where there is no counterfactual",
+    "kept": "share of latent locations that the consensus filter kept, for each step; NaN where it did not run",
+}
+PARITY_IMAGES = 64
+EQUAL_PREDICTIONS = 63 / 64
+WITHIN_ONE = {"detached": 0.98, "exact": 0.90}  # one location at the angle limit rescales its sample
+REMEMBERED: dict[str, tuple[str, ...]] = {  # what each solver reads of its own past, see `solvers.History`
+    "ddim": (),
+    "dpm++": ("m_last",),
+    "unipc": ("x_last", "m_last", "m_before"),
+}
+
+
+def counterfactual_program(engine: EngineCore, settings: Settings) -> list[Step]:
+    """The run of these settings over the values image [B, 3, S, S] in [0, 1], target [B] int64 and, where the settings
+    draw it, noise [B, C, h, w].
+
+    -1 as target is the runner-up. To be run or written with the engine frozen.
+    """
+    diffusion = engine.diffusion
+    alphas_cumprod = diffusion.alphas_cumprod
+    schedule = make_schedule(len(alphas_cumprod), settings.steps, settings.strength, settings.spacing, alphas_cumprod)
+    times, times_prev = torch.tensor(schedule.timesteps), torch.tensor(schedule.timesteps_prev)
+    steps, labels = len(schedule), len(engine.labels)
+
+    def resolve_target(image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        inside = (image >= 0) & (image <= 1)  # NaN is not
+        usable = inside.to(image.dtype).flatten(1).amin(dim=1) > 0
+        usable = usable & (target >= -1) & (target < labels)
+        clean = torch.where(usable[:, None, None, None], image, 0.0)
+        before = probabilities(engine.classifier, clean)
+        best = before.topk(2, dim=1).indices
+        resolved = torch.where(target < 0, best[:, 1], target.clamp(max=labels - 1))
+        return usable, clean, before, best[:, 0], resolved
+
+    def same(z: Tensor) -> Tensor:
+        return z * 1
+
+    def add_the_noise(z: Tensor, noise: Tensor) -> Tensor:
+        return add_noise(z, noise, alphas_cumprod.to(z)[schedule.start].expand(z.shape[0]))
+
+    def invert(z: Tensor, i: Tensor) -> Tensor:
+        batch, levels = z.shape[0], alphas_cumprod.to(z)
+        t, t_prev = times.flip(0)[i].expand(batch), times_prev.flip(0)[i].expand(batch)
+        return ddim(z, diffusion.predict_noise(z, t, diffusion.null_condition(batch)), levels[t_prev], levels[t])[0]
+
+    def clear(z: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(z) for _ in past)
+
+    step = engine.spec(settings).step()
+    scales = {
+        "guidance_scale": settings.guidance_scale, "class_scale": settings.class_scale,
+        "distance_scale": settings.distance_scale, "angle_deg": settings.angle,
+    }  # fmt: skip
+    every = guided_steps(settings, steps)
+    reuse = ("reused",) if settings.guidance_every > 1 else ()
+    past = (*REMEMBERED[settings.solver], *reuse)
+    reference = "latents" if settings.distance == "latent" else "clean"
+
+    def guided_step(z: Tensor, i: Tensor, condition: Tensor, image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        batch = z.shape[0]
+        numbers = {name: z.new_full((1,), value).expand(batch) for name, value in scales.items()}
+        return step(z, times[i].expand(batch), times_prev[i].expand(batch), condition, image, target, **numbers)
+
+    inside = torch.tensor([i / steps < settings.guidance_end for i in range(steps)])
+
+    def unguided_step(z: Tensor, i: Tensor, *reused: Tensor) -> tuple[Tensor, ...]:
+        batch, levels = z.shape[0], alphas_cumprod.to(z)
+        t, t_prev = times[i].expand(batch), times_prev[i].expand(batch)
+        eps = diffusion.predict_noise(z, t, diffusion.null_condition(batch))
+        for guidance in reused:
+            eps = eps + torch.where(inside[i][:, None, None, None], guidance, 0.0)
+        z_next, z0 = ddim(z, eps, levels[t], levels[t_prev])
+        return (z_next, z0, torch.full_like(z[:, 0, 0, 0], torch.nan), *(g * 1 for g in reused))
+
+    table = coefficients(schedule, alphas_cumprod, settings.solver)
+
+    def solve(z: Tensor, i: Tensor, z0: Tensor, *remembered: Tensor) -> tuple[Tensor, ...]:
+        nothing = torch.zeros_like(z)
+        known = dict(zip(REMEMBERED[settings.solver], remembered, strict=True))
+        history = History(*(known.get(name, nothing) for name in History._fields))
+        row = table.to(z.dtype)[i].expand(z.shape[0], -1)
+        z_next, after = advance(row, z, z0, history)
+        return (z_next, *(getattr(after, name) for name in REMEMBERED[settings.solver]))
+
+    def decode_and_measure(
+        z: Tensor, image: Tensor, usable: Tensor, source: Tensor, resolved: Tensor
+    ) -> tuple[Tensor, ...]:
+        out = (diffusion.decode(z) + 1) / 2
+        finite = (out * 0 == 0).to(out.dtype).flatten(1).amin(dim=1) > 0
+        usable = usable & finite
+        changed = usable & (resolved != source)  # where nothing is to be changed, the image itself comes back
+        out = torch.where(changed[:, None, None, None], out, image).clamp(0, 1)
+        saved = (out * 255).round() / 255  # as the 8-bit file holds it
+        after = probabilities(engine.classifier, saved)
+        l1 = torch.where(usable, (saved - image).abs().mean(dim=(1, 2, 3)), torch.nan)
+        said = [torch.where(usable, label, -1) for label in (source, resolved, after.argmax(dim=1))]
+        return saved, after, l1, *said
+
+    with torch.no_grad():
+        conditions = diffusion.condition(torch.arange(labels))  # of every label: prompts are encoded here and now
+
+    def condition(target: Tensor) -> Tensor:
+        return conditions[target]
+
+    program: list[Step] = [
+        Call(resolve_target, ("image", "target"), ("usable", "clean", "source_probabilities", "best", "wanted")),
+        Call(condition, ("wanted",), ("condition",)),
+        Call(diffusion.encode, ("clean",), ("latents",)),
+        Call(same, ("latents",), ("z",)),
+    ]
+    if settings.noise == "inversion":
+        program.append(Loop(steps, "i", ("z",), (Call(invert, ("z", "i"), ("z",)),)))
+    else:
+        program.append(Call(add_the_noise, ("z", "noise"), ("z",)))
+    if past:
+        program.append(Call(clear, ("z",), past))
+    made = ("z_next", "z0", "kept", *reuse)
+    guided: list[Step] = [Call(guided_step, ("z", "i", "condition", reference, "wanted"), made)]
+    if not all(every):
+        flags = torch.tensor(every)
+
+        def is_guided(z: Tensor, i: Tensor) -> Tensor:
+            return flags[i]
+
+        guided = [
+            Call(is_guided, ("z", "i"), ("guide",)),
+            If("guide", tuple(guided), (Call(unguided_step, ("z", "i", *reuse), made),), made),
+        ]
+    if settings.solver == "ddim":
+        guided.append(Call(same, ("z_next",), ("z",)))
+    else:
+        remembered = REMEMBERED[settings.solver]
+        guided.append(Call(solve, ("z", "i", "z0", *remembered), ("z", *remembered)))
+    program.append(Loop(steps, "i", ("z", *past), tuple(guided), scans=("kept",)))
+    measured = ("counterfactual", "probabilities", "l1", "source", "resolved_target", "prediction")
+    program.append(Call(decode_and_measure, ("z", "clean", "usable", "best", "wanted"), measured))
+    return program
+
+
+def example_inputs(engine: EngineCore, settings: Settings, batch: int) -> Values:
+    """Random inputs of the right shapes; targets are the runner-ups."""
+    g = torch.Generator().manual_seed(0)
+    size = engine.image_size
+    inputs = {"image": torch.rand((batch, 3, size, size), generator=g), "target": torch.full((batch,), -1)}
+    if settings.noise != "inversion":
+        inputs["noise"] = torch.randn((batch, *engine.diffusion.latent_shape), generator=g)
+    return inputs
+
+
+def export_counterfactual(
+    engine: EngineCore,
+    folder: str | Path,
+    config: Config | None = None,
+    *,
+    batch: int | None = None,
+    storage: Storage = "lossless",
+    share: Share = "local",
+    pages: Sequence[bool] = (),
+    ort_web: Path | None = None,
+    overwrite: bool = False,
+    option: str = "{}=True",
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Write a whole counterfactual as `counterfactual.onnx`, and `counterfactual.json` that says how to use it.
+
+    It is handed over only if it agrees with the eager run: on 64 images of the pack, or for other models on random ones
+    (with a warning).
+
+    Args:
+        engine: on the CPU.
+        folder: created if needed; it takes one run, as every output folder.
+        config: instead of the engine's.
+        batch: the only size of the batch; open without it.
+        storage, share: see `export.program.write_program`.
+        pages: that run the file in a browser: True is one HTML file, False files for a static host.
+        ort_web: onnxruntime-web for them, see `portable.page.web_runtime`.
+        overwrite: remove what an earlier run wrote into the folder.
+        option: how a person says `overwrite`.
+        say: told what is being done.
+
+    Returns:
+        What counterfactual.json holds.
+
+    Raises:
+        UsageError: the models are elsewhere than on the CPU, or config does not fit. ExportError: something cannot be
+            exported, or the file does not agree with the eager run. CounterlensError: a file cannot be written.
+    """
+    config = config or engine.config
+    settings = engine.settings(config)
+    if config.match_official:
+        raise UsageError(
+            "match_official: a whole run draws each image's own noise and skips what is the target already"
+        )
+    if engine.device.type != "cpu":
+        raise UsageError(f"device: a whole run is written and checked on the CPU, the models are on {engine.device}")
+    if pages and batch not in (None, 1):
+        raise UsageError(f"batch: a page shows one image at a time; take an open batch or 1, not {batch}")
+    web = web_runtime(ort_web) if pages else None  # what is missing is said before minutes of work
+    folder, files = Path(folder), [name for single in pages for name in page_files(single)]
+    facts = {
+        **engine.facts(config, batch or 1), "command": "counterlens export", "what": "counterfactual",
+        "batch": batch, "storage": storage, "share": share,
+    }  # fmt: skip
+    with open_run(folder, facts, files=[MODEL, CARD, *files], overwrite=overwrite, option=option) as run:
+        started = time.perf_counter()
+        with engine.frozen(), torch.no_grad(), appearing(folder / MODEL) as unchecked:
+            program = counterfactual_program(engine, settings)
+            inputs = example_inputs(engine, settings, batch or _batch_of_its_own(engine, program))
+            write_program(
+                program, inputs, list(OUTPUTS), unchecked, storage=storage, share=share, dynamic_batch=batch is None,
+                say=say,
+            )  # fmt: skip
+            composed = time.perf_counter() - started
+            parity, shapes = check_counterfactual(engine, settings, unchecked, batch, say)
+            run.claim(path.name for path in unchecked.parent.iterdir())
+        card = _card(engine, config, settings, folder / MODEL, inputs, shapes, batch) | {
+            "storage": storage,
+            "parity": parity,
+            "seconds": {"composing": round(composed, 1), "in all": round(time.perf_counter() - started, 1)},
+        }
+        if web is not None:
+            card["page"] = page_card(engine, web.version)
+        write_atomically(folder / CARD, json.dumps(card, indent=1) + "\n")
+        for single in pages:
+            assert web is not None
+            write_page(folder, card, web, single=single)
+    return card
+
+
+def _card(
+    engine: EngineCore,
+    config: Config,
+    settings: Settings,
+    model: Path,
+    inputs: Values,
+    outputs: Values,
+    batch: int | None,
+) -> dict[str, Any]:
+    """What a user of the file has to know, and what made it."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "what": "counterfactual",
+        "file": MODEL,
+        "sha256": file_digest(model),
+        "bytes": model.stat().st_size,
+        "labels": engine.labels,
+        "image_size": engine.image_size,
+        "inputs": [{"name": n, **_described(x, batch), "meaning": INPUTS[n]} for n, x in inputs.items()],
+        "outputs": [{"name": n, **_described(outputs[n], batch), "meaning": meaning} for n, meaning in OUTPUTS.items()],
+        "mode": config.mode_name,
+        "preset": config.preset,
+        "speed": config.speed,
+        "settings": settings.model_dump(),
+        "steps": outputs["kept"].shape[1],
+        "classifier": engine.source.get("classifier"),
+        "weights": engine.digest(),
+        "versions": {name: installed(name) for name in ("counterlens", "torch", "onnx", "onnxruntime")},
+        "limits": "No time budget and no progress inside a run: the loop is in the file. Every sample takes all steps.",
+    }
+
+
+def page_card(engine: EngineCore, web_version: str) -> dict[str, Any]:
+    """What a page shows beside the file: samples of the pack, the empty ground, and what the model is."""
+    pack = engine.source.get("pack")
+    about, samples = "The model inside was brought by whoever made this page.", []
+    if pack is not None:
+        held = Pack(pack)
+        drawn = held.samples("test", count=10)
+        about = (
+            f"Inside is the {engine.source.get('classifier', '')} classifier of counterlens' {held.name} pack, with "
+            "its diffusion model. Digits: UCI, as shipped with scikit-learn (E. Alpaydin, C. Kaynak; CC BY 4.0)."
+        )
+        samples = [
+            {
+                "name": str(label),
+                "pixels": base64.b64encode(to_uint8(image).permute(1, 2, 0).contiguous().numpy().tobytes()).decode(),
+            }
+            for image, label in zip(drawn.images, drawn.labels, strict=True)
+        ]
+    return {"about": about, "samples": samples, "ground": "#1a1a1a", "onnxruntime_web": web_version}
+
+
+def _batch_of_its_own(engine: EngineCore, program: Sequence[Step]) -> int:
+    """A batch size that is no other size of the program's values, by which the open dimension is told from the rest."""
+    taken = {3, engine.image_size, *engine.diffusion.latent_shape, len(engine.labels)}
+    taken |= set(engine.diffusion.condition(torch.zeros(1, dtype=torch.long)).shape)
+    taken |= {step.count for step in program if isinstance(step, Loop)}
+    return next(n for n in (5, 7, 11, 13, 17, 19, 23, 29, 31) if n not in taken)
+
+
+def _described(x: Tensor, batch: int | None) -> dict[str, Any]:
+    return {"dtype": str(x.dtype).removeprefix("torch."), "shape": [batch or "batch", *x.shape[1:]]}
+
+
+def check_counterfactual(
+    engine: EngineCore, settings: Settings, path: Path, batch: int | None, say: Callable[[str], None] = lambda _: None
+) -> tuple[dict[str, Any], Values]:
+    """Hold a file to the eager run of the same settings; returns the report and the outputs of the last batch.
+
+    Raises:
+        ExportError: ONNX Runtime is missing or cannot open it, shapes do not fit, or too few samples agree.
+    """
+    pack = engine.source.get("pack")
+    size = engine.image_size
+    say(f"comparing it with the eager run on {PARITY_IMAGES} images")
+    if pack is not None:
+        images = Pack(pack).samples("test", count=PARITY_IMAGES).images
+    else:
+        g = torch.Generator().manual_seed(0)
+        coarse = torch.rand((PARITY_IMAGES, 3, 8, 8), generator=g)
+        images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 1)
+        images = as_saved(images)
+    check_file(path)
+    run_file = onnxruntime.load(path)
+    at_once = batch or 16
+    equal, close, worst = 0, 0, 0.0
+    got: Values = {}
+    for start in range(0, len(images), at_once):
+        rows = images[start : start + at_once]
+        if len(rows) < at_once and batch is not None:
+            break
+        source = probabilities(engine.classifier, rows)
+        target = source.topk(2, dim=1).indices[:, 1]
+        seeds = list(range(start, start + len(rows)))
+        run = sample(
+            engine.diffusion, engine.classifier, rows, target, seeds, settings, decoder=engine.runners.decoder(settings)
+        )
+        expected = as_saved((engine.diffusion.decode(run.z) + 1) / 2)
+        feeds = {"image": rows, "target": torch.full((len(rows),), -1)}
+        if settings.noise != "inversion":
+            feeds["noise"] = seeded_noise(engine.diffusion.latent_shape, seeds, rows)
+        got = dict(zip(OUTPUTS, run_file(*feeds.values()), strict=True))
+        off = (got["counterfactual"] - expected).abs().flatten(1).amax(dim=1)
+        equal += int((got["prediction"] == probabilities(engine.classifier, expected).argmax(dim=1)).sum())
+        close += int((off < 1.5 / 255).sum())
+        worst = max(worst, off.max().item())
+    count = len(images) // at_once * at_once if batch is not None else len(images)
+    report = {
+        "images": f"{count} of the pack's test split" if pack is not None else f"{count} random ones",
+        "predictions_equal": equal / count,
+        "within_1_of_255": close / count,
+        "worst_in_255": round(worst * 255, 2),
+        "asked": {"predictions_equal": EQUAL_PREDICTIONS, "within_1_of_255": WITHIN_ONE[settings.gradient]},
+    }
+    if pack is None:
+        report["warning"] = "no images of the pack fit these models: compared on random ones"
+    if not (equal / count >= EQUAL_PREDICTIONS and close / count >= WITHIN_ONE[settings.gradient]):
+        raise ExportError(
+            f"the written run does not agree with the eager one: {equal} of {count} predictions equal, {close} images "
+            f"within 1/255, the worst off by {worst * 255:.1f}/255; it was not kept"
+        )
+    return report, got

@@ -1,0 +1,66 @@
+"""Which attention the UNet and the VAE use: PyTorch's own, or xformers' memory-efficient one."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..errors import UsageError, install_hint
+
+ATTENTIONS = ("sdpa", "xformers")
+
+
+def not_supported_reasons(modules: Sequence[nn.Module]) -> list[str]:
+    """Why xformers' attention cannot run these modules; empty when it can."""
+    reasons = []
+    if importlib.util.find_spec("xformers") is None:
+        reasons.append(f"xformers is not installed; {install_hint('gpu')}")
+    parameters = [p for m in modules for p in m.parameters()]
+    if any(p.device.type != "cuda" for p in parameters):
+        reasons.append(f"the models are on {parameters[0].device}, xformers needs CUDA")
+    if any(p.dtype == torch.float64 for p in parameters):
+        reasons.append("the weights are float64, xformers takes float16, bfloat16 and float32")
+    return reasons or _operator_reasons(parameters[0])
+
+
+def _operator_reasons(like: torch.Tensor) -> list[str]:
+    """Why the xformers that is installed has no operator for tensors like this one; empty when it has."""
+    import xformers.ops
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            probe = torch.zeros(1, 64, 8, 40, device=like.device, dtype=like.dtype, requires_grad=True)
+            xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
+    except NotImplementedError as error:
+        first = str(error).strip().splitlines()[0]
+        return [f"xformers {xformers.__version__} has no operator here ({first}); `python -m xformers.info` says why"]
+    return []
+
+
+@contextmanager
+def memory_efficient_attention(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Have diffusers' attention layers call xformers, and leave them as they were.
+
+    Needs the `autograd` pullback: xformers' Function is a legacy one, which `torch.func` refuses.
+
+    Raises:
+        UsageError: a layer's attention has no xformers form.
+    """
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+
+    layers = [m for module in modules for m in module.modules() if isinstance(m, Attention)]
+    before = [layer.processor for layer in layers]
+    for processor in before:
+        if not isinstance(processor, AttnProcessor | AttnProcessor2_0):
+            raise UsageError(f"attention: {type(processor).__name__} has no xformers form; use sdpa")
+    try:
+        for layer in layers:
+            layer.processor = XFormersAttnProcessor()
+        yield
+    finally:
+        for layer, processor in zip(layers, before, strict=True):
+            layer.processor = processor
