@@ -288,7 +288,7 @@ def test_long_names_that_begin_alike_stay_apart() -> None:
 
 
 def test_one_failing_write_fails_that_image(digits: Path, tmp_path: Path, monkeypatch) -> None:
-    from counterlens.engine.images.files import files as images
+    from counterlens.engine.images import files as images
 
     files, out = sorted(digits.glob("*.png")), tmp_path / "o"
     real = images.write_atomically

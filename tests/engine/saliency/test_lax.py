@@ -385,7 +385,7 @@ def test_what_does_not_fit(classifier, images) -> None:
         adapter.explain(torch.rand(1, 3, 8, 8))
     with pytest.raises(UsageError, match="target: expected labels from 0 to 3"):
         adapter.explain(images, 4)
-    with pytest.raises(UsageError, match="target: expected 12 label indices"):
+    with pytest.raises(UsageError, match="target: expected one label or 12 of them"):
         adapter.explain(images, [0, 1])
     with pytest.raises(UsageError, match="target: expected label indices, got 'a'"):
         adapter.explain(images, "a")  # type: ignore[arg-type]
