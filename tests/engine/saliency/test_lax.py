@@ -387,7 +387,7 @@ def test_what_does_not_fit(classifier, images) -> None:
         adapter.explain(images, 4)
     with pytest.raises(UsageError, match="target: expected one label or 12 of them"):
         adapter.explain(images, [0, 1])
-    with pytest.raises(UsageError, match="target: expected label indices, got 'a'"):
+    with pytest.raises(UsageError, match="target: expected whole numbers, got 'a'"):
         adapter.explain(images, "a")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="use wrap_classifier"):
         new_adapter(classifier.module, SIZE)
