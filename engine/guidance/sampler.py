@@ -24,6 +24,7 @@ StepFunction = Callable[..., tuple[Tensor, ...]]
 # Told, after a guided step, the ids of the n jobs that took it, and score and reference [n, C, h, w] of each.
 Observer = Callable[[list[int], Tensor, Tensor], None]
 IDLE_SCALES = (0.0, 0.0, 0.0, 45.0)  # of an empty slot: what every filter takes
+PATIENCE = 2  # ticks that a finished sample of a live sampler waits for others to be decoded with
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class _Sample:
     started: float = 0.0
     seconds: float = 0.0
     complete: bool = True
+    finished: int = 0  # the tick of its last step
 
     def outcome(self, error: str | None = None) -> Outcome:
         total = len(self.schedule)
@@ -141,6 +143,11 @@ class Sampler:
     of the same fixed shape: encoding, DDIM inversion (in slots of its own) and guided steps; then decoding. A stage
     runs only when the next one has room, so memory does not grow with the number of jobs.
 
+    A batch wants all slots busy: newcomers are prepared to the end before the next step, and finished samples wait for
+    a full batch to be decoded. Whoever waits for one answer wants neither: while a sampler is `live`, a tick holds at
+    most one pass of each stage, so that a newcomer's inversion delays nobody, and a finished sample waits `PATIENCE`
+    ticks at most. The numbers are the same.
+
     To be used from one thread, models frozen (`pullback.frozen`).
 
     Args:
@@ -152,6 +159,9 @@ class Sampler:
             leaves outcomes without images.
         observe: told what the filter compared, see `Observer`; needs a `step` with directions.
         clock: seconds, for budgets.
+
+    Attributes:
+        live: for callers that wait for single samples, see above; False at first.
     """
 
     def __init__(
@@ -176,6 +186,7 @@ class Sampler:
         self.decode = decode
         self.observe = observe
         self.clock = clock
+        self.live = False
         self.ticks = 0  # guided or unguided steps of the slots so far
         self.stepped: list[tuple[int, int]] = []  # (slot, id) of the last tick
         self.z0 = torch.empty(0)  # [slots, C, h, w], clean estimates of the last tick
@@ -244,7 +255,9 @@ class Sampler:
     def tick(self) -> list[Outcome]:
         """Fill the slots, take one step of all of them, and return what was finished."""
         self.stepped = []
-        while None in self._running and (self._ready or self._more_to_prepare):
+        if self.live and None in self._running and self._more_to_prepare:
+            self._prepare()
+        while None in self._running and (self._ready or (self._more_to_prepare and not self.live)):
             if (sample := self._next_ready()) is not None:
                 self._place(sample)
             else:
@@ -259,10 +272,13 @@ class Sampler:
         return bool(self._waiting or self._encoded or any(self._inverting))
 
     def _next_ready(self) -> _Sample | None:
-        """The oldest job, if it is ready: nobody is overtaken, and the others are prepared in the same batches."""
+        """The oldest job, if it is ready: nobody is overtaken, and the others are prepared in the same batches.
+
+        A live sampler takes the oldest that is ready: whoever needs no inversion does not wait for one.
+        """
         preparing = [sample.id for sample in (*self._encoded, *self._inverting) if sample is not None]
         oldest = min(self._ready, key=lambda sample: sample.id, default=None)
-        if oldest is None or min(preparing, default=oldest.id) < oldest.id:
+        if oldest is None or (not self.live and min(preparing, default=oldest.id) < oldest.id):
             return None
         self._ready.remove(oldest)
         return oldest
@@ -409,6 +425,7 @@ class Sampler:
             if whole or self._expired(sample):
                 sample.complete = whole
                 sample.z = (z_next if whole else z0)[i].clone()
+                sample.finished = self.ticks
                 self._done.append(sample)
                 self._running[i] = None
         self._z = torch.where(_per_slot([s is not None for s in self._running], device), z_next, 0.0)
@@ -445,7 +462,11 @@ class Sampler:
     def _finish(self) -> list[Outcome]:
         """Outcomes of failed samples, and of finished ones once a batch of them is there or nobody else is coming."""
         out, self._failed = self._failed, []
-        due = not all(sample.complete for sample in self._done) or not (self._ready or self._more_to_prepare)
+        if self.live:
+            due = bool(self._done) and (not any(self._running) or self.ticks - self._done[0].finished >= PATIENCE)
+        else:
+            due = not (self._ready or self._more_to_prepare)
+        due = due or not all(sample.complete for sample in self._done)
         while len(self._done) >= self.slots or (due and self._done):
             samples, self._done = self._done[: self.slots], self._done[self.slots :]
             with span("decode"):

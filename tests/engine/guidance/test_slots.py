@@ -247,3 +247,44 @@ def test_count_ticks_by_hand() -> None:
     assert count_ticks([3, 1, 1, 1], 2) == 3
     assert count_ticks([1, 1, 1, 5], 2) == 6
     assert count_ticks([4] * 5, 2) == 12
+
+
+def test_live_slots_give_the_same_bits_and_keep_nobody_waiting(engine: Engine, alone: list[Outcome]) -> None:
+    """A newcomer with an inversion of seven passes delays no step of the others, and the first to finish leaves."""
+    sampler = engine.sampler(slots=3)
+    sampler.live = True
+    calls = 0
+    inner = sampler.predict_noise
+
+    def counted(*inputs: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return inner(*inputs)
+
+    sampler.predict_noise = counted
+    for i in range(12):
+        sampler.submit(job(engine, i))
+    out: dict[int, Outcome] = {}
+    left: dict[int, int] = {}
+    while sampler.busy:
+        before = calls
+        for outcome in sampler.tick():
+            out[outcome.id] = outcome
+            left[outcome.id] = sampler.ticks
+        assert calls - before <= 2  # one pass of inversion, one of an unguided step
+    assert sorted(out) == list(range(12))
+    for i, outcome in out.items():
+        assert torch.equal(outcome.z, alone[i].z)
+        assert torch.equal(outcome.image, alone[i].image)
+    sampler = engine.sampler(slots=3)
+    patient = run_until_first(sampler, engine)
+    assert min(left.values()) <= 4 < patient
+
+
+def run_until_first(sampler: Sampler, engine: Engine) -> int:
+    """The tick at which the first of twelve samples comes back."""
+    for i in range(12):
+        sampler.submit(job(engine, i))
+    while not sampler.tick():
+        assert sampler.ticks < 200
+    return sampler.ticks
