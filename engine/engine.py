@@ -185,7 +185,7 @@ class Engine(EngineCore):
         from .metrics.inputs import check_finite
         from .saliency.explain import explain
 
-        self._check_images(images)
+        self.check_images(images)
         check_finite("images", images)
         return explain(
             self, images, explained=explained, method=method, quantity=quantity, adapter=adapter, baseline=baseline,

@@ -138,7 +138,7 @@ class Auditor:
         config |= {"attention": engine.attention, "checkpointing": engine.checkpointing}
         asked = {self.options.target, *(s.target for s in self.source.samples)}
         if "neighbour" in asked:
-            config["neighbours"] = digest({str(k): v for k, v in engine.neighbours.items()})
+            config["neighbours"] = digest({str(k): v for k, v in engine.targets.neighbours.items()})
         if self.config.match_official:
             config["match_official"] = True
         if engine.device.type != "cpu":  # whose results are not the CPU's, bit by bit

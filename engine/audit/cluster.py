@@ -36,7 +36,7 @@ def engine_parts(engine: EngineCore) -> dict[str, Any]:
         "attention": engine.attention,
         "guidance_decoder": engine.guidance_decoder,
         "speeds": engine.speeds,
-        "neighbours": {engine.labels[k]: [engine.labels[n] for n in v] for k, v in engine.neighbours.items()},
+        "neighbours": {engine.labels[k]: [engine.labels[n] for n in v] for k, v in engine.targets.neighbours.items()},
     }
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,9 @@ from ..config import SPEEDS, Config, Settings, default_settings, preset_misfit
 from ..errors import UsageError
 from ..guidance.memory import checkpointed, largest_batch
 from ..guidance.pullback import PullbackMode
-from ..guidance.sampler import Job, Observer, Outcome, Sampler, count_ticks
-from ..guidance.schedule import make_schedule
+from ..guidance.sampler import Observer, Sampler
 from ..guidance.spans import span
-from ..images.files import as_saved
-from ..labels import distinct_names, find_label
+from ..labels import distinct_names
 from ..models.attention import ATTENTIONS, memory_efficient_attention, not_supported_reasons
 from ..models.freezing import frozen
 from ..models.gradient_check import check_gradient
@@ -33,11 +30,9 @@ from ..provenance import digest, models_digest, models_numbers, session
 from ..runtime.choice import RUNTIMES, Choice
 from ..runtime.runners import REAL_IMAGES, SLOTS, Runners
 from ..runtime.spec import Spec
-from .result import ALREADY, Counterfactuals, noise_seed
-from .targets import RELATIVE_TARGETS, Targets
-
-if TYPE_CHECKING:
-    pass
+from .result import Counterfactual, Counterfactuals
+from .session import Session
+from .targets import TargetLabels, Targets, one_each
 
 
 class EngineCore:
@@ -142,9 +137,7 @@ class EngineCore:
             diffusion, classifier, guidance_decoder, runtime=self.runtime, store=self.store, backend=backend,
             pullback=self.pullback,
         )  # fmt: skip
-        self.neighbours = {
-            self.check_target(k): [self.check_target(n) for n in v if n != k] for k, v in (neighbours or {}).items()
-        }
+        self.targets = TargetLabels(self.labels, neighbours)
         self.slots: tuple[int, ...] = SLOTS
         self._check_source(self.config)
         if memory_budget is not None:
@@ -168,9 +161,10 @@ class EngineCore:
 
         Results are bit-identical to those of `counterfactual` where that uses as many slots.
         """
-        return self._sampler(self.settings(config or self.config), slots)
+        return self.open_sampler(self.settings(config or self.config), slots)
 
-    def _sampler(self, settings: Settings, slots: int, observe: Observer | None = None) -> Sampler:
+    def open_sampler(self, settings: Settings, slots: int, observe: Observer | None = None) -> Sampler:
+        """See `sampler`; `observe`: see `counterfactual`."""
         if observe is not None:
             return Sampler(
                 self.diffusion, slots, self.runners.step(settings).observed(), settings.graph,
@@ -252,7 +246,7 @@ class EngineCore:
             "image_size": self.image_size,
             "dtype": str(weights.dtype).removeprefix("torch."),
             "slots": self.slots[-1],
-            "neighbours": digest(self.neighbours) if self.neighbours else None,
+            "neighbours": digest(self.targets.neighbours) if self.targets.neighbours else None,
             "attention": self.attention,
             "checkpointing": self.checkpointing,
             "kernels": self.backend,
@@ -267,6 +261,7 @@ class EngineCore:
         Raises:
             UsageError: its fields contradict each other, or its preset does not fit the models.
         """
+        self._check_source(config)
         if config.preset and (reason := preset_misfit(config.preset, self.diffusion.conditioning, len(self.labels))):
             raise UsageError(f"preset: {reason}")
         settings = config.settings(self.pack_settings, self.speeds)
@@ -305,54 +300,41 @@ class EngineCore:
     def probabilities(
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1]
+        sizes: Sequence[int] | None = None,
     ) -> Tensor:
-        """The classifier's probabilities: [B, labels] on the CPU; computed in padded batches like everything else."""
-        batches = _batches(len(images), self.slots)
+        """The classifier's probabilities: [B, labels] on the CPU, in batches padded to `sizes` (`slots` without it)."""
+        batches = _batches(len(images), sizes or self.slots)
         with span("predictions"), computing_on(self.device):
             parts = [probabilities(self.classifier, images[rows].to(self.device))[:n].cpu() for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
     def check_target(self, target: str | int) -> int:
-        """Index of a label by name or index (see `find_label`); -1 for `RELATIVE_TARGETS`, which depend on the image.
-
-        Raises:
-            UsageError: it is no label, or relative to something that this classifier does not have.
-        """
-        if target == "opposite" and len(self.labels) != 2:
-            raise UsageError(f"target: opposite needs a classifier with two labels, this one has {len(self.labels)}")
-        if target == "neighbour" and (lonely := [n for i, n in enumerate(self.labels) if not self.neighbours.get(i)]):
-            raise UsageError(f"neighbours: none given for {len(lonely)} labels, {lonely[0]!r} for one")
-        if target in RELATIVE_TARGETS:
-            return -1
-        return find_label(target, self.labels, more=RELATIVE_TARGETS)
+        """See `TargetLabels.check`."""
+        return self.targets.check(target)
 
     def resolve_targets(
         self,
         targets: Targets,
         probabilities: Tensor,  # [B, labels]
     ) -> Tensor:
-        """Label indices [B] of targets by index, by label, or relative to the prediction (`RELATIVE_TARGETS`).
+        """See `TargetLabels.resolve_all`."""
+        return self.targets.resolve_all(targets, probabilities)
+
+    @contextmanager
+    def session(self, config: Config | None = None, slots: int | None = None) -> Iterator[Session]:
+        """Make counterfactuals one by one; the models are held as in `frozen` meanwhile. See `Session`.
+
+        Args:
+            config: of samples that bring none; the engine's without it.
+            slots: how many samples are guided at once, rounded up to one of `slots`; as many as fit without it.
 
         Raises:
-            UsageError: a target is no label, or there are more or fewer targets than images.
+            UsageError: the config does not fit, or slots is below 1.
         """
-        batch = probabilities.shape[0]
-        if isinstance(targets, Tensor):
-            targets = targets.tolist()
-        if isinstance(targets, str | int):
-            targets = [targets] * batch
-        if len(targets) != batch:
-            raise UsageError(f"targets: expected {batch}, one per image, got {len(targets)}")
-        best = probabilities.topk(2, dim=1).indices.tolist()
-        out = []
-        for target, (first, second) in zip(targets, best, strict=True):
-            index = self.check_target(target)
-            if target == "neighbour":
-                index = self.neighbours[first][0]
-            elif index < 0:  # of two labels, the opposite one is the runner-up
-                index = second
-            out.append(index)
-        return torch.tensor(out, dtype=torch.long)
+        if slots is not None and slots < 1:
+            raise UsageError(f"slots: expected 1 or more, got {slots}")
+        with self.frozen():
+            yield Session(self, config, self.slots_for(slots or self.slots[-1]))
 
     def counterfactual(
         self,
@@ -394,49 +376,48 @@ class EngineCore:
         Raises:
             UsageError: images, targets, seeds, config or budget do not fit.
         """
-        self._check_images(images)
-        if self.runners.real_images is None and len(images) and images[:REAL_IMAGES].isfinite().all():
-            self.runners.real_images = images[:REAL_IMAGES].detach().clone()
+        self.check_images(images)
         configs = [config or self.config] * len(images) if config is None or isinstance(config, Config) else [*config]
         if len(configs) != len(images):
             raise UsageError(f"config: expected {len(images)}, one per image, got {len(configs)}")
-        decided: dict[Config, Settings] = {}
-        for c in dict.fromkeys(configs or [self.config if not isinstance(config, Config) else config]):
-            self._check_source(c)
-            decided[c] = self.settings(c)
         if budget_s is not None and not budget_s > 0:
             raise UsageError(f"budget_s: expected seconds above 0, got {budget_s}")
+        asked = one_each(targets, len(images))
+        for target in dict.fromkeys(asked):
+            self.check_target(target)
+        given = [None] * len(images) if seeds is None else list(seeds)
+        if len(given) != len(images):
+            raise UsageError(f"seeds: expected {len(images)}, one per image, got {len(given)}")
+        samples: list[Counterfactual] = []
         with self.frozen():
-            before = self.probabilities(images)
-            source = before.argmax(dim=1).masked_fill(~before.isfinite().all(dim=1), -1)
-            target = self.resolve_targets(targets, before)
-            if seeds is None:
-                seeds = [noise_seed(image, c) for image, c in zip(images, configs, strict=True)]
-            if len(seeds) != len(images):
-                raise UsageError(f"seeds: expected {len(images)}, one per image, got {len(seeds)}")
-            errors: list[str | None] = [
-                f"target {self.labels[int(t)]!r} {ALREADY}" if s == t and not c.match_official else None
-                for s, t, c in zip(source.tolist(), target.tolist(), configs, strict=True)
-            ]
-            for i in range(len(images)):
-                if not before[i].isfinite().all():
-                    errors[i] = "the classifier gives NaN or infinity for the image"
-                if not images[i].isfinite().all():
-                    errors[i] = "the image holds NaN or infinite values"
-            jobs = [
-                Job(image, int(t), seed, decided[c], budget_s)
-                for image, t, seed, c in zip(images, target, seeds, configs, strict=True)
-            ]
-            todo = [i for i, error in enumerate(errors) if error is None]
-            outcomes = self._run(jobs, todo, progress, on_step, observe)
-            for i, outcome in outcomes.items():
-                errors[i] = outcome.error
-            result = self._measure(images, source, target, list(seeds), errors, outcomes, list(decided.values()))
-            made = {c: self.facts(c, len(outcomes)) | {"budget_s": budget_s} for c in decided}
-            result.provenance = [made[c] for c in configs]
-            return result
+            session = Session(self, configs[0] if configs else None, observe=observe)
+            for one in zip(images, asked, given, configs, strict=True):
+                session.submit(*one, budget_s)
+            while session.busy:
+                samples = session.tick()
+                sampler = session.sampler
+                if sampler is None or not sampler.stepped:
+                    continue
+                if on_step is not None:
+                    on_step(sampler.ticks, session.total)
+                if progress is not None:
+                    rows = [slot for slot, _ in sampler.stepped]
+                    with torch.no_grad():
+                        x0 = (self.diffusion.decode(sampler.z0)[rows] + 1) / 2
+                    progress(sampler.ticks, session.total, x0.clamp(0, 1).cpu())
+            return Counterfactuals.stack(samples, images, self.labels)
 
-    def _check_images(self, images: Tensor) -> None:
+    def meet_images(self, images: Tensor) -> None:
+        """Keep the first images, if they are finite: artefacts are held to eager on them."""
+        if self.runners.real_images is None and len(images) and images[:REAL_IMAGES].isfinite().all():
+            self.runners.real_images = images[:REAL_IMAGES].detach().clone()
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse what is no batch of images [B, 3, H, W] in [0, 1] of the model's size; NaN passes.
+
+        Raises:
+            UsageError: says what does not fit.
+        """
         size = self.image_size
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1:] != (3, size, size):
             shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -445,98 +426,6 @@ class EngineCore:
             raise UsageError(f"images: expected floating point in [0, 1], got {images.dtype}")
         if images.numel() and (images.min() < 0 or images.max() > 1):
             raise UsageError(f"images: expected [0, 1], got {images.min().item():g} to {images.max().item():g}")
-
-    def _schedule_steps(self, settings: Settings) -> int:
-        alphas_cumprod = self.diffusion.alphas_cumprod
-        return len(
-            make_schedule(len(alphas_cumprod), settings.steps, settings.strength, settings.spacing, alphas_cumprod)
-        )
-
-    def _run(
-        self,
-        jobs: list[Job],
-        todo: list[int],
-        progress: Callable[[int, int, Tensor], None] | None,
-        on_step: Callable[[int, int], None] | None,
-        observe: Observer | None = None,
-    ) -> dict[int, Outcome]:
-        """What became of the jobs in `todo`, by their index."""
-        if not todo:
-            return {}
-        slots = self.slots_for(len(todo))
-        settings = jobs[todo[0]].settings
-        watch: Observer | None = None
-        if observe is not None:
-
-            def watch(ids: list[int], score: Tensor, reference: Tensor) -> None:
-                observe([index[id] for id in ids], score, reference)
-
-        sampler = self._sampler(settings, slots, watch)
-        index = {sampler.submit(jobs[i]): i for i in todo}
-        steps = {s: self._schedule_steps(s) for s in {jobs[i].settings for i in todo}}
-        total = count_ticks([steps[jobs[i].settings] for i in todo], slots)
-        outcomes: dict[int, Outcome] = {}
-        while sampler.busy:
-            for outcome in sampler.tick():
-                outcomes[index[outcome.id]] = outcome
-            if not sampler.stepped:
-                continue
-            if on_step is not None:
-                on_step(sampler.ticks, total)
-            if progress is not None:
-                rows = [slot for slot, _ in sampler.stepped]
-                with torch.no_grad():
-                    x0 = (self.diffusion.decode(sampler.z0)[rows] + 1) / 2
-                progress(sampler.ticks, total, x0.clamp(0, 1).cpu())
-        return outcomes
-
-    def _measure(
-        self,
-        images: Tensor,
-        source: Tensor,
-        target: Tensor,
-        seeds: list[int],
-        errors: list[str | None],
-        outcomes: dict[int, Outcome],
-        settings: list[Settings],
-    ) -> Counterfactuals:
-        out = images.clone()
-        kept = torch.full((len(images), max((self._schedule_steps(s) for s in settings), default=0)), torch.nan)
-        seconds = torch.full((len(images),), torch.nan)
-        complete = torch.zeros(len(images), dtype=torch.bool)
-        for i, outcome in outcomes.items():
-            kept[i, : len(outcome.kept)] = torch.tensor(outcome.kept)
-            seconds[i], complete[i] = outcome.seconds, outcome.complete
-            if outcome.image is not None:
-                out[i] = outcome.image.clamp(0, 1)
-        saved = as_saved(out)
-        probabilities = self.probabilities(saved)
-        for i, finite in enumerate(probabilities.isfinite().all(dim=1).tolist()):
-            if errors[i] is None and not finite:
-                errors[i], complete[i] = "the classifier gives NaN or infinity for the counterfactual", False
-        failed = torch.tensor([e is not None for e in errors], dtype=torch.bool)
-        confidence, prediction = probabilities.max(dim=1)
-        target_confidence = probabilities.gather(1, target[:, None])[:, 0]
-        difference = saved - images
-        nan = math.nan
-        return Counterfactuals(
-            images=out,
-            inputs=images,
-            source=source,
-            target=target,
-            prediction=prediction.masked_fill(failed, -1),
-            confidence=confidence.masked_fill(failed, nan),
-            target_confidence=target_confidence.masked_fill(failed, nan),
-            flipped=(prediction == target) & ~failed,
-            l1=difference.abs().mean(dim=(1, 2, 3)).masked_fill(failed, nan),
-            l2=difference.square().mean(dim=(1, 2, 3)).sqrt().masked_fill(failed, nan),
-            kept_fraction=kept,
-            seconds=seconds,
-            complete=complete,
-            seeds=seeds,
-            errors=errors,
-            labels=self.labels,
-        )
 
 
 def _batches(count: int, slots: Sequence[int] = SLOTS) -> list[tuple[list[int], int]]:

@@ -8,38 +8,103 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..images.files import save_png, to_uint8
+from ..showing import one_line
 
 ALREADY = "is already the prediction"  # how the error of a sample that is skipped ends
 
 
 @dataclass
-class Counterfactuals:
-    """Counterfactuals of B images; every measure is of the image as the saved 8-bit file holds it.
+class Counterfactual:
+    """What became of one sample; every measure is of the image as the saved 8-bit file holds it.
 
-    A sample that failed has its message in `errors`, its input as image, -1 as prediction and NaN measures.
+    A sample that failed has its message in `error`, its input as image, -1 as prediction and NaN measures.
 
     Attributes:
-        images: [B, 3, H, W] in [0, 1], not rounded to 8 bits.
-        inputs: [B, 3, H, W] in [0, 1].
-        source: [B] the classifier's prediction for the input; -1 where it gives NaN or infinity.
-        target: [B] the label asked for.
-        prediction: [B] the classifier's prediction for the counterfactual.
-        confidence: [B] probability of that prediction.
-        target_confidence: [B] probability of the target.
-        flipped: [B] bool, prediction equals target.
-        l1, l2: [B] mean absolute and root mean square difference per pixel and channel, in [0, 1].
-        kept_fraction: [B, steps] share of latent locations that the consensus filter kept; NaN without a guided step.
-        seconds: [B] wall time of every batched operation that the sample took part in, divided by the samples in it.
-        complete: [B] bool, every step was taken; False where `budget_s` ended the run before, and with an error.
-        seeds: one per sample.
-        errors: one message or None per sample.
+        id: as `Session.submit` gave it; in a batch the place in it.
+        image: [3, H, W] in [0, 1], not rounded to 8 bits.
+        input: [3, H, W] in [0, 1].
+        source: the classifier's prediction for the input; -1 where it gives NaN or infinity.
+        target: the label asked for; -1 where it is none.
+        prediction: the classifier's prediction for the counterfactual.
+        confidence: probability of that prediction.
+        target_confidence: probability of the target.
+        flipped: prediction equals target.
+        l1, l2: mean absolute and root mean square difference per pixel and channel, in [0, 1].
+        kept_fraction: [steps] share of latent locations that the consensus filter kept; NaN without a guided step.
+        seconds: wall time of every batched operation that the sample took part in, divided by the samples in it.
+        complete: every step was taken; False where `budget_s` ended the run before, and with an error.
+        seed: of the noise.
+        error: why there is no counterfactual, or None.
         labels: names of the classifier's labels.
-        provenance: for each sample what made it: classifier, mode, settings, seed, weights, versions, threads, ...
+        provenance: what made it: classifier, mode, settings, seed, weights, versions, threads, ...
+    """
+
+    id: int
+    image: Tensor
+    input: Tensor
+    source: int
+    target: int
+    prediction: int
+    confidence: float
+    target_confidence: float
+    flipped: bool
+    l1: float
+    l2: float
+    kept_fraction: Tensor
+    seconds: float
+    complete: bool
+    seed: int
+    error: str | None
+    labels: list[str] = field(repr=False)
+    provenance: dict[str, Any] = field(repr=False)
+
+    __repr__ = one_line
+
+    @property
+    def status(self) -> str:
+        """What became of it: `done`, `skipped` (the target was the prediction already) or `failed`."""
+        if self.error is None:
+            return "done"
+        return "skipped" if self.error.endswith(ALREADY) else "failed"
+
+    def record(self) -> dict[str, Any]:
+        """The sample as plain values, as `--json` prints it: status, and source, target, ..., or error."""
+        if self.error is not None:
+            return {"status": self.status, "error": self.error}
+        return {
+            "status": self.status,
+            "source": self.labels[self.source],
+            "target": self.labels[self.target],
+            "prediction": self.labels[self.prediction],
+            "confidence": round(self.confidence, 6),
+            "target_confidence": round(self.target_confidence, 6),
+            "flipped": self.flipped,
+            "l1": round(self.l1, 6),
+            "l2": round(self.l2, 6),
+            "complete": self.complete,
+            "seed": self.seed,
+            "seconds": round(self.seconds, 4),
+        }
+
+
+@dataclass
+class Counterfactuals:
+    """Counterfactuals of B images: what `Counterfactual` says of each, stacked; indexing gives one of them.
+
+    Attributes:
+        images, inputs: [B, 3, H, W] in [0, 1].
+        source, target, prediction: [B] labels.
+        confidence, target_confidence, l1, l2, seconds: [B].
+        flipped, complete: [B] bool.
+        kept_fraction: [B, steps], of the longest schedule.
+        seeds, errors, provenance: one per sample.
+        labels: names of the classifier's labels.
     """
 
     images: Tensor
@@ -60,6 +125,40 @@ class Counterfactuals:
     labels: list[str]
     provenance: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
+    @classmethod
+    def stack(
+        cls,
+        samples: Sequence[Counterfactual],
+        inputs: Tensor,  # [B, 3, H, W] in [0, 1]
+        labels: list[str],
+    ) -> Counterfactuals:
+        """Samples as one result, in their order; `inputs` are theirs."""
+        images = inputs.clone()
+        kept = torch.full((len(samples), max((len(s.kept_fraction) for s in samples), default=0)), torch.nan)
+        for i, sample in enumerate(samples):
+            images[i] = sample.image
+            kept[i, : len(sample.kept_fraction)] = sample.kept_fraction
+        exact = torch.promote_types(inputs.dtype, torch.float32)
+        return cls(
+            images=images,
+            inputs=inputs,
+            source=torch.tensor([s.source for s in samples], dtype=torch.long),
+            target=torch.tensor([s.target for s in samples], dtype=torch.long),
+            prediction=torch.tensor([s.prediction for s in samples], dtype=torch.long),
+            confidence=torch.tensor([s.confidence for s in samples], dtype=exact),
+            target_confidence=torch.tensor([s.target_confidence for s in samples], dtype=exact),
+            flipped=torch.tensor([s.flipped for s in samples], dtype=torch.bool),
+            l1=torch.tensor([s.l1 for s in samples], dtype=exact),
+            l2=torch.tensor([s.l2 for s in samples], dtype=exact),
+            kept_fraction=kept,
+            seconds=torch.tensor([s.seconds for s in samples], dtype=torch.float32),
+            complete=torch.tensor([s.complete for s in samples], dtype=torch.bool),
+            seeds=[s.seed for s in samples],
+            errors=[s.error for s in samples],
+            labels=labels,
+            provenance=[s.provenance for s in samples],
+        )
+
     def __repr__(self) -> str:
         done, flipped = self.errors.count(None), int(self.flipped.sum())
         return f"Counterfactuals({done} of {len(self)} made, {flipped} flipped, mean l1 {self.l1.nanmean():.3f})"
@@ -67,32 +166,35 @@ class Counterfactuals:
     def __len__(self) -> int:
         return len(self.errors)
 
+    def __getitem__(self, i: int) -> Counterfactual:
+        return Counterfactual(
+            id=range(len(self))[i],
+            image=self.images[i],
+            input=self.inputs[i],
+            source=int(self.source[i]),
+            target=int(self.target[i]),
+            prediction=int(self.prediction[i]),
+            confidence=self.confidence[i].item(),
+            target_confidence=self.target_confidence[i].item(),
+            flipped=bool(self.flipped[i]),
+            l1=self.l1[i].item(),
+            l2=self.l2[i].item(),
+            kept_fraction=self.kept_fraction[i],
+            seconds=self.seconds[i].item(),
+            complete=bool(self.complete[i]),
+            seed=self.seeds[i],
+            error=self.errors[i],
+            labels=self.labels,
+            provenance=self.provenance[i] if self.provenance else {},
+        )
+
     def status(self, i: int) -> str:
-        """What became of a sample: `done`, `skipped` (the target was the prediction already) or `failed`."""
-        error = self.errors[i]
-        if error is None:
-            return "done"
-        return "skipped" if error.endswith(ALREADY) else "failed"
+        """What became of a sample, see `Counterfactual.status`."""
+        return self[i].status
 
     def record(self, i: int) -> dict[str, Any]:
-        """One sample as plain values, as `--json` prints it: status, and source, target, ..., or error."""
-        status = self.status(i)
-        if status != "done":
-            return {"status": status, "error": self.errors[i]}
-        return {
-            "status": status,
-            "source": self.labels[int(self.source[i])],
-            "target": self.labels[int(self.target[i])],
-            "prediction": self.labels[int(self.prediction[i])],
-            "confidence": round(self.confidence[i].item(), 6),
-            "target_confidence": round(self.target_confidence[i].item(), 6),
-            "flipped": bool(self.flipped[i]),
-            "l1": round(self.l1[i].item(), 6),
-            "l2": round(self.l2[i].item(), 6),
-            "complete": bool(self.complete[i]),
-            "seed": self.seeds[i],
-            "seconds": round(self.seconds[i].item(), 4),
-        }
+        """One sample as plain values, see `Counterfactual.record`."""
+        return self[i].record()
 
     def save(
         self,

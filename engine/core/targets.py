@@ -2,12 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
+
+from ..errors import UsageError
+from ..labels import find_label
 
 # Targets that depend on the prediction: its runner-up, the other one of two labels, the nearest label of a file.
 RELATIVE_TARGETS = ("runner-up", "opposite", "neighbour")
 
 
 Targets = str | int | Sequence[str | int] | Tensor
+
+
+class TargetLabels:
+    """A classifier's labels, as targets say them.
+
+    Args:
+        labels: names, none twice.
+        neighbours: nearest labels of each label, nearest first, for targets `neighbour`.
+
+    Raises:
+        UsageError: a neighbour is no label.
+    """
+
+    def __init__(self, labels: list[str], neighbours: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.labels = labels
+        self.neighbours: dict[int, list[int]] = {}
+        self.neighbours = {
+            self.check(k): [self.check(n) for n in v if n != k] for k, v in (neighbours or {}).items()
+        }  # fmt: skip
+
+    def check(self, target: str | int) -> int:
+        """Index of a label by name or index (see `find_label`); -1 for `RELATIVE_TARGETS`, which depend on the image.
+
+        Raises:
+            UsageError: it is no label, or relative to something that this classifier does not have.
+        """
+        if target == "opposite" and len(self.labels) != 2:
+            raise UsageError(f"target: opposite needs a classifier with two labels, this one has {len(self.labels)}")
+        if target == "neighbour" and (lonely := [n for i, n in enumerate(self.labels) if not self.neighbours.get(i)]):
+            raise UsageError(f"neighbours: none given for {len(lonely)} labels, {lonely[0]!r} for one")
+        if target in RELATIVE_TARGETS:
+            return -1
+        return find_label(target, self.labels, more=RELATIVE_TARGETS)
+
+    def resolve(
+        self,
+        target: str | int,
+        probabilities: Tensor,  # [labels]
+    ) -> int:
+        """The label that is meant for an image with these predictions.
+
+        Raises:
+            UsageError: see `check`.
+        """
+        index = self.check(target)
+        if index >= 0:
+            return index
+        first, second = probabilities.topk(2).indices.tolist()
+        # Of two labels, the opposite one is the runner-up.
+        return self.neighbours[first][0] if target == "neighbour" else int(second)
+
+    def resolve_all(
+        self,
+        targets: Targets,
+        probabilities: Tensor,  # [B, labels]
+    ) -> Tensor:
+        """The labels [B] that are meant for B images.
+
+        Raises:
+            UsageError: a target is no label, or there are more or fewer targets than images.
+        """
+        asked = one_each(targets, len(probabilities))
+        return torch.tensor([self.resolve(t, p) for t, p in zip(asked, probabilities, strict=True)], dtype=torch.long)
+
+
+def one_each(targets: Targets, count: int) -> list[str | int]:
+    """As many targets as images.
+
+    Raises:
+        UsageError: there are more or fewer.
+    """
+    if isinstance(targets, str | int):
+        return [targets] * count
+    each: list[str | int] = targets.tolist() if isinstance(targets, Tensor) else list(targets)
+    if len(each) != count:
+        raise UsageError(f"targets: expected {count}, one per image, got {len(each)}")
+    return each

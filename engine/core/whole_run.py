@@ -21,7 +21,7 @@ from ..config import Config, Settings
 from ..errors import UsageError
 from ..files import write_atomically
 from ..guidance.sampler import guided_steps, sample, seeded_noise
-from ..guidance.schedule import add_noise, ddim, make_schedule
+from ..guidance.schedule import add_noise, ddim, schedule_of
 from ..guidance.solvers import History, advance, coefficients
 from ..images.files import as_saved, to_uint8
 from ..models.protocols import probabilities
@@ -69,7 +69,7 @@ def counterfactual_program(engine: EngineCore, settings: Settings) -> list[Step]
     """
     diffusion = engine.diffusion
     alphas_cumprod = diffusion.alphas_cumprod
-    schedule = make_schedule(len(alphas_cumprod), settings.steps, settings.strength, settings.spacing, alphas_cumprod)
+    schedule = schedule_of(settings, alphas_cumprod)
     times, times_prev = torch.tensor(schedule.timesteps), torch.tensor(schedule.timesteps_prev)
     steps, labels = len(schedule), len(engine.labels)
 

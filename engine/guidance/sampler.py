@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..models.protocols import Classifier, Decoder, Diffusion
 from ..showing import one_line
 from .pullback import PullbackMode
-from .schedule import Schedule, add_noise, ddim, make_schedule
+from .schedule import Schedule, add_noise, ddim, schedule_of
 from .solvers import COLUMNS, advance, coefficients, no_history
 from .spans import span
 from .step import GuidedStep
@@ -99,6 +99,16 @@ def seeded_noise(shape: tuple[int, int, int], seeds: list[int], like: Tensor) ->
     """Noise [B, *shape] from each sample's own seed, drawn on the CPU in float32 on every device."""
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
     return noise.to(like)
+
+
+def check_graph(settings: Settings, graph: dict[str, object]) -> None:
+    """Refuse settings that need another step.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    if names := [name for name, value in settings.graph.items() if value != graph.get(name)]:
+        raise UsageError(f"{names[0]}: samples in the same slots need the same one; run them apart")
 
 
 def guided_steps(settings: Settings, steps: int) -> list[bool]:
@@ -218,15 +228,11 @@ class Sampler:
             UsageError: its settings need another step than the sampler's, or its schedule does not fit.
         """
         settings = job.settings
-        if settings.graph != self.graph:
-            names = [name for name, value in settings.graph.items() if value != self.graph.get(name)]
-            raise UsageError(f"{names[0]}: samples in the same slots need the same one; run them apart")
+        check_graph(settings, self.graph)
         if job.budget_s is not None and not job.budget_s > 0:
             raise UsageError(f"budget_s: expected seconds above 0, got {job.budget_s}")
         alphas_cumprod = self.diffusion.alphas_cumprod
-        schedule = make_schedule(
-            len(alphas_cumprod), settings.steps, settings.strength, settings.spacing, alphas_cumprod
-        )
+        schedule = schedule_of(settings, alphas_cumprod)
         table = coefficients(schedule, alphas_cumprod, settings.solver)
         sample = _Sample(self._next_id, job, schedule, table, guided_steps(settings, len(schedule)))
         self._next_id += 1
@@ -538,8 +544,7 @@ def sample(
     sampler = Sampler(diffusion, len(image), step, settings.graph)
     for i in range(len(image)):
         sampler.submit(Job(image[i], int(target[i]), seeds[i], settings))
-    steps = len(make_schedule(len(diffusion.alphas_cumprod), settings.steps, settings.strength, settings.spacing,
-                              diffusion.alphas_cumprod))  # fmt: skip
+    steps = len(schedule_of(settings, diffusion.alphas_cumprod))
     outcomes: list[Outcome] = []
     while sampler.busy:
         outcomes += sampler.tick()

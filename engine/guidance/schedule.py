@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from ..config import Settings
 from ..errors import UsageError
 
 Spacing = Literal["official", "leading", "trailing", "linspace", "logsnr"]
@@ -136,3 +137,8 @@ def ddim(
     abar, abar_next = abar.reshape(-1, 1, 1, 1), abar_next.reshape(-1, 1, 1, 1)
     z0 = (z - (1 - abar).sqrt() * eps) / abar.sqrt()
     return abar_next.sqrt() * z0 + (1 - abar_next).sqrt() * eps, z0
+
+
+def schedule_of(settings: Settings, alphas_cumprod: Tensor) -> Schedule:
+    """The schedule that settings ask for, over a model's noise levels; see `make_schedule`."""
+    return make_schedule(len(alphas_cumprod), settings.steps, settings.strength, settings.spacing, alphas_cumprod)

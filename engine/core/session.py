@@ -1,0 +1,272 @@
+"""Counterfactuals one by one: each is submitted with its target, run in slots beside others, and measured when done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import Config, Settings
+from ..errors import UsageError
+from ..guidance.sampler import Job, Observer, Outcome, Sampler, check_graph, count_ticks, guided_steps
+from ..guidance.schedule import schedule_of
+from ..images.files import as_saved
+from ..models.protocols import Diffusion
+from ..runtime.runners import REAL_IMAGES
+from .result import ALREADY, Counterfactual, noise_seed
+from .targets import TargetLabels
+
+
+class Models(Protocol):
+    """What a session needs of `EngineCore`."""
+
+    config: Config
+    diffusion: Diffusion
+    targets: TargetLabels
+    slots: tuple[int, ...]
+
+    def check_images(self, images: Tensor) -> None: ...
+    def meet_images(self, images: Tensor) -> None: ...
+    def settings(self, config: Config) -> Settings: ...
+    def probabilities(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor: ...
+    def slots_for(self, batch: int) -> int: ...
+    def open_sampler(self, settings: Settings, slots: int, observe: Observer | None = None) -> Sampler: ...
+    def facts(self, config: Config, batch: int = 1) -> dict[str, Any]: ...
+
+
+@dataclass
+class _Sample:
+    id: int
+    image: Tensor  # [3, H, W] in [0, 1]
+    target: str | int
+    seed: int
+    config: Config
+    settings: Settings
+    budget_s: float | None
+    source: int = -1
+    wanted: int = -1
+    error: str | None = None
+    outcome: Outcome | None = None
+    made: Tensor | None = None  # as image, not rounded to 8 bits
+
+
+class Session:
+    """Samples that come and go in one engine's slots; `EngineCore.session` opens one.
+
+    To be used from one thread. An image stays where it is given, on the CPU, until its sample is in a slot.
+
+    Args:
+        models: of the engine.
+        config: of samples that bring none. Those that do must agree with it on what decides the step's graph: filter,
+            gradient, guidance_decoder, distance and whether guidance_every is 1.
+        slots: how many samples are guided at once, and the shape of every batch, predictions included: a sample's
+            result then has the same bits whatever is beside it. Without it all that is submitted before the first tick
+            is one batch: it takes the slots that it needs, and the results come together at the end.
+        observe: see `EngineCore.counterfactual`; told the samples' ids.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        config: Config | None = None,
+        slots: int | None = None,
+        observe: Observer | None = None,
+    ) -> None:
+        self.models, self.config, self.slots, self.observe = models, config or models.config, slots, observe
+        self.settings = {self.config: models.settings(self.config)}
+        self.sampler: Sampler | None = None
+        self.total = 0  # ticks that the first batch needs, if no sample ends early
+        self._steps: dict[Settings, int] = {}
+        self._facts: dict[tuple[Config, float | None], dict[str, Any]] = {}
+        self._next_id = 0
+        self._new: list[_Sample] = []
+        self._running: dict[int, _Sample] = {}  # by the sampler's id
+        self._done: list[_Sample] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether any sample's result is still to come."""
+        return bool(self._new or self._running or self._done)
+
+    def submit(
+        self,
+        image: Tensor,  # [3, H, W] in [0, 1]
+        target: str | int = "runner-up",
+        seed: int | None = None,
+        config: Config | None = None,
+        budget_s: float | None = None,
+    ) -> int:
+        """Add a sample and return its id; its result comes from a later `tick`.
+
+        Args:
+            image: [3, H, W] in [0, 1] at the model's image size.
+            target: label index, label name, `runner-up`, `opposite` or `neighbour`.
+            seed: without it the image's own pixels and `config.seed` decide.
+            config: instead of the session's.
+            budget_s: seconds from the moment that it is first worked on, see `EngineCore.counterfactual`.
+
+        Raises:
+            UsageError: image, config or budget do not fit. A target that is no label, or is predicted already, is in
+                the result's `error` instead.
+        """
+        config = config or self.config
+        settings = self._checked(config)
+        if budget_s is not None and not budget_s > 0:
+            raise UsageError(f"budget_s: expected seconds above 0, got {budget_s}")
+        self.models.check_images(image[None])
+        seed = noise_seed(image, config) if seed is None else seed
+        sample = _Sample(self._next_id, image, target, seed, config, settings, budget_s)
+        self._next_id += 1
+        self._new.append(sample)
+        return sample.id
+
+    def cancel(self, id: int) -> bool:
+        """Drop a sample wherever it is and leave the others as they are; False if its result was given already."""
+        for held in (self._new, self._done):
+            for sample in held:
+                if sample.id == id:
+                    held.remove(sample)
+                    return True
+        for key, sample in self._running.items():
+            if sample.id == id and self.sampler is not None:
+                self.sampler.cancel(key)
+                del self._running[key]
+                return True
+        return False
+
+    def tick(self) -> list[Counterfactual]:
+        """Let new samples in, take one step of all in the slots, and return the results of those that are done.
+
+        What the models raise passes through and ends the session.
+        """
+        if self._new:
+            self._begin()
+        if self.sampler is not None:
+            for outcome in self.sampler.tick():
+                sample = self._running.pop(outcome.id)
+                sample.outcome, sample.error = outcome, outcome.error
+                if outcome.image is not None:
+                    sample.made = outcome.image.clamp(0, 1).to(sample.image)
+                outcome.z = outcome.image = None  # of the device
+                self._done.append(sample)
+        if self.slots is None and self._running:
+            return []
+        done, self._done = sorted(self._done, key=lambda sample: sample.id), []
+        return self._measure(done)
+
+    def _checked(self, config: Config) -> Settings:
+        """The settings of a config, which these slots can take."""
+        if config not in self.settings:
+            self.settings[config] = self.models.settings(config)
+        settings = self.settings[config]
+        if settings not in self._steps:
+            check_graph(settings, self.settings[self.config].graph)
+            steps = len(schedule_of(settings, self.models.diffusion.alphas_cumprod))
+            guided_steps(settings, steps)
+            self._steps[settings] = steps
+        return settings
+
+    def _begin(self) -> None:
+        """Predict the new samples, find their targets, and hand those that can start to the sampler."""
+        new, self._new = self._new, []
+        self.models.meet_images(torch.stack([sample.image for sample in new[:REAL_IMAGES]]))
+        size = self.slots or self.models.slots[-1]
+        for start in range(0, len(new), size):
+            self._predict(new[start : start + size])
+        todo = [sample for sample in new if sample.error is None]
+        self._done += [sample for sample in new if sample.error is not None]
+        if todo and self.sampler is None:
+            slots = self.slots or self.models.slots_for(len(todo))
+            self.sampler = self.models.open_sampler(self.settings[self.config], slots, self._watch())
+            self.total = count_ticks([self._steps[sample.settings] for sample in todo], slots)
+        for sample in todo:
+            assert self.sampler is not None
+            job = Job(sample.image, sample.wanted, sample.seed, sample.settings, sample.budget_s)
+            self._running[self.sampler.submit(job)] = sample
+
+    def _predict(self, samples: Sequence[_Sample]) -> None:
+        probabilities = self._probabilities(torch.stack([sample.image for sample in samples]))
+        for sample, p in zip(samples, probabilities, strict=True):
+            finite = bool(p.isfinite().all())
+            sample.source = int(p.argmax()) if finite else -1
+            try:
+                sample.wanted = self.models.targets.resolve(sample.target, p)
+            except UsageError as error:
+                sample.error = str(error)
+                continue
+            if sample.source == sample.wanted and not sample.config.match_official:
+                sample.error = f"target {self.models.targets.labels[sample.wanted]!r} {ALREADY}"
+            if not finite:
+                sample.error = "the classifier gives NaN or infinity for the image"
+            if not sample.image.isfinite().all():
+                sample.error = "the image holds NaN or infinite values"
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        return self.models.probabilities(images, None if self.slots is None else (self.slots,))
+
+    def _watch(self) -> Observer | None:
+        observe = self.observe
+        if observe is None:
+            return None
+
+        def watch(ids: list[int], score: Tensor, reference: Tensor) -> None:
+            observe([self._running[id].id for id in ids], score, reference)
+
+        return watch
+
+    def _measure(self, samples: Sequence[_Sample]) -> list[Counterfactual]:
+        """What became of the samples; every measure is of the image as the saved 8-bit file holds it."""
+        out: list[Counterfactual] = []
+        size = self.slots or self.models.slots_for(len(samples))
+        for start in range(0, len(samples), size):
+            some = samples[start : start + size]
+            rows = [*some, *[some[0]] * (size - len(some))]  # always the same shape: the last bits depend on it
+            before = torch.stack([sample.image for sample in rows])
+            after = torch.stack([sample.image if sample.made is None else sample.made for sample in rows])
+            saved = as_saved(after)
+            difference = saved - before
+            l1 = difference.abs().mean(dim=(1, 2, 3)).tolist()
+            l2 = difference.square().mean(dim=(1, 2, 3)).sqrt().tolist()
+            probabilities = self._probabilities(saved[: len(some)])
+            out += [self._result(*row) for row in zip(some, probabilities, l1, l2, strict=False)]
+        return out
+
+    def _result(self, sample: _Sample, probabilities: Tensor, l1: float, l2: float) -> Counterfactual:
+        kept = torch.full((self._steps[sample.settings],), torch.nan)
+        seconds, complete, outcome = math.nan, False, sample.outcome
+        if outcome is not None:
+            kept[: len(outcome.kept)] = torch.tensor(outcome.kept)
+            seconds, complete = outcome.seconds, outcome.complete
+        if sample.error is None and not probabilities.isfinite().all():
+            sample.error, complete = "the classifier gives NaN or infinity for the counterfactual", False
+        failed = sample.error is not None
+        confidence, prediction = probabilities.max(dim=0)
+        made = self._facts.get((sample.config, sample.budget_s))
+        if made is None:
+            slots = 1 if self.sampler is None else self.sampler.slots
+            made = self.models.facts(sample.config, slots) | {"budget_s": sample.budget_s}
+            self._facts[sample.config, sample.budget_s] = made
+        return Counterfactual(
+            id=sample.id,
+            image=sample.image if sample.made is None else sample.made,
+            input=sample.image,
+            source=sample.source,
+            target=sample.wanted,
+            prediction=-1 if failed else int(prediction),
+            confidence=math.nan if failed else confidence.item(),
+            target_confidence=math.nan if failed else probabilities[sample.wanted].item(),
+            flipped=not failed and int(prediction) == sample.wanted,
+            l1=math.nan if failed else l1,
+            l2=math.nan if failed else l2,
+            kept_fraction=kept,
+            seconds=seconds,
+            complete=complete,
+            seed=sample.seed,
+            error=sample.error,
+            labels=self.models.targets.labels,
+            provenance=made,
+        )
