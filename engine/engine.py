@@ -97,7 +97,6 @@ class Engine(EngineCore):
         """
         from .models.image_classifiers import open_classifier, wrap_classifier
         from .models.load import open_diffusion
-        from .models.stable_diffusion import StableDiffusion
 
         config = config or Config()
         if preprocessing is not None:
@@ -112,13 +111,13 @@ class Engine(EngineCore):
                 raise UsageError(f"preprocessing: {wrong[0]!r} is no key of it; expected some of {', '.join(known)}")
         pack = Pack(str(model)) if is_pack(model) else None
         if pack is None:
-            diffusion: Any = open_diffusion(model, dtype=dtype, image_size=image_size)
+            diffusion = open_diffusion(model, dtype=dtype, image_size=image_size)
         elif image_size is not None:
             raise UsageError("image_size: a pack has one image size; only Stable Diffusion takes others")
         else:
             diffusion = pack.diffusion(dtype)
         said = prompts or PRESET_PROMPTS.get(config.preset or "", "imagenet")
-        if config.match_official and isinstance(diffusion, StableDiffusion) and isinstance(said, str):
+        if config.match_official and diffusion.conditioning == "text" and isinstance(said, str):
             said = OFFICIAL_PROMPTS.get(said, said)
         size = diffusion.image_size
         if isinstance(classifier, str | Path):
@@ -131,14 +130,9 @@ class Engine(EngineCore):
             explained = wrap_classifier(classifier, labels, image_size=size, **(preprocessing or {}))
         else:
             explained = classifier
-        if isinstance(diffusion, StableDiffusion):
-            if config.preset == "celeba-text" and prompts is None:
-                raise UsageError("prompts: celeba-text has two attributes; say smile or age, or give two prompts")
-            if classes is not None:
-                raise UsageError("classes: this model is text-conditional and has none; say the labels with prompts")
-            diffusion.describe(explained.labels, said)
-        else:
-            diffusion.describe(explained.labels, classes)
+        if diffusion.conditioning == "text" and config.preset == "celeba-text" and prompts is None:
+            raise UsageError("prompts: celeba-text has two attributes; say smile or age, or give two prompts")
+        diffusion.describe(explained.labels, prompts=said, classes=classes)
         tuned = None
         if pack is not None:
             tuned = pack.manifest["settings"]

@@ -7,7 +7,7 @@ import pickle
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,20 +16,7 @@ from torch import Tensor, nn
 from ..errors import CounterlensError, UsageError
 from .fields import check_fields
 
-if TYPE_CHECKING:
-    from .dit import DiffusionTransformer
-    from .latent import ClassConditionalLatentDiffusion
-    from .ldm import ClassContextLatentDiffusion
-    from .stable_diffusion import StableDiffusion
-
-    OpenedDiffusion = (
-        DiffusionTransformer | ClassContextLatentDiffusion | StableDiffusion | ClassConditionalLatentDiffusion
-    )
-
-
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
 # What a class was called when weights that are still published were saved.
 LEGACY = {"DiTTransformer2DModel": "Transformer2DModel"}
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -164,6 +151,11 @@ def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^"
                 f"{files[0]}: {problem.replace('_', ' ')}: {', '.join(keys[:4])} ({len(keys)} in all)"
             )
     return module.eval().requires_grad_(False)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The data type of a module's parameters."""
+    return next(module.parameters()).dtype
 
 
 def check_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, VQModel
 from torch import Tensor, nn
 
-from ..errors import UsageError
-from .fields import to_noise
-from .latent import check_image_size, check_parts, dtype_of, match_classes
+from ..errors import CounterlensError, UsageError
+from .backbone import Backbone
+from .files import dtype_of, read_tensors
 
 
 def quantise(
@@ -25,15 +27,13 @@ def quantise(
     return z + (nearest - z).detach()
 
 
-class ClassContextLatentDiffusion:
+class ClassContextLatentDiffusion(Backbone):
     """A `UNet2DConditionModel` whose context is one class embedding, over a `VQModel`'s unquantised latents.
 
     Args:
         vqvae, unet: diffusers models.
         class_embedder: [classes + 1, width] embedding, the null class last.
-        alphas_cumprod: [T] float64.
-        names: of the classes, if known.
-        prediction: what the UNet was trained to predict, see `fields.to_noise`.
+        alphas_cumprod, names, prediction: see `Backbone`.
 
     Raises:
         UsageError: the parts do not fit.
@@ -41,50 +41,46 @@ class ClassContextLatentDiffusion:
     Source: Rombach et al., arXiv 2112.10752, the model `cin256-v2`; decoding re-quantises as its first stage does.
     """
 
-    conditioning = "class"
+    networks = {"unet": "UNet2DConditionModel", "vqvae": "VQModel"}  # noqa: RUF012
+    others = ("class_embedder",)
+    unet: Any = property(attrgetter("denoiser"))
+    vqvae: Any = property(attrgetter("vae"))
 
     def __init__(
         self,
-        vqvae: VQModel,
-        unet: UNet2DConditionModel,
+        vqvae: Any,
+        unet: Any,
         class_embedder: nn.Embedding,
         alphas_cumprod: Tensor,
         names: Sequence[str] | None = None,
         prediction: str = "epsilon",
     ) -> None:
-        check_parts(vqvae, unet)
+        classes = class_embedder.num_embeddings - 1
+        super().__init__(vqvae, unet, alphas_cumprod, classes=classes, names=names, prediction=prediction)
         if (width := unet.config.cross_attention_dim) != class_embedder.embedding_dim:
             raise UsageError(
                 f"class embedder: its {class_embedder.embedding_dim} channels are not the UNet's {width} "
                 "(cross_attention_dim)"
             )
-        self.prediction = prediction
-        self.vqvae = vqvae
-        self.unet = unet
         self.class_embedder = class_embedder
-        self.alphas_cumprod = alphas_cumprod
-        self.names = names
-        self.null_class = class_embedder.num_embeddings - 1
-        factor = 2 ** (len(vqvae.config.block_out_channels) - 1)
-        side = int(unet.config.sample_size)
-        self.image_size = side * factor
-        check_image_size(self.image_size, factor, 2 ** (len(unet.config.block_out_channels) - 1))
-        self.latent_shape = (int(unet.config.in_channels), side, side)
-        self.labels: list[str] = list(names or [])
-        self.classes = torch.arange(len(self.labels))  # the class of each label
 
-    def describe(self, labels: Sequence[str], classes: Sequence[int] | None = None) -> None:
-        """Say which of the model's classes each label is (see `match_classes`).
+    @classmethod
+    def more(cls, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+        """The class embedder.
 
         Raises:
-            UsageError: they cannot be matched, or a class is out of range.
+            CounterlensError: its file holds something else.
         """
-        self.classes = match_classes(labels, self.null_class, self.names, classes)
-        self.labels = list(labels)
+        weight = read_tensors(folder / "class_embedder" / "model.safetensors").get("embedding.weight")
+        if weight is None or weight.ndim != 2:
+            raise CounterlensError(
+                f"{folder / 'class_embedder'}: expected one tensor, embedding.weight [classes + 1, C]"
+            )
+        return {"class_embedder": nn.Embedding.from_pretrained(weight.to(dtype), freeze=True)}
 
     def modules(self) -> list[nn.Module]:
         """The first stage, the UNet and the class embedder."""
-        return [self.vqvae, self.unet, self.class_embedder]
+        return [*super().modules(), self.class_embedder]
 
     def encode(
         self,
@@ -104,16 +100,14 @@ class ClassContextLatentDiffusion:
         hidden = self.vqvae.post_quant_conv(z.to(dtype_of(self.vqvae)))
         return self.vqvae.decoder(hidden).to(z.dtype)
 
-    def predict_noise(
+    def denoise(
         self,
         z: Tensor,  # [B, C, h, w]
         timestep: Tensor,  # [B]
         condition: Tensor,  # [B, 1, width]
     ) -> Tensor:
-        """Noise in `z`: [B, C, h, w]."""
-        dtype = dtype_of(self.unet)
-        out = self.unet(z.to(dtype), timestep, encoder_hidden_states=condition.to(dtype)).sample.to(z.dtype)
-        return to_noise(self.prediction, out, z, self.alphas_cumprod, timestep)
+        """What the UNet says: [B, C, h, w]."""
+        return self.unet(z, timestep, encoder_hidden_states=condition).sample
 
     def condition(
         self,

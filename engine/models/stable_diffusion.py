@@ -7,17 +7,16 @@ import re
 import runpy
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..errors import CounterlensError, UsageError
-from .fields import PREDICTIONS, to_noise
-from .latent import check_image_size, check_parts, decode_kl, dtype_of, encode_kl
+from .backbone import Backbone
 
 # As published, punctuation included (LDCE, supplement): the full stop belongs to the prompt. The last three are binary
 # attributes, the negative label's prompt first. `openai-imagenet` says OpenAI's names instead of the classifier's, and
@@ -92,25 +91,27 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
-class StableDiffusion:
+class StableDiffusion(Backbone):
     """A `UNet2DConditionModel` over an `AutoencoderKL`'s latents; the condition is the target's text embedding.
 
     Args:
         vae, unet, text_encoder, tokenizer: parts of a diffusers folder.
-        alphas_cumprod: [T] float64.
-        prediction: what the UNet was trained to predict, see `fields.to_noise`.
-        image_size: side in pixels; the UNet's own without it.
+        alphas_cumprod, prediction, image_size: see `Backbone`.
 
     Raises:
         UsageError: the parts or the image size do not fit.
     """
 
     conditioning = "text"
+    networks = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}  # noqa: RUF012
+    others = ("text_encoder", "tokenizer")
+    sized = True
+    unet: Any = property(attrgetter("denoiser"))
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        unet: UNet2DConditionModel,
+        vae: Any,
+        unet: Any,
         text_encoder: Any,
         tokenizer: Any,
         alphas_cumprod: Tensor,
@@ -118,9 +119,7 @@ class StableDiffusion:
         prediction: str = "epsilon",
         image_size: int | None = None,
     ) -> None:
-        if prediction not in PREDICTIONS:
-            raise UsageError(f"prediction_type: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-        check_parts(vae, unet)
+        super().__init__(vae, unet, alphas_cumprod, prediction=prediction, image_size=image_size)
         width = unet.config.cross_attention_dim
         widths = set(width) if isinstance(width, list | tuple) else {width}
         if widths != {text_encoder.config.hidden_size}:
@@ -128,29 +127,40 @@ class StableDiffusion:
                 f"text encoder: its {text_encoder.config.hidden_size} channels are not the UNet's {width} "
                 "(cross_attention_dim)"
             )
-        self.vae = vae
-        self.unet = unet
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
-        self.alphas_cumprod = alphas_cumprod
-        self.prediction = prediction
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_size = image_size or int(unet.config.sample_size) * factor
-        check_image_size(self.image_size, factor, 2 ** (len(unet.config.block_out_channels) - 1))
-        side = self.image_size // factor
-        self.latent_shape = (int(unet.config.in_channels), side, side)
-        self.labels: list[str] = []
         self.prompts: list[str] = []
         self._embeddings: dict[str, Tensor] = {}
         self.null_condition(1)  # embedded here, so that it is a constant where a step is traced
 
-    def describe(self, labels: Sequence[str], prompts: str | Sequence[str] = "imagenet") -> None:
-        """Name the labels and how each is said in words (see `make_prompts`).
+    @classmethod
+    def more(cls, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+        """Text encoder and tokenizer (see `text.open_text_encoder`)."""
+        from .text import open_text_encoder
+
+        text_encoder, tokenizer = open_text_encoder(folder, dtype)
+        return {"text_encoder": text_encoder, "tokenizer": tokenizer}
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """All but the prompts that were encoded so far."""
+        return {name: value for name, value in vars(self).items() if name != "_embeddings"}
+
+    def describe(
+        self,
+        labels: Sequence[str],
+        *,
+        prompts: str | Sequence[str] | None = None,
+        classes: Sequence[int] | None = None,
+    ) -> None:
+        """Name the labels and how each is said in words (see `make_prompts`; as ImageNet's without prompts).
 
         Raises:
-            UsageError: prompts do not fit the labels, or one is longer than the text encoder reads.
+            UsageError: prompts do not fit the labels, or one is longer than the text encoder reads; or classes are
+                given, of which there are none.
         """
-        made = make_prompts(labels, prompts)
+        if classes is not None:
+            raise UsageError("classes: this model is text-conditional and has none; say the labels with prompts")
+        made = make_prompts(labels, "imagenet" if prompts is None else prompts)
         longest = self.tokenizer.model_max_length
         for prompt in made:
             if (count := len(self.tokenizer(prompt).input_ids)) > longest:
@@ -159,32 +169,16 @@ class StableDiffusion:
 
     def modules(self) -> list[nn.Module]:
         """The VAE, the UNet and the text encoder."""
-        return [self.vae, self.unet, self.text_encoder]
+        return [*super().modules(), self.text_encoder]
 
-    def encode(
-        self,
-        image: Tensor,  # [B, 3, H, W] in [0, 1]
-    ) -> Tensor:
-        """Scaled latents [B, C, h, w]: the encoder's mode."""
-        return encode_kl(self.vae, image)
-
-    def decode(
-        self,
-        z: Tensor,  # [B, C, h, w]
-    ) -> Tensor:
-        """Image [B, 3, H, W], nominally in [-1, 1]."""
-        return decode_kl(self.vae, z)
-
-    def predict_noise(
+    def denoise(
         self,
         z: Tensor,  # [B, C, h, w]
         timestep: Tensor,  # [B]
         condition: Tensor,  # [B, tokens, width]
     ) -> Tensor:
-        """Noise in `z`: [B, C, h, w]."""
-        dtype = dtype_of(self.unet)
-        out = self.unet(z.to(dtype), timestep, encoder_hidden_states=condition.to(dtype)).sample.to(z.dtype)
-        return to_noise(self.prediction, out, z, self.alphas_cumprod, timestep)
+        """What the UNet says: [B, C, h, w]."""
+        return self.unet(z, timestep, encoder_hidden_states=condition).sample
 
     def condition(
         self,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CounterlensError, UsageError
-from .latent import dtype_of
+from .files import dtype_of, find_folder, read_json
 from .protocols import Diffusion
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -107,8 +107,6 @@ def open_decoder(folder: str | Path) -> TinyDecoder:
     Raises:
         UsageError: there is no such folder, or the config is of neither kind. CounterlensError: a file is corrupt.
     """
-    from .files import find_folder, read_json
-
     folder = find_folder(folder, "guidance_decoder")
     config = read_json(folder / CONFIG)
     if config.get("_class_name") == "AutoencoderTiny":

@@ -31,13 +31,14 @@ from torch import Tensor, nn
 
 from counterlens.export.store import tensors_digest
 
+from ..models.backbone import Backbone
+
 LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "timm", "numpy", "tokenizers", "safetensors")
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 NAMED = (torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, np.generic, np.dtype, range, slice)
 # What every module has: state that forward does not read while a model is frozen, and what is described by itself.
 OF_ALL = {*nn.Module().__dict__, "training", "_is_full_backward_hook"}
 # Where a model came from and who saved it, which decide nothing.
-CACHES = ("_embeddings",)  # of ours: prompts that were encoded so far
 ORIGIN = ("name_or_path", "_name_or_path", "_commit_hash", "_diffusers_version", "transformers_version")
 IGNORED = ("__module__", "__dict__", "__weakref__", "__doc__", "__qualname__", "__firstlineno__", "__annotations__")
 
@@ -155,6 +156,8 @@ class _Walk:
         self.add(inspect.getattr_static(value, "__wrapped__", None))
         if kind.__module__.partition(".")[0] in sys.stdlib_module_names and kind is not SimpleNamespace:
             return  # locks, loggers, random generators: nothing that a model computes with
+        if isinstance(value, Backbone):
+            return self._attributes(kind, value.fingerprint())
         slots = {name: getattr(value, name) for base in kind.__mro__ for name in _slots(base) if hasattr(value, name)}
         self._attributes(kind, slots | getattr(value, "__dict__", {}))
 
@@ -164,7 +167,7 @@ class _Walk:
             value = state[name]
             private = name.startswith("_") and name != "_internal_dict"  # where diffusers keeps a config
             filled = issubclass(kind, nn.Module) and isinstance(value, Tensor | list | dict | set)
-            if name in (*ORIGIN, *CACHES) or (not own and (private or (filled and name != "_internal_dict"))):
+            if name in ORIGIN or (not own and (private or (filled and name != "_internal_dict"))):
                 continue
             self.say(name)
             self.add(value)

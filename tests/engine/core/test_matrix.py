@@ -73,9 +73,9 @@ def make_models(folder: Path, diffusion_name: str, name: str, dtype: torch.dtype
     classifier = make_classifier(folder, name, diffusion.image_size)
     classifier.module.to(dtype)
     if diffusion.conditioning == "text":
-        diffusion.describe(classifier.labels, "age" if name == "binary" else "imagenet")
+        diffusion.describe(classifier.labels, prompts="age" if name == "binary" else "imagenet")
     else:
-        diffusion.describe(classifier.labels, [3, 8] if name == "binary" else None)
+        diffusion.describe(classifier.labels, classes=[3, 8] if name == "binary" else None)
     return diffusion, classifier
 
 

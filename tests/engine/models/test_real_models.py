@@ -182,7 +182,7 @@ def test_engine_from_parts(folder: Path) -> None:
     classifier = open_classifier(folder / "resnet", image_size=diffusion.image_size)
     with pytest.raises(UsageError, match=r"diffusion\.describe\(labels\)"):
         Engine(diffusion=diffusion, classifier=classifier)
-    diffusion.describe(classifier.labels, "a drawing of a {label}")
+    diffusion.describe(classifier.labels, prompts="a drawing of a {label}")
     engine = Engine(diffusion=diffusion, classifier=classifier, config=Config.make(steps=6, strength=0.5))
     assert engine.counterfactual(torch.rand(2, 3, 16, 16)).errors == [None, None]
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 def test_tiny_models_are_exported_and_match(name: str, tmp_path: Path) -> None:
     diffusion = open_diffusion(tiny.DIFFUSIONS[name](tmp_path / name))
     classifier = make_classifier(tmp_path, "module", diffusion.image_size)
-    diffusion.describe(classifier.labels, "imagenet" if diffusion.conditioning == "text" else None)  # type: ignore[arg-type]
+    diffusion.describe(classifier.labels)
     for module in (*diffusion.modules(), classifier.module):
         module.requires_grad_(False)
     built = artefacts.build(Spec(diffusion, classifier), "onnx", Store(tmp_path / "store"))
