@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 COMPUTING = ("counterlens", "torch", "diffusers", "transformers", "pillow")  # packages that make pixels or numbers
 RUNTIME_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "tensorrt": ("tensorrt",)}
+_ALONE = Lock()
 SET = ("threads", "runtimes", "parity")  # what is set to the recorded value instead of compared
 
 
@@ -66,14 +68,20 @@ def check_conditions(before: Mapping[str, Any], now: Mapping[str, Any], where: s
 @contextmanager
 def held(engine: EngineCore, before: Mapping[str, Any], config: Config, say: Callable[[str], None]) -> Iterator[None]:
     """Compute with the threads and the runtimes under which an audit began; `say` is told what that changes."""
+    if not _ALONE.acquire(blocking=False):
+        raise UsageError(
+            "audit: another one runs in this process, whose number of threads it holds; run one after the other, or in "
+            "another process"
+        )
     threads, wanted = torch.get_num_threads(), before["threads"]
-    if threads != wanted:
-        say(f"threads: {wanted}, as this audit began, instead of {threads}; sums depend on them")
-    torch.set_num_threads(wanted)  # of BLAS too, also where it is the same
     try:
+        if threads != wanted:
+            say(f"threads: {wanted}, as this audit began, instead of {threads}; sums depend on them")
+        torch.set_num_threads(wanted)  # of BLAS too, also where it is the same
         with engine.runners.pinned(
             before["runtimes"], engine.settings(config), engine.slots, say, fresh=threads != wanted
         ):
             yield
     finally:
         torch.set_num_threads(threads)
+        _ALONE.release()

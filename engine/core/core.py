@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -34,9 +35,17 @@ from .result import Counterfactual, Counterfactuals
 from .session import Session
 from .targets import TargetLabels, Targets, one_each
 
+_OPENING = RLock()  # what runs is opened or recorded once, by the first thread that needs it
+
 
 class EngineCore:
     """Explains a classifier's predictions with a diffusion model's counterfactuals.
+
+    Threads: `counterfactual`, `explain`, `probabilities` and the functions on images and maps may run in any number of
+    them at once, of one engine or of several that share models; each gives what it gives alone, and the models are left
+    as they were when the last is done. A `session` and a `sampler` belong to one thread. What builds, opens, measures or trains
+    (making an engine, `warmup`, exports, adapters) and `audit`, which holds the process's number of threads, are to be
+    alone with their models.
 
     Args:
         diffusion, classifier: see `engine.models.protocols`. Their labels must be the same.
@@ -170,9 +179,10 @@ class EngineCore:
                 self.diffusion, slots, self.runners.step(settings).observed(), settings.graph,
                 decode=self.diffusion.decode, observe=observe,
             )  # fmt: skip
-        parts = self.runners.functions(settings, slots)
+        with _OPENING:
+            parts, step = self.runners.functions(settings, slots), self.runners.step(settings).step(slots)
         return Sampler(
-            self.diffusion, slots, self.runners.step(settings).step(slots), settings.graph,
+            self.diffusion, slots, step, settings.graph,
             predict_noise=parts["predict_noise"], encode=parts["encode"], decode=parts["decode"],
         )  # fmt: skip
 
@@ -304,7 +314,7 @@ class EngineCore:
     ) -> Tensor:
         """The classifier's probabilities: [B, labels] on the CPU, in batches padded to `sizes` (`slots` without it)."""
         batches = _batches(len(images), sizes or self.slots)
-        with span("predictions"), computing_on(self.device):
+        with span("predictions"), computing_on(self.device), frozen(self.classifier.module):
             parts = [probabilities(self.classifier, images[rows].to(self.device))[:n].cpu() for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import Settings
 from ..errors import UsageError
 from ..models.freezing import frozen
+from ..models.holding import Shared, switched
 from ..models.protocols import Classifier, Decoder, Diffusion
 from .pullback import PullbackMode
 from .step import GuidedStep
@@ -62,22 +64,34 @@ class PeakMemory(TorchDispatchMode):
 def checkpointed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Have diffusers' blocks recompute their activations in the backward pass, and leave them as they were.
 
-    Needs the `autograd` pullback. Only where a gradient is asked for: other passes run as always.
+    Needs the `autograd` pullback. Only in this thread, and where a gradient is asked for: other passes run as always.
     """
     blocks = [m for module in modules for m in module.modules() if hasattr(m, "gradient_checkpointing")]
-    before = [(m, m.gradient_checkpointing, m.__dict__.get("_gradient_checkpointing_func")) for m in blocks]
-    try:
-        for m in blocks:
-            m.gradient_checkpointing = True  # type: ignore[assignment]
-            m._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    with _choosing(blocks), switched(_recomputing, True):
         yield
-    finally:
-        for m, enabled, function in before:
-            m.gradient_checkpointing = enabled
-            if function is None:
-                del m.__dict__["_gradient_checkpointing_func"]
-            else:
-                m._gradient_checkpointing_func = function
+
+
+def _choose(block: Any) -> Callable[[], None]:
+    enabled, function = block.gradient_checkpointing, block.__dict__.get("_gradient_checkpointing_func")
+    block.gradient_checkpointing, block._gradient_checkpointing_func = True, _run_block
+
+    def undo() -> None:
+        block.gradient_checkpointing, block._gradient_checkpointing_func = enabled, function
+        if function is None:
+            del block._gradient_checkpointing_func
+
+    return undo
+
+
+def _run_block(run: Callable[..., Any], *args: Any) -> Any:
+    if not _recomputing.get():
+        return run(*args)
+    # The recomputation may run in a thread of autograd's, and has to do what was done here.
+    return checkpoint(partial(copy_context().run, run), *args, use_reentrant=False)
+
+
+_choosing = Shared(_choose)
+_recomputing = ContextVar("recomputing", default=False)  # another thread may run the same blocks without
 
 
 def step_bytes(

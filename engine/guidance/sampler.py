@@ -158,7 +158,7 @@ class Sampler:
     most one pass of each stage, so that a newcomer's inversion delays nobody, and a finished sample waits `PATIENCE`
     ticks at most. The numbers are the same.
 
-    To be used from one thread, models frozen (`pullback.frozen`).
+    To be used from one thread, models frozen (`models.freezing.frozen`).
 
     Args:
         diffusion: see `engine.models.protocols`.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Protocol
+
+import torch
+
+from ..models.holding import switched
 
 # The parts of a guided step, in the order in which they run.
 STEP_PARTS = (
@@ -28,20 +32,16 @@ class Listener(Protocol):
         ...
 
 
-_listener: Listener | None = None
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def span(name: str) -> AbstractContextManager[None]:
     """The part `name` of a run, as a context."""
-    return nullcontext() if _listener is None else _listener.span(name)
+    if torch.compiler.is_compiling() or (listener := _listener.get()) is None:  # what is compiled is one part
+        return nullcontext()
+    return listener.span(name)
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Have every span inside told to `listener`; for one thread at a time."""
-    global _listener
-    before, _listener = _listener, listener
-    try:
-        yield
-    finally:
-        _listener = before
+def listening(listener: Listener) -> AbstractContextManager[None]:
+    """Have every span that this thread enters inside told to `listener`."""
+    return switched(_listener, listener)

@@ -39,7 +39,7 @@ class GuidedStep:
     and decoder serves both cotangents. The conditional half of the noise prediction is never differentiated.
 
     Args:
-        diffusion, classifier: see `engine.models.protocols`; frozen by the caller (`pullback.frozen`).
+        diffusion, classifier: see `engine.models.protocols`; frozen by the caller (`models.freezing.frozen`).
         filter_mode, chunk: of the consensus filter.
         gradient: `exact`, or `detached`: the UNet's Jacobian is left out, and both noise predictions are one batch.
         decoder: decodes for the gradients in place of the diffusion model's own (see `models.tiny`).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,9 +16,10 @@ from counterlens.kernels.curve.reference import mean_under_curve
 
 from ..errors import UsageError
 from ..files import write_atomically
+from ..models.holding import switched
 from ..showing import one_line
 from .curves import Curves, perturbation_curve
-from .inputs import Baseline, ConstantMaps, Normalize
+from .inputs import Baseline, Normalize, said
 from .msi_score import threshold_grid
 from .quantities import QuantityLike
 
@@ -130,8 +130,7 @@ def calibrate(
         "thresholds": union,
     }  # fmt: skip
     own = perturbation_curve(classifier, images, saliency, target, **shared)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantMaps)  # the same maps
+    with switched(said, True):  # the same maps
         other = perturbation_curve(classifier, images, saliency.roll(-1, 0), own.target, **shared)
     rows = []
     for grid, columns in zip(grids, place.split([len(g) for g in grids]), strict=True):

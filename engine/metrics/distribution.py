@@ -96,7 +96,7 @@ def kid(
 
     Args:
         features: as for `fid`. subset_size: images in a subset; 1000, or all where there are fewer.
-        seed: of the subsets; torch's global generator is left as it was.
+        seed: of the subsets.
 
     Raises:
         UsageError: fewer than two images, or than a subset; shapes do not fit. CounterlensError: torchmetrics is
@@ -109,14 +109,13 @@ def kid(
     size = min(1000, fewest) if subset_size is None else subset_size
     if not 2 <= size <= fewest or subsets < 1:
         raise UsageError(f"subset_size: expected 2 to {fewest} (the images), got {size}; subsets: {subsets}")
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", message=".*Kernel Inception Distance.*")  # of its memory
-        torch.manual_seed(seed)
-        metric = _torchmetrics("kid").KernelInceptionDistance(_AsGiven(a.shape[1]), subsets, size)
-        metric.update(a, real=True)
-        metric.update(b, real=False)
-        mean, deviation = metric.compute()
-    return _number("KID", mean), _number("KID", deviation)
+    distance, g = _torchmetrics("kid").poly_mmd, torch.Generator().manual_seed(seed)
+
+    def subset(x: Tensor) -> Tensor:
+        return x[torch.randperm(len(x), generator=g)[:size]]
+
+    found = torch.stack([distance(subset(a), subset(b)) for _ in range(subsets)])
+    return _number("KID", found.mean()), _number("KID", found.std(unbiased=False))
 
 
 class _AsGiven(nn.Module):

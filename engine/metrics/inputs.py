@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -27,6 +28,9 @@ CONSTANT = "saliency: {count} of {all} maps are constant; they mark nothing (S =
 
 class ConstantMaps(UserWarning):
     """Maps, or counterfactuals, say nothing of where."""
+
+
+said: ContextVar[bool] = ContextVar("said", default=False)  # this thread warned of these constant maps before
 
 
 def check_images(images: Tensor) -> None:
@@ -128,7 +132,7 @@ def constant_maps(
     """Which maps are constant: [N] bool; one warning for all of them."""
     flat = planes.flatten(1)
     constant = flat.amax(1) == flat.amin(1)
-    if count := int(constant.sum()):
+    if (count := int(constant.sum())) and not said.get():
         warnings.warn(message.format(count=count, all=len(planes)), ConstantMaps, stacklevel=3)
     return constant
 

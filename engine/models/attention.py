@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import UsageError, install_hint
+from .holding import Shared, switched
 
 ATTENTIONS = ("sdpa", "xformers")
 
@@ -43,24 +47,34 @@ def _operator_reasons(like: torch.Tensor) -> list[str]:
 
 @contextmanager
 def memory_efficient_attention(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Have diffusers' attention layers call xformers, and leave them as they were.
+    """Have diffusers' attention layers call xformers in this thread, and leave them as they were.
 
     Needs the `autograd` pullback: xformers' Function is a legacy one, which `torch.func` refuses.
 
     Raises:
         UsageError: a layer's attention has no xformers form.
     """
-    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+    from diffusers.models.attention_processor import Attention
 
     layers = [m for module in modules for m in module.modules() if isinstance(m, Attention)]
-    before = [layer.processor for layer in layers]
-    for processor in before:
-        if not isinstance(processor, AttnProcessor | AttnProcessor2_0):
-            raise UsageError(f"attention: {type(processor).__name__} has no xformers form; use sdpa")
-    try:
-        for layer in layers:
-            layer.processor = XFormersAttnProcessor()
+    with _choosing(layers), switched(_xformers, True):
         yield
-    finally:
-        for layer, processor in zip(layers, before, strict=True):
-            layer.processor = processor
+
+
+def _choose(layer: Any) -> Callable[[], None]:
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+
+    own, fast = layer.processor, XFormersAttnProcessor()
+    if not isinstance(own, AttnProcessor | AttnProcessor2_0):
+        raise UsageError(f"attention: {type(own).__name__} has no xformers form; use sdpa")
+
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = (fast if _xformers.get() else own)(*args, **kwargs)
+        return out
+
+    layer.processor = attend
+    return partial(setattr, layer, "processor", own)
+
+
+_choosing = Shared(_choose)
+_xformers = ContextVar("xformers", default=False)  # another thread may run the same layers without

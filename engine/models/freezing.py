@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
-from .norms import plain_norms
+from .holding import Shared
+from .norms import make_plain
 
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Hold modules in eval mode without parameter gradients, their norms made right, and leave them as they were.
 
-    Without this the graph of every step would also reach the parameters, and memory would grow with the steps.
+    Without this the graph of every step would also reach the parameters, and memory would grow with the steps. Several
+    threads may hold the same modules: they are as before when the last has left.
     """
     parts = {id(m): m for module in modules for m in module.modules()}.values()
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    training = [m for m in parts if m.training]
-    try:
-        for m in training:
-            m.training = False
-        for p in parameters:
-            p.requires_grad_(False)
-        with plain_norms(parts):
-            yield
-    finally:
-        for m in training:
-            m.training = True
-        for p in parameters:
-            p.requires_grad_(True)
+    with _still(parts), _constant(p for module in modules for p in module.parameters()):
+        yield
+
+
+def _hold_module(module: nn.Module) -> Callable[[], None]:
+    training, hooks = module.training, make_plain(module)
+    if training:
+        module.training = False
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+        if training:
+            module.training = True
+
+    return undo
+
+
+def _hold_parameter(parameter: Tensor) -> Callable[[], Tensor]:
+    if not parameter.requires_grad:
+        return lambda: parameter
+    parameter.requires_grad_(False)
+    return lambda: parameter.requires_grad_(True)
+
+
+_still = Shared(_hold_module)
+_constant = Shared(_hold_parameter)

@@ -53,7 +53,7 @@ def check_gradient(
     parameter = next(classifier.module.parameters(), torch.empty(0))
     precision = parameter.dtype if parameter.dtype in ALIKE else torch.float32
     images = _images(image_size).to(parameter.device, torch.float64 if precision == torch.float64 else torch.float32)
-    with _preserved(classifier), frozen(classifier.module):
+    with frozen(classifier.module), _preserved(classifier):
         weights = torch.randn(len(classifier.labels), generator=torch.Generator().manual_seed(1)).to(images)
         try:
             logits, gradient = _differentiate(classifier.logits, weights, images[:1])

@@ -12,8 +12,6 @@ derivative is a `reshape`, which copies any other. Graphs that `export.trace` ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 BATCH_NORMS = (torch.nn.functional.batch_norm, torch.batch_norm)
 INSTANCE_NORMS = (torch.nn.functional.instance_norm, torch.instance_norm)
@@ -38,20 +37,15 @@ class PlainNorms(TorchFunctionMode):
         return _plain(func(_plain(x, folded), *args[1:], **given), folded)
 
 
-def plain_norms(modules: Iterable[nn.Module]) -> ExitStack:
-    """Make the norms among these modules right until the stack is closed; costs nothing where there are none."""
-    stack = ExitStack()
-    for module in modules:
-        if isinstance(module, _BatchNorm | _InstanceNorm):
-            before = module.register_forward_pre_hook(lambda m, args: tuple(_plain(a, _folds(m)) for a in args))
-            after = module.register_forward_hook(lambda m, _, out: _plain(out, _folds(m)), prepend=True)
-            stack.callback(before.remove)
-            stack.callback(after.remove)
-    return stack
-
-
-def _folds(module: nn.Module) -> bool:
-    return isinstance(module, _InstanceNorm)
+def make_plain(module: nn.Module) -> list[RemovableHandle]:
+    """Make a module right if it is such a norm, until the hooks are removed."""
+    if not isinstance(module, _BatchNorm | _InstanceNorm):
+        return []
+    folds = isinstance(module, _InstanceNorm)
+    return [
+        module.register_forward_pre_hook(lambda _, args: tuple(_plain(a, folds) for a in args)),
+        module.register_forward_hook(lambda _, __, out: _plain(out, folds), prepend=True),
+    ]
 
 
 def _plain(x: Any, folded: bool) -> Any:

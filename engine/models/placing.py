@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import UsageError
+from .holding import Shared
 from .protocols import Diffusion
 
 
@@ -54,18 +56,18 @@ def computing_on(device: torch.device) -> Iterator[None]:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Convolutions of float32 in float32 on every device: cuDNN rounds them to TF32 by default, with 10 bits."""
-    cudnn: Any = torch.backends.cudnn  # its parts have no types
-    if cudnn.conv.fp32_precision != "tf32":
+    with _exact([torch.backends.cudnn]):
         yield
-    elif cudnn.rnn.fp32_precision == "tf32":  # as it is from the start; the older switch keeps its readers working
+
+
+def _without_tf32(cudnn: Any) -> Callable[[], None]:  # its parts have no types
+    if cudnn.conv.fp32_precision != "tf32":
+        return lambda: None
+    if cudnn.rnn.fp32_precision == "tf32":  # as it is from the start; the older switch keeps its readers working
         cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            cudnn.allow_tf32 = True
-    else:
-        cudnn.conv.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            cudnn.conv.fp32_precision = "tf32"
+        return partial(setattr, cudnn, "allow_tf32", True)
+    cudnn.conv.fp32_precision = "ieee"
+    return partial(setattr, cudnn.conv, "fp32_precision", "tf32")
+
+
+_exact = Shared(_without_tf32)  # the switches are the process's

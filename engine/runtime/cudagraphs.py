@@ -6,6 +6,7 @@ Nothing is compiled, so recording takes seconds; what it saves is the host's tim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         self.inputs = [x.clone() for x in inputs]
+        self._lock = Lock()  # the buffers are those of every thread
         self.graph = torch.cuda.CUDAGraph()
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         with torch.no_grad():
@@ -51,10 +53,11 @@ class Recorded:
         self.outputs: tuple[Tensor, ...] = tuple(out) if isinstance(out, (list, tuple)) else (out,)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        for held, given in zip(self.inputs, inputs, strict=True):
-            held.copy_(given)
-        self.graph.replay()
-        return tuple(t.clone() for t in self.outputs)
+        with self._lock:
+            for held, given in zip(self.inputs, inputs, strict=True):
+                held.copy_(given)
+            self.graph.replay()
+            return tuple(t.clone() for t in self.outputs)
 
 
 class CudaGraphStep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -23,15 +24,17 @@ class InductorStep:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+        self._lock = Lock()
         self.reports: dict[int, dict[str, Any]] = {}
         self._compiled: dict[int, Callable[..., Sequence[Tensor]]] = {}
         self._graph: torch.fx.GraphModule | None = None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         batch = inputs[0].shape[0]
-        if batch not in self._compiled:
-            self.compile(batch)
-        return self._run(batch, *inputs)
+        with self._lock:  # on a GPU the buffers are those of every thread
+            if batch not in self._compiled:
+                self.compile(batch)
+            return self._run(batch, *inputs)
 
     def compile(self, batch: int) -> None:
         """Compile for one batch size now. ExportError if the result does not agree with eager."""

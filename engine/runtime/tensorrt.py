@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -120,6 +121,7 @@ class _EngineRunner:
         is_input = {n: engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT for n in tensors}
         self.inputs = [n for n in tensors if is_input[n]]
         self.outputs = [n for n in tensors if not is_input[n]]
+        self._lock = Lock()
         self._states: dict[int, tuple[Any, dict[str, Tensor], torch.cuda.CUDAGraph | None]] = {}
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -127,17 +129,18 @@ class _EngineRunner:
         if batch not in self.slots:
             known = ", ".join(map(str, self.slots))
             raise ExportError(f"tensorrt: z: a batch of {batch} is in no profile; this engine takes {known}")
-        if batch not in self._states:
-            self._states[batch] = self._prepare(batch, inputs)
-        context, buffers, graph = self._states[batch]
-        for name, tensor in zip(self.inputs, inputs, strict=True):
-            buffers[name].copy_(tensor)
-        if graph is None:
-            context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
-        else:
-            graph.replay()
-        # The next call writes into the same buffers.
-        return tuple(buffers[name].clone() for name in self.outputs)
+        with self._lock:  # the buffers are those of every thread
+            if batch not in self._states:
+                self._states[batch] = self._prepare(batch, inputs)
+            context, buffers, graph = self._states[batch]
+            for name, tensor in zip(self.inputs, inputs, strict=True):
+                buffers[name].copy_(tensor)
+            if graph is None:
+                context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+            else:
+                graph.replay()
+            # The next call writes into the same buffers.
+            return tuple(buffers[name].clone() for name in self.outputs)
 
     def _prepare(
         self, batch: int, inputs: Sequence[Tensor]

@@ -15,11 +15,12 @@ from torch import Tensor
 from ..errors import CounterlensError, install_hint
 from ..files import write_atomically
 from ..metrics.imputation import road
-from ..metrics.inputs import Baseline, ConstantMaps
+from ..metrics.inputs import Baseline, said
 from ..metrics.intervals import bootstrap
 from ..metrics.msi_score import MSI, msi
 from ..metrics.paths import Faithfulness, deletion, insertion
 from ..metrics.quantities import LogOdds, Quantity, make_quantity
+from ..models.holding import switched
 from ..models.protocols import Classifier
 from ..showing import one_line
 from .lax import LAX
@@ -79,8 +80,7 @@ def score_maps(
     given: dict[str, Any] = {"quantity": quantity, "baseline": baseline, "seeds": seeds, "batch_size": batch}
     by_value = msi(classifier, images, saliency, target, alpha_min=alpha_min, area=False, **given)
     imputed = {k: v for k, v in given.items() if k != "baseline"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantMaps)  # said once, of the values
+    with switched(said, True):  # once, of the values
         by_area = msi(classifier, images, scores, target, alpha_min=alpha_min, **given)
         inserted = insertion(classifier, images, scores, target, steps=STEPS, **given)
         removed = deletion(classifier, images, scores, target, steps=STEPS, **given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -67,7 +66,7 @@ def _captum() -> ModuleType:
 
 
 def _gradient_x_input(q: Question, x: Tensor) -> Tensor:
-    return _captum().InputXGradient(q.log_odds).attribute(x, additional_forward_args=q.target).sum(1)
+    return _captum().InputXGradient(q.log_odds).attribute(x.requires_grad_(), additional_forward_args=q.target).sum(1)
 
 
 def _integrated_gradients(q: Question, x: Tensor) -> Tensor:
@@ -92,7 +91,7 @@ def _smoothgrad(q: Question, x: Tensor) -> Tensor:
     method = _captum().Saliency(q.log_odds)
     total = torch.zeros_like(x)
     for one in noise:
-        total += method.attribute(x + deviation * one, additional_forward_args=q.target)
+        total += method.attribute((x + deviation * one).requires_grad_(), additional_forward_args=q.target)
     return total.amax(1) / copies
 
 
@@ -256,10 +255,7 @@ def explain_with(
     scores = []
     if name == "gradcam" and len(images):
         layer = choose_layer(classifier, images[:1], layer)
-    with frozen(classifier.module), warnings.catch_warnings():
-        # captum warns that it sets requires_grad on inputs, which are our own copies.
-        warnings.filterwarnings("ignore", message="Input Tensor.*required_grads", category=UserWarning)
-        warnings.filterwarnings("ignore", message="Setting (forward, )?backward hooks", category=UserWarning)
+    with frozen(classifier.module):
         for start in range(0, len(images), batch):
             x = images[start : start + batch].detach().clone()
             wanted = predicted(classifier, x, start) if everyone is None else everyone[start : start + batch]

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -194,25 +195,27 @@ def find_modules(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 @contextmanager
 def watched(module: nn.Module, parts: Mapping[str, nn.Module], see: Callable[[str, int, Any], None]) -> Iterator[None]:
-    """Tell `see` name, number of the call (from 1) and output whenever one of the parts has run; hooks go on leaving.
+    """Tell `see` name, number of the call (from 1) and output whenever this thread has run one of the parts.
 
-    Once the whole module has run, calls of a part on its own are none of its pass.
+    Once the whole module has run, calls of a part on its own are none of its pass. Hooks go on leaving.
     """
+    here = get_ident()  # another thread may run the same module
     calls: Counter[str] = Counter()
     running, passes = 0, 0
     handles: list[RemovableHandle] = []
 
     def begin(_: nn.Module, __: Any) -> None:
         nonlocal running
-        running += 1
+        running += get_ident() == here
 
     def end(_: nn.Module, __: Any, ___: Any) -> None:
         nonlocal running, passes
-        running, passes = running - 1, passes + 1
+        if get_ident() == here:
+            running, passes = running - 1, passes + 1
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if running or not passes:
+            if get_ident() == here and (running or not passes):
                 calls[name] += 1
                 see(name, calls[name], output)
 
