@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of the pack's card from bench/results: `python -m bench.report`.
+"""Writes the tables of README.md, docs/ and the pack's card from bench/results: `python -m bench.report`.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; no number in those files is written by hand.
 `--compare A B` compares the figures of two recorded results instead, and fails where one became worse.
@@ -17,7 +17,7 @@ from bench.record import RESULTS
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "engine" / "packs" / "digits" / "README.md"
-README = ROOT / "README.md"
+FILES = [ROOT / "README.md", CARD, *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -428,7 +428,71 @@ def pareto_table() -> str:
     return f"{table(header, rows)}\n\n{provenance(result, 'pareto')}"
 
 
+def headline_table() -> str:
+    """The figures that README shows, one a subject."""
+    speed, quality, gpu = load("speed-counterfactual"), load("quality"), load("gpu-counterfactual")
+    exact, explained, kill = load("exactness")["whole_loop"], load("explain"), load("audit-kill")
+    files, coverage = load("portable-speed"), load("coverage")["summary"]["all"]
+    flips, truth = quality["flips"]["table"]["ours"], quality["truth"]
+    fast = speed["seconds_per_counterfactual"]["fast, onnxruntime, full"]["p50"]
+    tiny = "fast, tiny decoder, cudagraphs, batch 16"
+    on_gpu, gain = gpu["seconds_per_counterfactual"][tiny]["p50"], gpu["times_literal"][tiny]["same batch"]
+    points = [explained["truth"][name]["lax"]["pointing"] for name in ("shortcut", "clean")]
+    touched = [truth[name]["audit, 90 degrees"]["touched"] for name in ("shortcut", "clean")]
+    rows = [
+        ["speed-counterfactual", "a counterfactual, digits, `fast`, compiled, 2 CPU cores",
+         f"{fast:.3f} s, {speed['times_literal']['fast, full']['both']:.0f}x the literal loop"],
+        ["gpu-counterfactual", "a counterfactual, Stable Diffusion 1.x size, 256x256, one H200",
+         f"{on_gpu:.3f} s, {gain:.0f}x the literal loop"],
+        ["quality", "digits that flip the classifier", rate(flips["flip"])],
+        ["quality", "digits for which a judge that guidance never sees says the target", rate(flips["transfer"])],
+        ["quality", "planted shortcut, mode `audit`: the marker is touched (for a clean classifier)",
+         f"{rate(touched[0])}, {rate(touched[1])}"],
+        ["explain", "LAX points at the planted cause (for a clean classifier)",
+         f"{rate(points[0])}, {rate(points[1])}"],
+        ["exactness", f"a whole loop of {exact['steps']} steps against plain PyTorch, float64, largest relative error",
+         f"{exact['worst']:.1e}"],
+        ["portable-speed", "a counterfactual from its one file, one CPU core", f"{files['whole']['p50']:.3f} s"],
+        ["audit-kill", f"an audit of {kill['images']} images, killed {kill['kills']} times: no row differs",
+         "yes" if kill["identical"] else "no"],
+        ["coverage", f"of {coverage['entries']} modules, operations and architectures, exported and equal; "
+         "the rest is refused", str(coverage["agrees"])],
+    ]  # fmt: skip
+    return table(["figure", "measured", "recorded in bench/results"], [[w, m, f"`{name}.json`"] for name, w, m in rows])
+
+
+def one_file_table() -> str:
+    """The whole counterfactual's file: speed, start and the page."""
+    speed, start, node, page = (load(f"portable-{name}") for name in ("speed", "start", "node", "page"))
+    rows = [
+        ["a counterfactual in ONNX Runtime", f"{speed['whole']['p50']:.3f} s"],
+        ["the same by the engine with compiled parts", f"{speed['engine']['p50']:.3f} s"],
+        ["the same in Node", f"{node['seconds']['node']:.3f} s; same answers: {node['same answers']}"],
+        ["`counterlens run`, process start to end", f"{start['counterlens run']['p50']:.2f} s"],
+        ["`import torch` there, for comparison", f"{start['import torch']['p50']:.2f} s"],
+        ["the page, one file", f"{page['bytes'] / 1e6:.1f} MB"],
+        [
+            "its first answer, and the next ones",
+            f"{page['first answer']['p50']:.1f} s, {page['next answers']['p50']:.2f} s",
+        ],
+    ]
+    return f"{table(['whole-run file, one thread', 'p50'], rows)}\n\n{provenance(speed, 'portable-speed')}"
+
+
+def coverage_table() -> str:
+    """What the exporter was tried on."""
+    result = load("coverage")
+    rows = [[k, *(str(v.get(n, 0)) for n in ("entries", "agrees", "refused"))] for k, v in result["summary"].items()]
+    header = ["what, with gradients where there are any", "tried", "agree with eager", "refused, with the reason"]
+    return (
+        f"{table(header, rows)}\n\nBatches {', '.join(map(str, result['batches']))}. {provenance(result, 'coverage')}"
+    )
+
+
 TABLES = {
+    "headline": headline_table,
+    "onefile": one_file_table,
+    "coverage": coverage_table,
     "metrics": metrics_table,
     "pointing": pointing_table,
     "faithfulness": faithfulness_table,
@@ -517,7 +581,7 @@ def main(
     if compared is not None:
         compare(*compared)
         return
-    for path in (README, CARD):
+    for path in FILES:
         old = path.read_text()
         new = fill(old)
         if check and new != old:

@@ -45,7 +45,7 @@ COMMAND = "counterlens audit"
 GOES_ON = "finished parts are kept, the same command goes on"
 TIMINGS = ("seconds", "wall_seconds")  # the columns that differ between two runs of the same audit
 
-# One row per sample. Names and meaning are in README.md, "Audit a data set".
+# One row per sample; docs/pages/reference/rows.md says what each column means.
 COLUMNS: list[tuple[str, str]] = [
     ("number", "int64"), ("id", "string"), ("file", "string"), ("slices", "map"), ("label", "string"),
     ("prediction", "string"), ("confidence", "float32"), ("correct", "bool"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from counterlens.engine.saliency.packed import pack_adapter
 from counterlens.engine.saliency.recipes import HALVES
 from tests.engine.cli.test_cli import one_line_error, run
 
-README = Path(__file__).parents[3] / "README.md"
+ROOT = Path(__file__).parents[3]
 
 
 needs_adapters = pytest.mark.skipif(
@@ -83,7 +81,7 @@ def test_images_of_one_name_and_a_frozen_alpha_min(digits: Path, untrained: Path
     for copy in files:
         copy.parent.mkdir()
         copy.write_bytes(file.read_bytes())
-    frozen = README.parent / "bench/results/calibration-clean/calibration.json"
+    frozen = ROOT / "bench/results/calibration-clean/calibration.json"
     out = tmp_path / "out"
     result = run("saliency", *files, "--adapter", untrained, "--alpha-min", frozen, "--out", out, "--json")
     assert result.returncode == 0, result.stderr
@@ -185,48 +183,6 @@ def test_usage_errors(digits: Path, tmp_path: Path) -> None:
         result = run("saliency", file, "--alpha-min", value, *out)
         assert result.returncode == 2
         assert reason in " ".join(result.stderr.replace("│", " ").split())
-
-
-def test_the_readmes_own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    (tmp_path / "my_project.py").write_text(
-        "import torch\n"
-        "torch.manual_seed(0)\n"
-        "images, held_out = torch.rand(8, 3, 64, 64), torch.rand(3, 3, 64, 64)\n"
-        "network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 7, stride=4), torch.nn.AdaptiveAvgPool2d(1),\n"
-        "    torch.nn.Flatten(), torch.nn.Linear(8, 2))\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    code = example("adapter-python")
-    assert "steps=1000" in code
-    exec(compile(code.replace("steps=1000", "steps=2, batch=2"), "README.md", "exec"), {})
-    assert capsys.readouterr().out == "torch.Size([3, 64, 64]) torch.Size([3, 2])\n"
-
-
-@needs_adapters
-def test_the_readmes_examples(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    pytest.importorskip("captum", reason="needs captum")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits").symlink_to(digits)
-    exec(compile(example("explain-python"), "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("torch.Size([1, 32, 32])")
-    lines = [shlex.split(line, comments=True) for line in example("explain-cli").splitlines()]
-    assert [line[:2] for line in lines] == [
-        ["counterlens", "saliency"], ["counterlens", "evaluate"], *[["counterlens", "adapter"]] * 2
-    ]  # fmt: skip
-    files = [str(p) for p in sorted(Path("digits").glob("*.png"))[:2]]
-    monkeypatch.setenv("COUNTERLENS_STORE", str(tmp_path / "store"))
-    del lines[2]  # trains for minutes; test_train_on_a_folder_and_go_on trains for two steps
-    for line in lines:
-        command = [file for word in line[1:] for file in (files if word == "digits/*.png" else [word])]
-        result = run(*[{"50": "4"}.get(word, word) for word in command])
-        assert result.returncode == 0, result.stderr
-
-
-def example(marker: str) -> str:
-    found = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README.read_text(), re.S)
-    assert found, marker
-    return found.group(1)
 
 
 @pytest.mark.parametrize("command", ["saliency", "evaluate", "adapter train", "adapter explain", "adapter evaluate"])

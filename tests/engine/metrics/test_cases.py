@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.metrics import calibrate, gradient_maps, load_alpha_min, msi
 from tests.engine.cli.test_cli import one_line_error, run
 from tests.engine.metrics.models import Linear, Needs, Random, sample
-
-README = Path(__file__).parent.parent.parent.parent / "README.md"
 
 
 def test_msi_ranks_what_insertion_and_deletion_do_not() -> None:
@@ -117,16 +114,6 @@ def test_calibrate_command(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
     help_text = " ".join(run("metrics", "calibrate", "--help").stdout.split())
     assert "Example: counterlens metrics calibrate" in help_text
-
-
-def test_readme_example(capsys: pytest.CaptureFixture[str]) -> None:
-    found = re.search(r"<!-- metrics-python -->\n```python\n(.*?)```", README.read_text(), re.S)
-    assert found
-    code = found.group(1).replace("count=20", "count=4")
-    exec(compile(code, "README.md", "exec"), {})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Interval(mean=")
-    assert "torch.Size([4, 16])" in lines[1]
 
 
 def test_files_that_are_no_calibration(tmp_path: Path) -> None:

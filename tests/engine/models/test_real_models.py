@@ -1,11 +1,8 @@
-"""Engine.from_pretrained and the command line on models from disk, and README's section on them, run as it stands."""
+"""Engine.from_pretrained and the command line on models from disk."""
 
 from __future__ import annotations
 
 import json
-import re
-import runpy
-import shlex
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from safetensors.torch import save_file
 from counterlens.engine.config import PRESETS, Config, default_settings, preset_misfit
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
-from counterlens.engine.images.files import load_image, save_png
+from counterlens.engine.images.files import save_png
 from counterlens.engine.models.files import find_folder
 from counterlens.engine.models.image_classifiers import open_classifier
 from counterlens.engine.models.load import open_diffusion
@@ -25,7 +22,6 @@ from tests.engine.models.test_classifiers import Plain
 from tests.engine.models.test_convert import make_ldm, make_sd
 
 pytest.importorskip("transformers", reason="needs transformers (the extra `models`)")
-README = Path(__file__).parents[3] / "README.md"
 QUICK = ["--steps", "6", "--strength", "0.5"]
 
 
@@ -43,51 +39,6 @@ def folder(tmp_path_factory) -> Path:
         save_png(torch.rand(3, 20, 24, generator=g), base / "photos" / f"{i}.png")
     (base / "labels.txt").write_text("\n".join(tiny.LABELS))
     return base
-
-
-def code_after(marker: str) -> str:
-    found = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README.read_text(), re.S)
-    assert found, marker
-    return found[1]
-
-
-def test_readme_python(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    code = code_after("own-python")
-    assert len(code.splitlines()) <= 10
-    code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(folder / "sd-eps"))
-    (tmp_path / "photo.png").write_bytes((folder / "photos" / "0.png").read_bytes())
-    (tmp_path / "my_project.py").write_text(
-        "import torch\n"
-        "torch.manual_seed(0)\n"
-        "network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 7, stride=4), torch.nn.AdaptiveAvgPool2d(1),\n"
-        "                              torch.nn.Flatten(), torch.nn.Linear(8, 2))\n"
-    )
-    script = tmp_path / "own.py"
-    script.write_text(code)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    engine = runpy.run_path(str(script))["engine"]
-    assert engine.diffusion.prompts == ["a photo of a cat, a type of pet.", "a photo of a dog, a type of pet."]
-    record = json.loads((tmp_path / "opposite" / "results.jsonl").read_text())
-    assert record["target"] != record["source"]
-    assert load_image(tmp_path / "opposite" / "0000.png", tiny.IMAGE_SIZE).shape == (3, 16, 16)
-
-
-def test_readme_command(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "0.png").write_bytes((folder / "photos" / "0.png").read_bytes())
-    words = shlex.split(code_after("own-cli"))
-    assert words[:3] == ["counterlens", "counterfactual", "photos"]
-    here = {
-        "photos": tmp_path / "photos",
-        "stable-diffusion-v1-5/stable-diffusion-v1-5": folder / "sd-v",
-        "microsoft/resnet-50": folder / "resnet",
-    }
-    result = run(*[here.get(w, w) for w in words[1:]], "--out", tmp_path / "out", "--json")
-    assert result.returncode == 0, result.stderr
-    records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [Path(r["image"]).name for r in records] == ["0.png"]
-    assert load_image(Path(records[0]["path"]), 16).shape == (3, 16, 16)
 
 
 def test_class_conditional_model_by_manifest_with_neighbours(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""What mkdocs takes from elsewhere: recorded pictures, and the pages and figures that are made of the code itself.
+
+A page asks for such text by a line `<!-- made: NAME -->`; NAME is a key of `MADE`.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ENGINE = ROOT / "engine"
+ROW, WIDTH, GAP = 58, 760, 10  # of the layers' picture, in pixels
+
+
+def layers() -> list[list[str]]:
+    """The engine's layers, highest first, as the contract in pyproject.toml has them."""
+    import tomllib
+
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    contract = next(c for c in tool["importlinter"]["contracts"] if c.get("containers") == ["counterlens.engine"])
+    return [[name.strip() for name in row.replace(":", "|").split("|")] for row in contract["layers"]]
+
+
+def says(name: str) -> str:
+    """The first sentence of a module's or package's docstring."""
+    path = ENGINE / name / "__init__.py" if (ENGINE / name).is_dir() else ENGINE / f"{name}.py"
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return re.split(r"(?<=[.;])\s|\n", text)[0].rstrip(".;")
+
+
+def layers_picture() -> str:
+    """The layers as SVG: one row for each, and an arrow for the way that imports go."""
+    rows = layers()
+    height = len(rows) * (ROW + GAP) - GAP
+    parts = [
+        f'<svg class="layers" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Layers of counterlens.engine; '
+        'a row imports rows below it only">'
+    ]
+    for i, row in enumerate(rows):
+        width = (WIDTH - 40 - GAP * (len(row) - 1)) / len(row)
+        for j, name in enumerate(row):
+            x, y = 40 + j * (width + GAP), i * (ROW + GAP)
+            parts.append(f'<rect x="{x:.0f}" y="{y}" width="{width:.0f}" height="{ROW}" rx="6"/>')
+            parts.append(f'<text x="{x + width / 2:.0f}" y="{y + ROW / 2 + 6}">{html.escape(name)}</text>')
+    parts.append(f'<path d="M16 4 V{height - 6} M8 {height - 18} L16 {height - 4} L24 {height - 18}"/></svg>')
+    return "".join(parts)
+
+
+def layers_table() -> str:
+    """The layers and what each part says of itself."""
+    lines = ["| layer | part | what it is |", "| --- | --- | --- |"]
+    rows = layers()
+    lines += [f"| {len(rows) - i} | `{name}` | {says(name)} |" for i, row in enumerate(rows) for name in row]
+    return "\n".join(lines)
+
+
+def commands() -> str:
+    """Every command with its options, as `--help` has them."""
+    import typer.cli
+    import typer.main
+
+    from counterlens.engine.cli.main import app
+
+    group = typer.main.get_command(app)
+    text = typer.cli.get_docs_for_click(obj=group, ctx=typer.Context(group), name="counterlens")
+    text = re.sub(r"^(Example: )(counterlens .*)$", r"\1`\2`", text, flags=re.M)
+    text = re.sub(r"<([a-z ]+|list\[Path\])>", r"&lt;\1&gt;", text)
+    return re.sub(r"^#", "##", text.split("\n", 1)[1], flags=re.M)
+
+
+def settings() -> str:
+    """The fields of `Config`."""
+    from counterlens.engine.config import Config
+
+    lines = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in Config.model_fields.items():
+        kind = re.sub(r"typing\.|<class '|'>|NoneType|\bOptional\b", "", str(field.annotation))
+        kind = ", ".join(re.findall(r"'([^']+)'", kind)) or kind.replace(" | None", "")
+        default = "" if field.default is None else f"`{field.default}`"
+        lines.append(f"| `{name}` | {kind} | {default} | {field.description or ''} |")
+    return "\n".join(lines)
+
+
+def presets() -> str:
+    """The published settings."""
+    from counterlens.engine.config import PRESETS
+
+    names = ["steps", "strength", "guidance_scale", "class_scale", "distance_scale", "angle", "filter"]
+    lines = [f"| preset | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+    lines += [f"| `{p}` | {' | '.join(f'{getattr(s, n)}' for n in names)} |" for p, s in PRESETS.items()]
+    return "\n".join(lines)
+
+
+def columns() -> str:
+    """The columns of an audit's rows with their types."""
+    from counterlens.engine.audit.results import schema
+
+    lines = ["| column | Arrow type |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| `{field.name}` | `{field.type}` |" for field in schema())])
+
+
+MADE = {
+    "layers-picture": layers_picture,
+    "layers-table": layers_table,
+    "commands": commands,
+    "settings": settings,
+    "presets": presets,
+    "columns": columns,
+}
+
+
+def fill(text: str) -> str:
+    """A page with all that is made in its place."""
+    return re.sub(r"<!-- made: ([\w-]+) -->", lambda found: MADE[found[1]](), text)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs calls this for every page."""
+    return fill(markdown)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """mkdocs calls this once: the recorded pictures become files of the site."""
+    from mkdocs.structure.files import File
+
+    for path in sorted((ROOT / "bench" / "results").glob("*.png")):
+        files.append(File.generated(config, f"pictures/{path.name}", abs_src_path=str(path)))
+    return files
