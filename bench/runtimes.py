@@ -23,7 +23,7 @@ from bench.record import RESULTS, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.models.freezing import frozen
 from counterlens.engine.runtime import artefacts
-from counterlens.engine.runtime.choice import TARGETS
+from counterlens.engine.runtime.registry import of_format
 from counterlens.engine.runtime.spec import SCALES, Spec, flat
 from counterlens.export.store import Store
 
@@ -85,7 +85,7 @@ def measure(engine: Engine, store: Store, gradient: str, targets: list[str], rou
     rows = []
     with frozen(*spec.modules):
         built = {t: artefacts.build(spec, t, store, say=print) for t in targets}
-        steps = {r: artefacts.open_function(built[t]) for r, t in TARGETS.items() if t in built}
+        steps = {of_format(t).name: artefacts.open_function(a) for t, a in built.items()}
         for batch in (1, 8):
             inputs = spec.example(batch)
             z, t, t_prev, _, image, target = inputs[:6]

@@ -16,7 +16,7 @@ from .core.targets import Targets
 from .errors import UsageError
 from .models.protocols import Classifier
 from .packs import Pack, is_pack
-from .runtime import onnxruntime
+from .runtime.registry import AUTO, find, names
 from .runtime.runners import REAL_IMAGES
 
 if TYPE_CHECKING:
@@ -226,8 +226,9 @@ class Engine(EngineCore):
 
 
 def _device(options: dict[str, Any]) -> str | torch.device:
-    """The device that options of `Engine` name, or `auto`: the CPU for an ONNX Runtime that knows no other."""
-    named = options.get("device") or "auto"
-    if named == "auto" and options.get("runtime") == "onnxruntime" and onnxruntime.missing("cuda"):
-        return "cpu"
-    return named
+    """The device that options of `Engine` name, or `auto`: the CPU for a runtime that knows no other here."""
+    device, runtime = options.get("device") or "auto", options.get("runtime", AUTO)
+    if device == "auto" and runtime in names():
+        on_gpu, on_cpu = (find(runtime).missing(torch.device(d)) for d in ("cuda", "cpu"))
+        return "cpu" if on_gpu and not on_cpu else device
+    return device

@@ -18,13 +18,13 @@ from counterlens.kernels.registry import operations
 from ..errors import UsageError
 from ..outputs import differences
 from ..provenance import session
+from ..runtime.registry import EAGER, find
 
 if TYPE_CHECKING:
     from ..config import Config
     from ..core.core import EngineCore
 
 COMPUTING = ("counterlens", "torch", "diffusers", "transformers", "pillow")  # packages that make pixels or numbers
-RUNTIME_PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "tensorrt": ("tensorrt",)}
 _ALONE = Lock()
 SET = ("threads", "runtimes", "parity")  # what is set to the recorded value instead of compared
 
@@ -33,7 +33,7 @@ def conditions(engine: EngineCore, config: Config) -> dict[str, Any]:
     """What decides the last bits of this engine's results, here and now, as JSON values."""
     here, runtimes = session(engine.device), engine.runners.taken(engine.settings(config), engine.slots)
     used = {name for by_slots in runtimes.values() for name in by_slots.values()}
-    packages = {*COMPUTING, *(p for name in used for p in RUNTIME_PACKAGES.get(name, ()))}
+    packages = {*COMPUTING, *(p for name in used - {EAGER} for p in find(name).packages)}
     return {
         "threads": here["threads"],
         "cpu": here["cpu"],

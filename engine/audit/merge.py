@@ -16,14 +16,12 @@ from ..errors import CounterlensError, UsageError
 from ..files import real, write_atomically
 from ..images.files import make_folder
 from ..outputs import RUN, differences, locked
+from ..runtime.registry import same_as_eager
 from .auditor import Auditor
 from .disagreement import find
 from .plan import parts_of, shard_of
 from .results import GOES_ON, PLAN, Results, image_path, part_path, table_bytes
 from .run import mark_finished
-
-# What runs eager's own kernels, in order; nothing was compiled that could differ.
-UNCOMPILED = {"eager", "cudagraphs"}
 
 
 def merge(folders: Sequence[Path], out: Path, say: Callable[[str], None] = lambda text: None) -> Results:
@@ -93,7 +91,7 @@ def _check_made(opened: Sequence[Results], say: Callable[[str], None]) -> None:
         for folder, found in made.items():
             for facts in found:
                 used = {name for by_slots in facts["runtimes"].values() for name in by_slots.values()}
-                for name in sorted(used - UNCOMPILED):
+                for name in sorted(n for n in used if not same_as_eager(n)):
                     parity = facts.get("parity", {}).get(name)
                     if parity is None or not parity["worst"] <= parity["tolerance"]:
                         raise UsageError(

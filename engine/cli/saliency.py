@@ -253,7 +253,7 @@ def export(
     from counterlens.export.store import Store
 
     from ..outputs import open_run
-    from ..runtime.artefacts import FILES
+    from ..runtime.onnxruntime import FILE
     from ..saliency.onnx import build_artefacts
 
     opened, explained, size, _ = _open(pack, classifier, adapter, labels, image_size, option="--adapter")
@@ -267,10 +267,10 @@ def export(
         with progress_bar("exporting"):
             built = build_artefacts(trained, Store(store), alpha_min=alpha_min, steps=steps, force=force)
         for what, artefact in built.items():
-            path = artefact.file(FILES["onnx"])
+            path = artefact.file(FILE)
             if run is not None:
                 path = run.folder / f"{what}.onnx"
-                write_atomically(path, artefact.file(FILES["onnx"]).read_bytes())
+                write_atomically(path, artefact.file(FILE).read_bytes())
             if as_json:
                 print_json({**artefact.report, "path": str(path)})
             parity = artefact.report["parity"]

@@ -28,9 +28,10 @@ from ..models.placing import choose_device, computing_on, place
 from ..models.protocols import Classifier, Diffusion, probabilities
 from ..models.tiny import TinyDecoder, check_decoder, open_decoder
 from ..provenance import digest, models_digest, models_numbers, session
-from ..runtime.choice import RUNTIMES, Choice
-from ..runtime.runners import REAL_IMAGES, SLOTS, Runners
-from ..runtime.spec import Spec
+from ..runtime.choice import Choice
+from ..runtime.registry import AUTO, EAGER, check
+from ..runtime.runners import REAL_IMAGES, Runners
+from ..runtime.spec import SLOTS, Spec
 from .result import Counterfactual, Counterfactuals
 from .session import Session
 from .targets import TargetLabels, Targets, one_each
@@ -53,7 +54,7 @@ class EngineCore:
         pack_settings: tuned numbers of the modes `realistic` and `audit`; without them both are the published ImageNet
             setting for this kind of model, `audit` with the filter at 90 degrees.
         backend: of the kernels: `auto`, `triton`, `cpp` or `reference`.
-        runtime: how guided steps are executed: `eager`, `cudagraphs`, `inductor`, `onnxruntime`, `aoti` or `tensorrt`,
+        runtime: how guided steps are executed: `eager` or one of `runtime.registry.names()`, such as `onnxruntime`,
             which runs or raises; `auto` takes the fastest that was measured on this machine, see `runtime_choice`.
             Encoder, decoder and UNet beside the steps are compiled where the store has them too (`counterlens export
             --what all`).
@@ -82,7 +83,7 @@ class EngineCore:
         pack_settings: dict[str, dict[str, Any]] | None = None,
         speeds: dict[str, dict[str, Any]] | None = None,
         backend: str = "auto",
-        runtime: str = "auto",
+        runtime: str = AUTO,
         store: str | Path | None = None,
         source: dict[str, str] | None = None,
         checkpointing: bool = False,
@@ -126,20 +127,19 @@ class EngineCore:
                 module.to(there)
         if not self.source:  # a pack's own classifiers are known
             check_gradient(classifier, diffusion.image_size)
-        if runtime not in RUNTIMES:
-            raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
-        if checkpointing and runtime not in ("auto", "eager"):
+        check(runtime)
+        if checkpointing and runtime not in (AUTO, EAGER):
             raise UsageError(f"checkpointing: recomputes in eager; runtime {runtime!r} cannot")
         if attention not in ATTENTIONS:
             raise UsageError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
         if attention == "xformers":
-            if runtime not in ("auto", "eager"):
+            if runtime not in (AUTO, EAGER):
                 raise UsageError(f"attention: xformers runs in eager; runtime {runtime!r} cannot")
             if reasons := not_supported_reasons(diffusion.modules()):
                 raise UsageError(f"attention: xformers cannot be used: {'; '.join(reasons)}")
         self.checkpointing, self.attention = checkpointing, attention
         differentiated_by_autograd = checkpointing or attention == "xformers"
-        self.runtime = "eager" if differentiated_by_autograd else runtime
+        self.runtime = EAGER if differentiated_by_autograd else runtime
         self.store = Store(store)
         self.pullback: PullbackMode = "autograd" if differentiated_by_autograd else "functional"
         self.runners = Runners(

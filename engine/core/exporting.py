@@ -16,9 +16,10 @@ from ..models.freezing import frozen
 from ..models.placing import computing_on
 from ..outputs import open_run
 from ..runtime import artefacts
-from ..runtime.choice import TARGETS, StepRunner
-from ..runtime.runners import PARTS, SLOTS
-from ..runtime.spec import STEP
+from ..runtime.choice import StepRunner
+from ..runtime.registry import AUTO, of_format
+from ..runtime.runners import PARTS
+from ..runtime.spec import SLOTS, STEP
 from .core import EngineCore
 
 ALL = (STEP, *PARTS.values())  # what an engine runs
@@ -40,7 +41,7 @@ def export_artefact(
 
     Args:
         engine: its models, config (filter and gradient) and store.
-        what, target, dtype: see `runtime.spec.Spec` and `runtime.artefacts.TARGETS`.
+        what, target, dtype: see `runtime.spec.Spec` and `runtime.registry.formats`.
         force: build again.
         measure: time what the engine runs, in float32, against eager at every slot count, for `runtime="auto"`.
         out: folder for a copy of the files, and run.json.
@@ -62,7 +63,7 @@ def export_artefact(
         artefact = artefacts.build(spec, target, engine.store, force=force, say=say)
         measured: dict[str, dict[str, float]] = {}
         if measure and what != "classifier" and dtype == "fp32":
-            runner = StepRunner(spec, "auto", engine.store)
+            runner = StepRunner(spec, AUTO, engine.store)
             for slots in SLOTS:
                 say(f"measuring batch {slots}")
                 measured[str(slots)] = runner.measure(slots)
@@ -73,11 +74,11 @@ def export_artefact(
             for path in artefact.folder.iterdir():
                 with path.open("rb") as file:
                     write_atomically(folder / path.name, partial(shutil.copyfileobj, file))
-    files = sorted(str(p) for p in folder.iterdir() if p.name in (MANIFEST, *artefacts.FILES.values()))
+    files = sorted(str(folder / name) for name in (MANIFEST, *artefact.hashes))
     return {
         **artefact.report,
         "built": force or not before,
-        "runtime": {v: k for k, v in TARGETS.items()}[target],
+        "runtime": of_format(target).name,
         "measured": measured,
         "files": files,
     }

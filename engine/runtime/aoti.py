@@ -12,6 +12,9 @@ from torch.fx import GraphModule
 
 from counterlens.export.errors import ExportError
 
+from .registry import Runtime, Timed
+from .spec import Spec, machine
+
 # layout_optimization: torch 2.13 returned a wrong VJP on the CPU with it (tests/engine/runtime/test_inductor.py).
 OPTIONS = {"layout_optimization": False}
 LARGEST = 64  # batch
@@ -53,3 +56,21 @@ def load(path: Path) -> Callable[..., tuple[Tensor, ...]]:
         return tuple(out) if isinstance(out, (list, tuple)) else (out,)
 
     return run
+
+
+class AotInductor(Runtime):
+    """A package of AOTInductor, for this machine and this torch."""
+
+    name, file = "aoti", "model.pt2"
+
+    def key(self, spec: Spec) -> dict[str, Any]:
+        return {"torch": torch.__version__, "machine": machine(), "device": spec.device.type}
+
+    def build(self, graph: GraphModule, spec: Spec, path: Path, timed: Timed) -> None:
+        timed("compiling with AOTInductor", "compile", lambda: compile_package(graph, spec.example(4), path))
+
+    def load(self, path: Path, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+        return load(path)
+
+
+RUNTIME = AotInductor()

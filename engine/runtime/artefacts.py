@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,46 +13,19 @@ from torch import Tensor
 from counterlens.export.errors import ExportError
 from counterlens.export.store import Artefact, Store
 
-from ..errors import UsageError, install_hint
-from . import aoti, onnxruntime, tensorrt
+from . import registry
 from .compiled import CompiledStep, as_json, expected_inputs, from_json
 from .parity import check_parity
 from .record import installed, read_record, write_record
-from .spec import STEP, Spec, machine
+from .spec import STEP, Spec
 
-TARGETS = ("onnx", "aoti", "tensorrt")
-FILES = {"onnx": "model.onnx", "aoti": "model.pt2", "tensorrt": "model.engine"}
 Say = Callable[[str], None]
-
-
 CPU = torch.device("cpu")
-
-
-def missing(target: str, device: torch.device = CPU) -> list[str]:
-    """Why artefacts of this target cannot be built and checked on this device; empty when they can."""
-    if target == "onnx":
-        try:
-            import onnx  # noqa: F401
-        except ImportError as error:
-            return [f"onnx cannot be imported ({error}); {install_hint('cpu')}"]
-        return onnxruntime.missing(onnxruntime.provider_for(device))
-    return tensorrt.missing() if target == "tensorrt" else []
 
 
 def key_of(spec: Spec, target: str) -> dict[str, Any]:
     """The store's key: what the graph depends on, and the machine and versions where those decide as well."""
-    if target not in TARGETS:
-        raise UsageError(f"format: expected one of {', '.join(TARGETS)}, got {target!r}")
-    key = spec.key(target)
-    if target == "onnx":
-        from counterlens.export.onnx import OPSET
-
-        key["opset"] = OPSET
-    elif target == "aoti":
-        key |= {"torch": torch.__version__, "machine": machine(), "device": spec.device.type}
-    else:
-        key |= tensorrt.identity()
-    return key
+    return spec.key(target) | registry.of_format(target).key(spec)
 
 
 def build(
@@ -63,7 +35,7 @@ def build(
 
     Args:
         spec: what to compile.
-        target: `onnx`, `aoti` or `tensorrt`.
+        target: a format of `registry.formats()`, such as `onnx`.
         store: the default store without one.
         force: build it again.
         say: told what is being done.
@@ -72,7 +44,7 @@ def build(
         ExportError: something that is needed is missing, the function cannot be exported, or the result is wrong.
     """
     key = key_of(spec, target)
-    if reasons := missing(target, spec.device):
+    if reasons := registry.of_format(target).missing(spec.device):
         raise ExportError(f"{target}: {'; '.join(reasons)}")
     built: list[dict[str, Any]] = []
 
@@ -88,7 +60,8 @@ def build(
 
 def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
     seconds: dict[str, float] = {}
-    path = folder / FILES[target]
+    runtime = registry.of_format(target)
+    path = folder / runtime.file
     example = spec.example(4)
 
     def timed(what: str, label: str, work: Callable[[], Any]) -> Any:
@@ -103,22 +76,8 @@ def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
 
     graph = timed(f"tracing the {spec.what}", "trace", lambda: trace(spec.function(), example))
     nodes = sum(n.op == "call_function" for n in graph.graph.nodes)
-    if target == "aoti":
-        timed("compiling with AOTInductor", "compile", lambda: aoti.compile_package(graph, example, path))
-        run = timed("loading it", "load", lambda: aoti.load(path))
-    else:
-        from counterlens.export.onnx import write_onnx
-
-        model = folder / FILES["onnx"]
-        metadata = {"counterlens": json.dumps(spec.key(target))}
-        names: dict[str, Any] = {"input_names": spec.inputs, "output_names": spec.outputs, "metadata": metadata}
-        timed("writing ONNX", "write", lambda: write_onnx(graph, model, **names))
-        if target == "tensorrt":
-            timed("building with TensorRT", "compile", lambda: tensorrt.build(model, path, spec))
-            run = timed("loading it", "load", lambda: tensorrt.load(path))
-        else:
-            provider = onnxruntime.provider_for(spec.device)
-            run = timed("loading it", "load", lambda: onnxruntime.load(path, provider=provider))
+    runtime.build(graph, spec, path, timed)
+    run = timed("loading it", "load", lambda: runtime.load(path, spec.device))
     batches, beyond = fitting(graph, BATCHES, free_memory(spec.device))
     parity = timed("comparing with eager", "check", lambda: check_parity(spec, run, batches=batches or (1,)))
     parity["beyond_memory"] = beyond
@@ -131,7 +90,7 @@ def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
         "seconds": seconds,
         "parity": parity,
         "inputs": as_json(expected_inputs(inputs)),
-        "versions": {name: installed(name) for name in ("torch", "onnx", "onnxruntime", "counterlens")},
+        "versions": {name: installed(name) for name in ("torch", "onnx", "counterlens", *runtime.packages)},
     }
 
 
@@ -150,11 +109,8 @@ def open_checked(artefact: Artefact, spec: Spec, say: Say = lambda _: None) -> C
 
 def open_function(artefact: Artefact, device: torch.device = CPU) -> Callable[..., tuple[Tensor, ...]]:
     """An artefact as a function of its inputs in order, on `device`. ExportError if it cannot run here."""
-    target = artefact.report["target"]
-    path = artefact.file(FILES[target])
-    if target == "onnx":
-        return onnxruntime.load(path, provider=onnxruntime.provider_for(device))
-    return {"aoti": aoti.load, "tensorrt": tensorrt.load}[target](path)
+    runtime = registry.of_format(artefact.report["target"])
+    return runtime.load(artefact.file(runtime.file), device)
 
 
 def open_step(

@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,17 +18,14 @@ import torch
 from counterlens.export.errors import ExportError
 from counterlens.export.store import Artefact, Store
 
-from ..errors import UsageError
 from ..guidance.pullback import PullbackMode
 from ..guidance.step import GuidedStep
-from . import artefacts, cudagraphs
+from . import artefacts, registry
 from .compiled import CompiledStep, expected_inputs
-from .cudagraphs import CudaGraphStep
-from .inductor import InductorStep
+from .here import Here
+from .registry import AUTO, EAGER
 from .spec import STEP, Spec, flat, machine
 
-RUNTIMES = ("auto", "eager", "cudagraphs", "inductor", "onnxruntime", "aoti", "tensorrt")
-TARGETS = {"onnxruntime": "onnx", "aoti": "aoti", "tensorrt": "tensorrt"}
 AnyStep = GuidedStep | CompiledStep
 
 
@@ -45,8 +42,8 @@ class StepRunner:
 
     Args:
         spec: what is run.
-        runtime: one of `RUNTIMES`. A runtime that is named runs or raises; `auto` takes the fastest that was measured
-            on this machine for the batch size among those in the store, else eager.
+        runtime: one of `registry.choices()`. A runtime that is named runs or raises; `auto` takes the fastest that was
+            measured on this machine for the batch size among those that are ready, else eager.
         store: of artefacts and measurements.
         backend, pullback: of the kernels and of the pullbacks in eager.
         say: told when something is built, which takes tens of seconds.
@@ -56,15 +53,14 @@ class StepRunner:
     def __init__(
         self,
         spec: Spec,
-        runtime: str = "auto",
+        runtime: str = AUTO,
         store: Store | None = None,
         backend: str = "auto",
         pullback: PullbackMode = "functional",
         say: Callable[[str], None] = lambda _: None,
         pins: Mapping[str, str] | None = None,
     ) -> None:
-        if runtime not in RUNTIMES:
-            raise UsageError(f"runtime: expected one of {', '.join(RUNTIMES)}, got {runtime!r}")
+        registry.check(runtime)
         self.spec = spec
         self.runtime = runtime
         self.store = store or Store()
@@ -74,36 +70,39 @@ class StepRunner:
         self.pins = pins or {}
         self._steps: dict[str, AnyStep] = {}
         self._functions: dict[str, Callable[..., Any]] = {}
+        self._here: dict[str, Here] = {}  # what is compiled or recorded in this process, by runtime
         self._found: dict[str, Artefact] | None = None
         self._remeasure = False  # measurements were damaged
-        self._refused: dict[int, str] = {}  # batch sizes for which `auto` could not record a CUDA graph, and why
+        self._refused: dict[int, dict[str, str]] = {}  # by batch size: what could not be recorded for it, and why
+        self._opening = threading.RLock()
 
     def choose(self, batch: int) -> Choice:
         """The runtime for a batch size, and why."""
-        if self.runtime != "auto":
+        if self.runtime != AUTO:
             return Choice(self.runtime, "asked for")
         ready = self.ready()
+        refused = self._refused.get(batch, {})
+        usable = {EAGER, *ready} - refused.keys()
         if (pin := self.pins.get(str(batch))) is not None:
-            usable = {"eager", *ready} - ({"cudagraphs"} if batch in self._refused else set())
-            return Choice(pin if pin in usable else "eager", "as this run began")
+            return Choice(pin if pin in usable else EAGER, "as this run began")
         if not ready:
-            return Choice("eager", "no compiled step in the store; `counterlens export` builds one")
+            return Choice(EAGER, "no compiled step in the store; `counterlens export` builds one")
         measured = self.measurements().get(str(batch), {})
-        usable = {"eager", *ready} - ({"cudagraphs"} if batch in self._refused else set())
         times = {name: seconds for name, seconds in measured.items() if name in usable}
-        if set(times) <= {"eager"}:
+        if set(times) <= {EAGER}:
             why = f"nothing was measured here for batch {batch}; Engine.warmup measures"
-            return Choice("eager", self._refused.get(batch, why))
+            return Choice(EAGER, "; ".join(refused.values()) or why)
         best = min(times, key=lambda name: times[name])
         listed = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in sorted(times.items()))
         return Choice(best, f"fastest measured here for batch {batch}: {listed}")
 
     def step(self, batch: int) -> AnyStep:
         """The step for a batch size, called like a GuidedStep; what a named runtime needs is built now."""
-        name = self._chosen(batch)
-        if name not in self._steps:
-            self._steps[name] = self._open(name)
-        return self._steps[name]
+        with self._opening:
+            name = self._chosen(batch)
+            if name not in self._steps:
+                self._steps[name] = self._open(name)
+            return self._steps[name]
 
     def observed(self) -> GuidedStep:
         """The step in eager with the directions that its filter compares, whatever the runtime."""
@@ -113,62 +112,60 @@ class StepRunner:
 
     def part(self, batch: int) -> Callable[..., torch.Tensor]:
         """A part of the models for a batch size. Under a named runtime it is compiled only if the store has it."""
-        name = self._chosen(batch)
-        if name not in self.ready():
-            name = "eager"
-        run = self._function(name)
-        return run if name == "eager" else lambda *inputs: run(*inputs)[0]
+        with self._opening:
+            name = self._chosen(batch)
+            if name not in self.ready():
+                name = EAGER
+            run = self._function(name)
+        return run if name == EAGER else lambda *inputs: run(*inputs)[0]
 
     def taken(self, batch: int) -> str:
         """The runtime that a batch of this size gets: of a part that the store does not have, eager."""
         name = self.choose(batch).runtime
-        return name if self.spec.what == STEP or name in self.ready() else "eager"
+        return name if self.spec.what == STEP or name in self.ready() else EAGER
 
     def _chosen(self, batch: int) -> str:
         """The runtime for a batch size; what `auto` takes is opened or recorded now, while it can still change."""
         name = self.choose(batch).runtime
-        if self.runtime == "auto" and self._remeasure and name == "eager" and self.ready():
+        if self.runtime == AUTO and self._remeasure and name == EAGER and self.ready():
             self.measure(batch)
             name = self.choose(batch).runtime
-        if name == "cudagraphs" and self.runtime == "auto":
-            try:
-                self._graphs.record(batch)
-            except ExportError as error:
-                self._refused[batch] = str(error)
-                name = self.choose(batch).runtime
-        elif name in TARGETS and self.runtime == "auto":
-            try:
-                self._function(name)
-            except ExportError as error:
-                self._leave_out(name, error)
-                return self._chosen(batch)
+        if self.runtime != AUTO or name == EAGER:
+            return name
+        try:
+            self._function(name)
+            if name in self._here:
+                self._here[name].record(batch)
+        except ExportError as error:
+            self._leave_out(name, batch, error)
+            return self._chosen(batch)
         return name
 
-    def _leave_out(self, name: str, error: ExportError) -> None:
-        """Under `auto`: an artefact that cannot be opened here or does not agree with eager is no candidate."""
+    def _leave_out(self, name: str, batch: int, error: ExportError) -> None:
+        """Under `auto`: what cannot be opened or recorded here, or does not agree with eager, is no candidate."""
+        if name not in self.found():
+            self._refused.setdefault(batch, {})[name] = str(error)
+            return
         warnings.warn(f"{name} is not used: {error}", stacklevel=2)
-        self.found().pop(name, None)
-
-    @cached_property
-    def _graphs(self) -> CudaGraphStep:
-        return CudaGraphStep(self.spec, self._function("eager"))
+        self.found().pop(name)
 
     def ready(self) -> list[str]:
         """Runtimes beside eager that need no building: artefacts in the store, and on a GPU CUDA graphs of eager."""
-        recordable = not cudagraphs.missing(self.spec.device) and self.pullback == "functional"
-        return [*self.found(), *(["cudagraphs"] if recordable else [])]
+        recorded = [n for n in registry.names() if registry.find(n).recorded] if self.pullback == "functional" else []
+        return [*self.found(), *(n for n in recorded if not registry.find(n).missing(self.spec.device))]
 
     def found(self) -> dict[str, Artefact]:
         """The artefacts of this step that are in the store and can run here, by runtime."""
         if self._found is None:
-            self._found = {}
-            if not self.store.folder.exists():  # nothing to look for: large weights need not be hashed
-                return self._found
-            for runtime, target in TARGETS.items():
-                if artefacts.missing(target, self.spec.device):
+            found = {}
+            # Without a store there is nothing to look for: large weights need not be hashed.
+            for name in registry.names() if self.store.folder.exists() else ():
+                runtime = registry.find(name)
+                if not runtime.file or runtime.missing(self.spec.device):
                     continue
-                if (artefact := self._find(target)) is not None:
-                    self._found[runtime] = artefact
+                if (artefact := self._find(runtime.format)) is not None:
+                    found[name] = artefact
+            self._found = found
         return self._found
 
     def _find(self, target: str) -> Artefact | None:
@@ -176,7 +173,7 @@ class StepRunner:
         try:
             return self.store.find(artefacts.key_of(self.spec, target))
         except ExportError as error:
-            if self.runtime != "auto":
+            if self.runtime != AUTO:
                 raise
             warnings.warn(f"{error.args[0].split('; ')[0]}: built again", stacklevel=2)
             return artefacts.build(self.spec, target, self.store, force=True, say=self.say)
@@ -185,16 +182,13 @@ class StepRunner:
         """Time eager and whatever is `ready` for a batch size, in seconds a step, and remember it."""
         inputs = self.spec.example(batch)
         times = {}
-        for name in ("eager", *self.ready()):
+        for name in (EAGER, *self.ready()):
             try:
                 times[name] = _median_time(self._function(name), inputs, seconds)
             except ExportError as error:  # nothing was asked for: it is no candidate, and eager is
-                if name == "cudagraphs":
-                    self._refused[batch] = str(error)
-                elif self.runtime == "auto":
-                    self._leave_out(name, error)
-                else:
+                if self.runtime != AUTO and name in self.found():
                     raise
+                self._leave_out(name, batch, error)
         path = self._calibration()
         known = self.measurements() | {str(batch): times}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +208,7 @@ class StepRunner:
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, AttributeError) as error:
-            if self.runtime != "auto":
+            if self.runtime != AUTO:
                 raise ExportError(f"{path}: damaged ({error}); delete it") from error
             warnings.warn(f"{path}: damaged ({error}): measured again", stacklevel=2)
             path.unlink(missing_ok=True)
@@ -236,31 +230,35 @@ class StepRunner:
                 if runtime not in self._steps:
                     self._steps[runtime] = self._open(runtime)
                 self._functions[runtime] = flat(self._steps[runtime])
-            elif runtime == "eager":
+            elif runtime == EAGER:
                 self._functions[runtime] = self.spec.function()
-            elif runtime == "cudagraphs":
-                self._functions[runtime] = self._graphs
-            else:
+            elif registry.find(runtime).file:
                 self._functions[runtime] = artefacts.open_checked(self.found()[runtime], self.spec, self.say)
+            else:
+                self._functions[runtime] = self._prepared(runtime)
         return self._functions[runtime]
 
     def _open(self, runtime: str) -> AnyStep:
-        if runtime == "eager":
+        if runtime == EAGER:
             step = self.spec.step()
             step.backend, step.mode = self.backend, self.pullback
             return step
-        if runtime in ("inductor", "cudagraphs"):
-            expected = expected_inputs(dict(zip(self.spec.inputs, self.spec.example(1), strict=True)))
-            run: Callable[..., Any]
-            if runtime == "inductor":
-                self.say("compiling with torch.compile at the first step of each batch size")
-                run = InductorStep(self.spec)
-            else:
-                run = self._graphs
-            return CompiledStep(run, runtime=runtime, dtype=self.spec.dtype, expected=expected)
-        artefact = artefacts.build(self.spec, TARGETS[runtime], self.store, say=self.say)
-        run = artefacts.open_checked(artefact, self.spec, self.say)
-        return artefacts.open_step(artefact, self.spec.device, run)
+        if registry.find(runtime).file:
+            artefact = artefacts.build(self.spec, registry.find(runtime).format, self.store, say=self.say)
+            run = artefacts.open_checked(artefact, self.spec, self.say)
+            return artefacts.open_step(artefact, self.spec.device, run)
+        expected = expected_inputs(dict(zip(self.spec.inputs, self.spec.example(1), strict=True)))
+        return CompiledStep(self._prepared(runtime), runtime=runtime, dtype=self.spec.dtype, expected=expected)
+
+    def _prepared(self, name: str) -> Here:
+        """What runs it in this process, prepared and held to eager at the first call with each batch size."""
+        if name not in self._here:
+            runtime = registry.find(name)
+            if reasons := runtime.missing(self.spec.device):
+                raise ExportError(f"{name}: {'; '.join(reasons)}")
+            self.say(f"preparing {name} at the first step of each batch size")
+            self._here[name] = Here(self.spec, runtime.prepare(self.spec, self._function(EAGER)))
+        return self._here[name]
 
 
 @torch.no_grad()

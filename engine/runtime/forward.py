@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..models.freezing import frozen
 from ..models.protocols import Classifier, SigmoidClassifier, SoftmaxClassifier
 from . import onnxruntime
-from .artefacts import CPU, FILES, missing
+from .artefacts import CPU
 from .fingerprint import fingerprint
 from .parity import TOLERANCE
 from .record import read_record, write_record
@@ -79,14 +79,14 @@ def compile_classifier(
     fresh: list[dict[str, Any]] = []
 
     def build(folder: Path) -> dict[str, Any]:
-        path = folder / FILES["onnx"]
+        path = folder / onnxruntime.FILE
         export_onnx(classifier.logits, [asked[:2]], path, input_names=["image"], output_names=["logits"])
         fresh.append(compare("classifier", classifier.logits, onnxruntime.load(path), [asked]))
         return {"what": "forward", "parity": fresh[0]}
 
     with frozen(module), torch.no_grad():
         artefact = (store or Store()).get(key, build)
-        compiled = CompiledForward(artefact.file(FILES["onnx"]), image_size)
+        compiled = CompiledForward(artefact.file(onnxruntime.FILE), image_size)
         if fresh or read_record(artefact, CPU, real=real) is None:
             agreed = fresh[0] if fresh else compare("classifier", classifier.logits, compiled.run, [asked])
             write_record(artefact, CPU, real=real, parity=agreed)
@@ -96,7 +96,7 @@ def compile_classifier(
 
 def require_onnx(module: nn.Module) -> None:
     """ExportError where a module cannot become an ONNX file for the CPU here."""
-    if reasons := missing("onnx"):
+    if reasons := onnxruntime.RUNTIME.missing(CPU):
         raise ExportError(f"onnxruntime: {'; '.join(reasons)}")
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):

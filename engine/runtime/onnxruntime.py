@@ -2,23 +2,64 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from counterlens.export.errors import ExportError
 
 from ..errors import install_hint
+from .registry import Runtime, Timed
+from .spec import Spec
+
+FILE = "model.onnx"
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+
+
+def write(graph: GraphModule, spec: Spec, path: Path) -> Path:
+    """Write a traced spec as an ONNX file that says what it is."""
+    from counterlens.export.onnx import write_onnx
+
+    metadata = {"counterlens": json.dumps(spec.key("onnx"))}
+    write_onnx(graph, path, input_names=spec.inputs, output_names=spec.outputs, metadata=metadata)
+    return path
+
+
+class OnnxRuntime(Runtime):
+    """Our ONNX file, on the CPU or through onnxruntime-gpu."""
+
+    name, file, packages = "onnxruntime", FILE, ("onnxruntime", "onnxruntime-gpu")
+
+    def missing(self, device: torch.device) -> list[str]:
+        if find_spec("onnx") is None:
+            return [f"onnx cannot be imported; {install_hint('cpu')}"]
+        return missing(provider_for(device))
+
+    def key(self, spec: Spec) -> dict[str, Any]:
+        from counterlens.export.onnx import OPSET
+
+        return {"opset": OPSET}
+
+    def build(self, graph: GraphModule, spec: Spec, path: Path, timed: Timed) -> None:
+        timed("writing ONNX", "write", lambda: write(graph, spec, path))
+
+    def load(self, path: Path, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+        return load(path, provider=provider_for(device))
+
+
+RUNTIME = OnnxRuntime()
 
 
 def provider_for(device: torch.device) -> str:

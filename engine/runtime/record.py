@@ -16,9 +16,8 @@ import torch
 
 from counterlens.export.store import Artefact
 
+from .registry import of_format
 from .spec import machine
-
-PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "tensorrt", "counterlens")
 
 
 def installed(package: str) -> str:
@@ -29,9 +28,10 @@ def installed(package: str) -> str:
         return "not installed"
 
 
-def here(device: torch.device) -> dict[str, Any]:
+def here(artefact: Artefact, device: torch.device) -> dict[str, Any]:
     """What a comparison with eager holds for: this machine, this kind of device and these versions."""
-    return {"machine": machine(), "device": device.type, "versions": {p: installed(p) for p in PACKAGES}}
+    packages = ("torch", "counterlens", *of_format(artefact.key["target"]).packages)
+    return {"machine": machine(), "device": device.type, "versions": {p: installed(p) for p in packages}}
 
 
 def read_record(artefact: Artefact, device: torch.device, *, real: bool) -> dict[str, Any] | None:
@@ -44,7 +44,7 @@ def read_record(artefact: Artefact, device: torch.device, *, real: bool) -> dict
     """
     try:
         record = json.loads(_path(artefact, device).read_text())
-        good = record["where"] == here(device) and record["files"] == artefact.hashes
+        good = record["where"] == here(artefact, device) and record["files"] == artefact.hashes
         return record if good and (record["real"] or not real) else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is made again
         return None
@@ -53,7 +53,7 @@ def read_record(artefact: Artefact, device: torch.device, *, real: bool) -> dict
 def write_record(artefact: Artefact, device: torch.device, *, real: bool, parity: dict[str, Any]) -> None:
     """Say beside the artefact that it agreed with eager here."""
     path = _path(artefact, device)
-    record = {"where": here(device), "files": artefact.hashes, "real": real, "parity": parity}
+    record = {"where": here(artefact, device), "files": artefact.hashes, "real": real, "parity": parity}
     work = path.with_suffix(f".{os.getpid()}")
     try:
         work.write_text(json.dumps(record, indent=1) + "\n")
@@ -63,5 +63,5 @@ def write_record(artefact: Artefact, device: torch.device, *, real: bool, parity
 
 
 def _path(artefact: Artefact, device: torch.device) -> Any:
-    name = hashlib.sha256(json.dumps(here(device), sort_keys=True).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps(here(artefact, device), sort_keys=True).encode()).hexdigest()[:12]
     return artefact.folder / f"agrees-{name}.json"

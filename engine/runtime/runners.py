@@ -16,10 +16,9 @@ from ..guidance.pullback import PullbackMode
 from ..models.protocols import Classifier, Diffusion
 from ..models.tiny import TinyDecoder
 from .choice import Choice, StepRunner
+from .registry import AUTO, EAGER
 from .spec import STEP, Spec, flat
 
-# Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
-SLOTS = (1, 2, 4, 8, 16)
 REAL_IMAGES = 4  # are enough to hold an artefact to eager on
 # What the sampler calls beside the step, and the part of the models that it is.
 PARTS = {"predict_noise": "unet", "encode": "vae-encoder", "decode": "vae-decoder"}
@@ -95,7 +94,7 @@ class Runners:
 
     def parts(self, settings: Settings) -> dict[str, StepRunner]:
         """One runner for each part of the models that runs beside the steps; none where everything is eager."""
-        if self.runtime in ("eager", "inductor"):
+        if self.runtime == EAGER:
             return {}
         if not self._parts:
             for what in PARTS.values():
@@ -120,7 +119,7 @@ class Runners:
 
     def parities(self, settings: Settings) -> dict[str, dict[str, Any]]:
         """How far the compiled steps that are there were from eager when they were built, by runtime."""
-        found = self.step(settings).found() if self.runtime != "eager" else {}
+        found = self.step(settings).found() if self.runtime != EAGER else {}
         return {name: artefact.report["parity"] for name, artefact in found.items()}
 
     @contextmanager
@@ -143,7 +142,7 @@ class Runners:
         now = self.taken(settings, slots)
         runners = {STEP: self.step(settings), **self.parts(settings)}
         pins: dict[str, dict[str, str]] = {}
-        for what, runner in runners.items() if self.runtime == "auto" else ():
+        for what, runner in runners.items() if self.runtime == AUTO else ():
             wanted = runtimes.get(what, dict.fromkeys(now[what], "eager"))
             here = {"eager", *runner.ready()}
             pins[what] = {n: name if name in here else "eager" for n, name in wanted.items()}
@@ -166,7 +165,7 @@ class Runners:
         """Open or build what a slot count needs and run it once; `measure`: see `EngineCore.warmup`."""
         runner = self.step(settings)
         for r in (runner, *self.parts(settings).values()):
-            missing = self.runtime == "auto" and str(slots) not in r.measurements() and r.ready()
+            missing = self.runtime == AUTO and str(slots) not in r.measurements() and r.ready()
             if missing if measure is None else measure:
                 r.measure(slots)
         self.functions(settings, slots)

@@ -26,6 +26,8 @@ from ..models.protocols import Classifier, Decoder, Diffusion
 from .fingerprint import fingerprint
 from .precision import in_precision
 
+# Batches are padded to these sizes: with the same shape a sample's result never depends on its neighbours.
+SLOTS = (1, 2, 4, 8, 16)
 STEP = "guided-step"
 SCALES = ("guidance_scale", "class_scale", "distance_scale", "angle_deg")
 INPUTS = ("z", "timestep", "timestep_prev", "condition", "image", "target", *SCALES)
@@ -131,7 +133,7 @@ class Spec:
         return fingerprint(self.diffusion, self.classifier, self.decoder, hashed=self.modules)
 
     def key(self, target: str) -> dict[str, Any]:
-        """Everything an artefact depends on, as JSON values; `target` is onnx, aoti or tensorrt."""
+        """Everything an artefact depends on, as JSON values; `target` is a format of the registry."""
         key = {
             "what": self.what,
             "target": target,

@@ -7,20 +7,23 @@ not been run.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from counterlens.export.errors import ExportError
 
 from ..errors import install_hint
-from .spec import STEP, Spec
+from . import onnxruntime
+from .here import Replay
+from .registry import Runtime, Timed
+from .spec import SLOTS, STEP, Spec
 
-SLOTS = (1, 2, 4, 8, 16)  # one optimisation profile each
 WORKSPACE = 4 << 30  # bytes
 
 
@@ -53,7 +56,7 @@ def _logger() -> Any:
 
 
 def build(model: Path, path: Path, spec: Spec, *, timing_cache: Path | None = None) -> Path:
-    """Build an engine from an ONNX file, with one optimisation profile for each slot count.
+    """Build an engine from an ONNX file, with one optimisation profile for each of `SLOTS`.
 
     Types are those of the file (a strongly typed network): half-precision weights and activations with float32 sums
     come from the export, not from the builder's choice.
@@ -110,7 +113,7 @@ def load(path: Path) -> Callable[..., tuple[Tensor, ...]]:
 
 
 class _EngineRunner:
-    """Runs an engine; for each slot count its own context, buffers and, from the second call, CUDA graph."""
+    """Runs an engine; for each slot count its own context, buffers and CUDA graph. Safe from several threads."""
 
     def __init__(self, engine: Any, slots: Sequence[int]) -> None:
         import tensorrt
@@ -121,48 +124,63 @@ class _EngineRunner:
         is_input = {n: engine.get_tensor_mode(n) == tensorrt.TensorIOMode.INPUT for n in tensors}
         self.inputs = [n for n in tensors if is_input[n]]
         self.outputs = [n for n in tensors if not is_input[n]]
-        self._lock = Lock()
-        self._states: dict[int, tuple[Any, dict[str, Tensor], torch.cuda.CUDAGraph | None]] = {}
+        self._replays: dict[int, Replay] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         batch = inputs[0].shape[0]
         if batch not in self.slots:
             known = ", ".join(map(str, self.slots))
             raise ExportError(f"tensorrt: z: a batch of {batch} is in no profile; this engine takes {known}")
-        with self._lock:  # the buffers are those of every thread
-            if batch not in self._states:
-                self._states[batch] = self._prepare(batch, inputs)
-            context, buffers, graph = self._states[batch]
-            for name, tensor in zip(self.inputs, inputs, strict=True):
-                buffers[name].copy_(tensor)
-            if graph is None:
-                context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
-            else:
-                graph.replay()
-            # The next call writes into the same buffers.
-            return tuple(buffers[name].clone() for name in self.outputs)
+        with self._lock:
+            if batch not in self._replays:
+                self._replays[batch] = self._prepare(batch, inputs)
+        return self._replays[batch](*inputs)
 
-    def _prepare(
-        self, batch: int, inputs: Sequence[Tensor]
-    ) -> tuple[Any, dict[str, Tensor], torch.cuda.CUDAGraph | None]:
+    def _prepare(self, batch: int, inputs: Sequence[Tensor]) -> Replay:
         context = self.engine.create_execution_context()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             context.set_optimization_profile_async(self.slots.index(batch), stream.cuda_stream)
-            buffers = {name: torch.empty_like(x) for name, x in zip(self.inputs, inputs, strict=True)}
-            for name, x in buffers.items():
+            held = [x.clone() for x in inputs]
+            for name, x in zip(self.inputs, held, strict=True):
                 context.set_input_shape(name, tuple(x.shape))
-            for name in self.outputs:
-                buffers[name] = torch.empty(tuple(context.get_tensor_shape(name)), device=inputs[0].device)
-            for name, x in buffers.items():
+            shapes = [tuple(context.get_tensor_shape(name)) for name in self.outputs]
+            outputs = [torch.empty(shape, device=inputs[0].device) for shape in shapes]
+            for name, x in zip([*self.inputs, *self.outputs], [*held, *outputs], strict=True):
                 context.set_tensor_address(name, x.data_ptr())
-            for name, tensor in zip(self.inputs, inputs, strict=True):
-                buffers[name].copy_(tensor)
             context.execute_async_v3(stream.cuda_stream)  # a first run outside the graph, as documented
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 context.execute_async_v3(stream.cuda_stream)
         torch.cuda.current_stream().wait_stream(stream)
-        return context, buffers, graph
+
+        def launch(context: Any = context) -> None:  # which the graph needs as long as it is launched
+            graph.replay()
+
+        return Replay(held, outputs, launch)
+
+
+class TensorRt(Runtime):
+    """An engine for this GPU and this TensorRT."""
+
+    name, file, packages = "tensorrt", "model.engine", ("tensorrt",)
+
+    def missing(self, device: torch.device) -> list[str]:
+        return missing()
+
+    def key(self, spec: Spec) -> dict[str, Any]:
+        return identity()
+
+    def build(self, graph: GraphModule, spec: Spec, path: Path, timed: Timed) -> None:
+        model = path.with_name(onnxruntime.FILE)
+        timed("writing ONNX", "write", lambda: onnxruntime.write(graph, spec, model))
+        timed("building with TensorRT", "compile", lambda: build(model, path, spec))
+
+    def load(self, path: Path, device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+        return load(path)
+
+
+RUNTIME = TensorRt()

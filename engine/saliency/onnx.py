@@ -19,9 +19,9 @@ from ..metrics.quantities import LogOdds, Quantity, make_quantity
 from ..models.freezing import frozen
 from ..models.protocols import Classifier
 from ..runtime import onnxruntime
-from ..runtime.artefacts import FILES
 from ..runtime.fingerprint import fingerprint
 from ..runtime.forward import compare, require_onnx
+from ..runtime.onnxruntime import FILE
 from ..runtime.spec import code_version
 from .lax import LAX
 from .taps import tapped
@@ -130,7 +130,7 @@ def build_artefacts(
     heads = weights_digest([adapter.head])
 
     def build_adapter(folder: Path) -> dict[str, Any]:
-        path = export_adapter(adapter, folder / FILES["onnx"])
+        path = export_adapter(adapter, folder / FILE)
         return {
             "what": "adapter",
             "parity": compare("adapter", saliency_function(adapter), onnxruntime.load(path), given),
@@ -138,7 +138,7 @@ def build_artefacts(
 
     def build_curve(folder: Path) -> dict[str, Any]:
         path = export_curve(
-            classifier, size, folder / FILES["onnx"], alpha_min=alpha_min, steps=steps, quantity=adapter.quantity
+            classifier, size, folder / FILE, alpha_min=alpha_min, steps=steps, quantity=adapter.quantity
         )
         function = curve_function(classifier, levels, adapter.quantity)
         return {"what": "curve", "parity": compare("curve", function, onnxruntime.load(path), asked)}

@@ -13,7 +13,7 @@ from counterlens.engine.errors import UsageError
 from counterlens.engine.models.placing import choose_device, full_precision
 from counterlens.engine.packs import Pack
 from counterlens.engine.runtime.choice import StepRunner
-from counterlens.engine.runtime.cudagraphs import CudaGraphStep
+from counterlens.engine.runtime.cudagraphs import record
 from counterlens.engine.runtime.spec import Spec
 from counterlens.engine.saliency.packed import pack_adapter
 from counterlens.export.errors import ExportError
@@ -96,9 +96,8 @@ def test_auto_takes_cuda_graphs_where_they_were_measured_to_be_faster(tmp_path: 
 def test_what_waits_for_the_device_cannot_be_recorded() -> None:
     engine = Engine.from_pack(device="cuda", config=CONFIG)
     spec = Spec(engine.diffusion, engine.classifier, what="classifier")
-    step = CudaGraphStep(spec, lambda image: image * image.mean().item())
     with pytest.raises(ExportError, match="cudagraphs: cannot be recorded"):
-        step(*spec.example(1))
+        record(lambda image: image * image.mean().item(), spec.example(1))
 
 
 class Refusing:
@@ -114,11 +113,11 @@ class Refusing:
 
 
 def test_auto_goes_on_in_eager_where_nothing_can_be_recorded(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("counterlens.engine.runtime.cudagraphs.missing", lambda device: [])
+    monkeypatch.setattr("counterlens.engine.runtime.cudagraphs.RUNTIME.missing", lambda device: [])
     engine = Engine.from_pack(device="cpu", config=CONFIG)
     spec = Spec(engine.diffusion, engine.classifier, what="vae-decoder", weights="w")
     runner = StepRunner(spec, "auto", Store(tmp_path))
-    runner.__dict__["_graphs"] = Refusing()
+    runner._here["cudagraphs"] = Refusing()
     assert "nothing was measured here for batch 2; Engine.warmup measures" in runner.choose(2).why
     assert set(runner.measure(1, seconds=0.01)) == {"eager", "cudagraphs"}
     assert set(runner.measure(2, seconds=0.01)) == {"eager"}
@@ -126,7 +125,7 @@ def test_auto_goes_on_in_eager_where_nothing_can_be_recorded(tmp_path: Any, monk
     (path,) = (tmp_path / "measured").iterdir()
     path.write_text('{"1": {"eager": 2.0, "cudagraphs": 1.0}, "2": {"eager": 2.0, "cudagraphs": 1.0}}')
     later = StepRunner(spec, "auto", Store(tmp_path))  # another process, which finds the measurements
-    later.__dict__["_graphs"] = Refusing()
+    later._here["cudagraphs"] = Refusing()
     assert [later.choose(batch).runtime for batch in (1, 2)] == ["cudagraphs", "cudagraphs"]
     z = torch.rand(2, *engine.diffusion.latent_shape)
     assert torch.equal(later.part(1)(z[:1]), z[:1])  # what the stand-in gives back

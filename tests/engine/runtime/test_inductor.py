@@ -12,7 +12,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from counterlens.engine.models.protocols import SoftmaxClassifier
-from counterlens.engine.runtime.inductor import InductorStep
+from counterlens.engine.runtime.here import Here
+from counterlens.engine.runtime.inductor import RUNTIME
 from counterlens.engine.runtime.parity import check_parity
 from counterlens.engine.runtime.spec import Spec, relative_errors
 from counterlens.export import ExportError
@@ -89,7 +90,7 @@ def test_a_wrongly_compiled_step_is_caught(spec: Spec) -> None:
 
 @torch.no_grad()
 def test_our_graph_of_the_same_step_is_compiled_rightly(spec: Spec) -> None:
-    step = InductorStep(spec)
+    step = Here(spec, RUNTIME.prepare(spec, spec.function()))
     inputs = spec.example(2)
     assert relative_errors(step(*inputs)[0], spec.function()(*inputs)[0]).max() < 1e-4
     assert step.reports[2]["worst"] < 1e-4
