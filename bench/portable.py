@@ -24,11 +24,13 @@ import typer
 
 from bench.record import quantiles, say, write_result
 from counterlens.engine import Config, Engine
-from counterlens.engine.core.whole_run import MODEL
+from counterlens.engine.core.whole_run import CARD, MODEL
 from counterlens.engine.images.files import save_png
 from counterlens.engine.packs import Pack
-from counterlens.engine.portable.file import CARD
+from counterlens.engine.portable.file import SALIENCY, card_of
 from counterlens.engine.portable.page import web_runtime, write_page
+from counterlens.engine.saliency.one_file import export_saliency
+from counterlens.engine.saliency.packed import pack_adapter
 from counterlens.export.errors import ExportError
 
 SECTIONS = ("parity", "speed", "start", "node", "page")
@@ -132,9 +134,16 @@ def page(work: Path, rounds: int) -> dict[str, Any]:
     from counterlens.engine.portable.page import VERSION
 
     engine = Engine.from_pack("digits", runtime="eager", device="cpu")
-    card = json.loads((work / CARD).read_text()) | {"page": page_card(engine, VERSION)}
-    (path,) = write_page(work, card, web_runtime(), single=True)
-    first, following, said = [], [], []
+    card = json.loads((work / CARD).read_text()) | {"page": page_card(engine, VERSION) | {"saliency": True}}
+    pack = Pack("digits")
+    adapter = pack_adapter(pack, "clean", engine.classifier)
+    cards = {
+        CARD: card,
+        card_of(SALIENCY): export_saliency(adapter, work / "map", baseline=pack.mean_colour, pack=pack),
+    }
+    shutil.copy(work / "map" / SALIENCY, work)
+    (path,) = write_page(work, cards, web_runtime(), single=True)
+    first, maps, following, said = [], [], [], []
     with sync_playwright() as playwright:
         chromium = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
@@ -145,6 +154,8 @@ def page(work: Path, rounds: int) -> dict[str, Any]:
             tab.goto(path.as_uri())
             tab.wait_for_selector("body[data-answers]", timeout=60_000)
             first.append(time.perf_counter() - began)
+            tab.wait_for_selector("body[data-maps]", timeout=60_000)
+            maps.append(time.perf_counter() - began)
             for i, name in enumerate("357", start=2):
                 began = time.perf_counter()
                 tab.get_by_role("button", name=name, exact=True).click()
@@ -152,8 +163,10 @@ def page(work: Path, rounds: int) -> dict[str, Any]:
                 following.append(time.perf_counter() - began)
             tab.context.close()
         browser.close()
-    return {"bytes": path.stat().st_size, "first answer": quantiles(first), "next answers": quantiles(following),
-            "console": said}  # fmt: skip
+    return {
+        "bytes": path.stat().st_size, "first answer": quantiles(first), "first map": quantiles(maps),
+        "next answers": quantiles(following), "console": said,
+    }  # fmt: skip
 
 
 def _timed(call: Callable[[], object]) -> float:

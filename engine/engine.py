@@ -21,6 +21,7 @@ from .runtime.runners import REAL_IMAGES
 
 if TYPE_CHECKING:
     from .audit.results import Results
+    from .outputs import Run
     from .saliency.explain import Explanations
 
 # What `wrap_classifier` is given by `from_pretrained` itself.
@@ -215,14 +216,38 @@ class Engine(EngineCore):
 
         return audit(self, source, out, config, judges, **options)
 
-    def export_counterfactual(self, folder: str | Path, config: Config | None = None, **options: Any) -> dict[str, Any]:
+    def export_counterfactual(
+        self, folder: str | Path, config: Config | None = None, *, adapter: Any = None, **options: Any
+    ) -> dict[str, Any]:
         """Write a whole counterfactual, loop and all, as one ONNX file with a card that says how to use it.
 
-        Args and errors: see `whole_run.export_counterfactual`. Returns what the card, counterfactual.json, holds.
+        Args:
+            folder, config, options: see `whole_run.export_counterfactual`, errors too.
+            adapter: LAX, or its folder, whose map the pages show beside the counterfactual; the pack's without it.
+
+        Returns:
+            What the card, counterfactual.json, holds.
         """
         from .core.whole_run import export_counterfactual
 
+        if options.get("pages"):
+            options["saliency"] = self._map_writer(adapter, options.get("say", lambda _: None))
+        elif adapter is not None:
+            raise UsageError("adapter: its map is shown by a page; `--what saliency` writes it without one")
         return export_counterfactual(self, folder, config, **options)
+
+    def _map_writer(self, adapter: Any, say: Callable[[str], None]) -> Callable[[Run], dict[str, Any]] | None:
+        """What writes the map's file beside a page, or None where these models have no adapter."""
+        from .saliency.explain import find_adapter
+        from .saliency.one_file import write_saliency
+        from .saliency.packed import pack_adapters
+
+        pack = Pack(self.source["pack"]) if "pack" in self.source else None
+        if adapter is None and (pack is None or (self.source["classifier"], "class") not in pack_adapters(pack)):
+            return None
+        found = find_adapter(self, adapter, "class")
+        baseline = "blur" if pack is None else pack.mean_colour
+        return lambda run: write_saliency(found, run, baseline=baseline, pack=pack, say=say)
 
 
 def _device(options: dict[str, Any]) -> str | torch.device:

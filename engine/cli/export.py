@@ -37,7 +37,7 @@ def export(
         str,
         typer.Option(
             help="guided-step (gradient included), unet, vae-encoder, vae-decoder, classifier, all (engine), or "
-            "counterfactual: the whole run, loop and all, as one file for any ONNX Runtime."
+            "for any ONNX Runtime one whole file: counterfactual (the run, loop and all) or saliency (LAX map and MSI)."
         ),
     ] = "guided-step",
     format: Annotated[str, typer.Option(help="onnx, aoti (AOTInductor package) or tensorrt.")] = "onnx",
@@ -63,14 +63,17 @@ def export(
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
     overwrite: OverwriteFlag = False,
     measure: Annotated[bool, typer.Option(help="Time it against eager, for runtime auto.")] = True,
-    batch: Annotated[str, typer.Option(help="Of counterfactual: open, or the one size that the file takes.")] = "open",
+    batch: Annotated[str, typer.Option(help="Of whole files: open, or the one size that the file takes.")] = "open",
     storage: Annotated[
         str,
-        typer.Option(help="Of counterfactual's weights: lossless (float16 where nothing is lost), float16, float32."),
+        typer.Option(help="Of whole files' weights: lossless (float16 where nothing is lost), float16, float32."),
     ] = "lossless",
     share: Annotated[
         str, typer.Option(help="Of counterfactual's weights: local (fast on a CPU) or outer (one copy in memory).")
     ] = "local",
+    inputs: Annotated[
+        str, typer.Option(help="Of counterfactual: fixed, or scales: these and the angle are inputs of the file.")
+    ] = "fixed",
     page: Annotated[bool, typer.Option("--page", help="Also a page for any static host that runs it.")] = False,
     single_page: Annotated[
         bool, typer.Option("--single-page", help="Also one HTML file that runs it, offline, by double click.")
@@ -78,6 +81,10 @@ def export(
     ort_web: Annotated[
         Path | None, typer.Option(help="onnxruntime-web as npm packs it, or unpacked; fetched by npm without it.")
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Of saliency, and shown by pages: a trained adapter; the pack's own without it.")
+    ] = None,
+    quantity: Annotated[str, typer.Option(help="Of saliency: class, or groups of labels such as a,b/c,d.")] = "class",
     seed: UnusedSeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -91,12 +98,35 @@ def export(
 
     Example: counterlens export --what counterfactual --speed fast --single-page --out whole
 
+    Example: counterlens export --what saliency --classifier shortcut --out where
+
     Example: counterlens export --model ./sd15 --classifier ./resnet-50 --preset imagenet-text --format aoti
     """
     from ..config import Config
 
     if what in ("adapter", "curve"):
         raise UsageError(f"what: {what} has a command of its own: counterlens adapter export")
+    if batch != "open" and not (batch.isdecimal() and int(batch) > 0):
+        raise UsageError(f"batch: expected open or a number above 0, got {batch!r}")
+    rows = None if batch == "open" else int(batch)
+    if inputs not in ("fixed", "scales"):
+        raise UsageError(f"inputs: expected fixed or scales, got {inputs!r}")
+    whole = (batch, storage) != ("open", "lossless")
+    pages = page or single_page or ort_web is not None or (share, inputs) != ("local", "fixed")
+    if pages and what != "counterfactual":
+        raise UsageError("what: share, inputs, page, single-page and ort-web are of --what counterfactual")
+    if what not in ("counterfactual", "saliency") and (whole or adapter is not None):
+        raise UsageError("what: batch, storage and adapter are of --what counterfactual and saliency")
+    if quantity != "class" and what != "saliency":
+        raise UsageError("what: quantity is of --what saliency")
+    if what == "saliency":
+        from .portable import export_map
+
+        if model is not None:
+            raise UsageError("model: a saliency file holds a classifier and its adapter, no diffusion model")
+        return export_map(
+            out, pack, classifier, quantity, adapter, labels, image_size, rows, storage, overwrite, as_json
+        )
     config = Config.make(
         mode=mode, **source_fields(pack, classifier, model), preset=preset, filter=filter, gradient=gradient,
         speed=speed, guidance_decoder=guidance_decoder, distance=distance,
@@ -112,9 +142,10 @@ def export(
     if what == "counterfactual":
         from .portable import export_whole
 
-        return export_whole(engine, config, out, batch, storage, share, page, single_page, ort_web, overwrite, as_json)
-    if page or single_page or ort_web is not None or (batch, storage, share) != ("open", "lossless", "local"):
-        raise UsageError("what: batch, storage, share, page and ort-web are of --what counterfactual")
+        return export_whole(
+            engine, config, out, rows, storage, share, inputs == "scales", page, single_page, ort_web, adapter,
+            overwrite, as_json,
+        )  # fmt: skip
     for part in ALL if what == "all" else (what,):
         with progress_bar("export") as progress:
             task = progress.task_ids[0]

@@ -99,6 +99,20 @@ def counterfactual_row(record: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+MAP_COLUMNS = ["image", "target", "probability", "MSI", "marked", "file"]
+
+
+def map_row(record: dict[str, Any]) -> list[str]:
+    """An image's row under `MAP_COLUMNS`; where there is no map, it is said why."""
+    if record["status"] != "done":
+        errors.print(f"error: {record['image']}: {record['error']}", style="red")
+        return [record["image"], "", "", "", "", "failed"]
+    return [
+        record["image"], record["target"], f"{record['probability']:.3f}", f"{record['msi']:.3f}",
+        f"{100 * record['mask_area']:.1f} %", record["path"],
+    ]  # fmt: skip
+
+
 def print_json(record: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(record) + "\n")
     sys.stdout.flush()

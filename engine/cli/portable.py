@@ -1,8 +1,10 @@
-"""`counterlens export --what counterfactual`, and `counterlens run`, which works without PyTorch."""
+"""`counterlens export --what counterfactual|saliency`, and `counterlens run`, which works without PyTorch."""
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +14,7 @@ import typer
 from ..errors import CounterlensError, UsageError
 from .options import (
     COUNTERFACTUAL_COLUMNS,
+    MAP_COLUMNS,
     ImagesArgument,
     JsonFlag,
     OverwriteFlag,
@@ -20,6 +23,7 @@ from .options import (
     SeedOption,
     counterfactual_row,
     errors,
+    map_row,
     open_images,
     print_json,
     progress_bar,
@@ -29,48 +33,87 @@ from .options import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL import Image
 
     from ..config import Config
     from ..engine import Engine
-    from ..portable.file import CounterfactualFile
+    from ..portable.file import CounterfactualFile, SaliencyFile
 
 
 def export_whole(
-    engine: Engine, config: Config, out: Path | None, batch: str, storage: Any, share: Any, page: bool,
-    single_page: bool, ort_web: Path | None, overwrite: bool, as_json: bool,
+    engine: Engine, config: Config, out: Path | None, batch: int | None, storage: Any, share: Any, scales: bool,
+    page: bool, single_page: bool, ort_web: Path | None, adapter: Path | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """What `export --what counterfactual` does: the file, its card, and pages that run it."""
-    from ..portable.file import CARD
+    from ..portable.file import SALIENCY, card_of
     from ..portable.page import page_files
 
-    if out is None:
-        raise UsageError("out: a whole counterfactual goes to a folder; name it (--out whole)")
-    if batch != "open" and not (batch.isdecimal() and int(batch) > 0):
-        raise UsageError(f"batch: expected open or a number above 0, got {batch!r}")
+    folder = _folder(out, "a whole counterfactual", "whole")
     pages = [True] * single_page + [False] * page
     with progress_bar("export") as progress:
         task = progress.task_ids[0]
         card = engine.export_counterfactual(
-            out, config, batch=None if batch == "open" else int(batch), storage=storage, share=share, pages=pages,
+            folder, config, adapter=adapter, batch=batch, storage=storage, share=share, scales=scales, pages=pages,
             ort_web=ort_web, overwrite=overwrite, option="--{}",
             say=lambda text: progress.update(task, description=text),
         )  # fmt: skip
-    files = [out / name for name in (card["file"], CARD, *(name for single in pages for name in page_files(single)))]
-    report = {**card, "files": [str(path) for path in files]}
-    report.pop("page", None)
-    if as_json:
-        return print_json(report)
-    console, parity = text_console(False), card["parity"]
-    say = console.print
-    say(f"{card['steps']} steps in one file of {card['bytes'] / 1e6:.1f} MB, made in {card['seconds']['in all']:.0f} s")
-    say(
+    files = [name for single in pages for name in page_files(single)]
+    if pages and (folder / SALIENCY).exists():
+        files = [SALIENCY, card_of(SALIENCY), *files]
+    elif pages:
+        errors.print("note: no adapter for this classifier, so the page shows no saliency map; --adapter gives one")
+    parity = card["parity"]
+    _report(card, folder, files, as_json, [
+        f"{card['steps']} steps in one file of {card['bytes'] / 1e6:.1f} MB, made in {card['seconds']['in all']:.0f} s",
         f"against the eager run on {parity['images']}: {parity['predictions_equal']:.1%} of the predictions equal, "
-        f"{parity['within_1_of_255']:.1%} of the images within 1/255, the worst off by {parity['worst_in_255']:g}/255"
-    )
-    if "warning" in parity:
-        say(f"warning: {parity['warning']}")
-    for path in files:
-        say(str(path))
+        f"{parity['within_1_of_255']:.1%} of the images within 1/255, the worst off by {parity['worst_in_255']:g}/255",
+    ])  # fmt: skip
+
+
+def export_map(
+    out: Path | None, pack: str, classifier: str | None, quantity: str, adapter: Path | None, labels: str | None,
+    image_size: int | None, batch: int | None, storage: Any, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """What `export --what saliency` does: the file and its card."""
+    from ..saliency.one_file import export_saliency
+    from .saliency import describe, open_classifier_and_adapter
+
+    folder = _folder(out, "a saliency map's file", "where")
+    name = classifier or "clean"
+    opened, trained, size, baseline = open_classifier_and_adapter(pack, name, quantity, adapter, labels, image_size)
+    with progress_bar("export") as progress:
+        task = progress.task_ids[0]
+        card = export_saliency(
+            trained, folder, baseline=baseline, pack=opened, batch=batch, storage=storage, overwrite=overwrite,
+            facts=describe(opened, name, trained.classifier, size, quantity, trained, 0, None), option="--{}",
+            say=lambda text: progress.update(task, description=text),
+        )  # fmt: skip
+    parity = card["parity"]
+    _report(card, folder, [], as_json, [
+        f"map and MSI in one file of {card['bytes'] / 1e6:.1f} MB, made in {card['seconds']['in all']:.0f} s",
+        f"against the adapter on {parity['images']}: {parity['predictions_equal']:.1%} of the predictions equal, "
+        f"{parity['maps_within_1_of_255']:.1%} of the maps within 1/255, {parity['msi_within_0.001']:.1%} of the "
+        f"scores within 0.001, the worst off by {parity['worst_in_255']:g}/255 and {parity['worst_msi']:g}",
+    ])  # fmt: skip
+
+
+def _folder(out: Path | None, what: str, example: str) -> Path:
+    if out is None:
+        raise UsageError(f"out: {what} goes to a folder; name it (--out {example})")
+    return out
+
+
+def _report(card: dict[str, Any], folder: Path, more: list[str], as_json: bool, lines: list[str]) -> None:
+    """Say what was written: as JSON without what is for pages alone, or in lines."""
+    from ..portable.file import card_of
+
+    files = [str(folder / name) for name in (card["file"], card_of(card["file"]), *more)]
+    if as_json:
+        return print_json({k: v for k, v in card.items() if k not in ("page", "heat")} | {"files": files})
+    if "warning" in card["parity"]:
+        lines.append(f"warning: {card['parity']['warning']}")
+    for line in (*lines, *files):
+        text_console(False).print(line)
 
 
 def register(app: typer.Typer) -> None:
@@ -78,39 +121,72 @@ def register(app: typer.Typer) -> None:
     app.command()(run)
 
 
+ScaleOption = Annotated[float | None, typer.Option(help="Of a counterfactual, where the file takes it; else its own.")]
+
+
 def run(
-    file: Annotated[Path, typer.Argument(help="counterfactual.onnx; its card, counterfactual.json, lies beside it.")],
+    file: Annotated[
+        Path, typer.Argument(help="counterfactual.onnx or saliency.onnx; its card, a .json, lies beside it.")
+    ],
     images: Annotated[list[Path], ImagesArgument],
-    target: Annotated[str, typer.Option(help="Label name, index or runner-up.")] = "runner-up",
+    target: Annotated[
+        str | None, typer.Option(help="Label name or index; else runner-up, or of saliency the prediction.")
+    ] = None,
     recursive: RecursiveOption = False,
-    out: Annotated[Path, typer.Option(help="Folder for the counterfactuals.")] = Path("counterfactuals"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; counterfactuals or saliency without it.")
+    ] = None,
+    class_scale: ScaleOption = None,
+    distance_scale: ScaleOption = None,
+    guidance_scale: ScaleOption = None,
+    angle: ScaleOption = None,
     threads: Annotated[int | None, typer.Option(help="Of ONNX Runtime; its own choice without it.", min=1)] = None,
     overwrite: OverwriteFlag = False,
     resume: ResumeFlag = False,
     seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Change images with a counterfactual's file alone: without PyTorch, in about a second.
+    """Change images, or show where the evidence is, with a file alone: without PyTorch, in about a second.
 
-    `counterlens export --what counterfactual` writes the file. The output is that of `counterlens counterfactual`: one
-    PNG per image, results.jsonl and run.json.
+    `counterlens export --what counterfactual` (or saliency) writes the file. The output is that of `counterlens
+    counterfactual` (or saliency): one PNG per image, results.jsonl and run.json.
 
     Example: counterlens run whole/counterfactual.onnx digits/test-0000-0.png --target 7 --out changed
     """
-    from PIL import Image
-
     from ..images.files import write_png
     from ..outputs import Source, open_run
-    from ..portable.file import CounterfactualFile
+    from ..portable.file import CounterfactualFile, SaliencyFile, read_card
 
     items = open_images(images, recursive).samples
-    opened = CounterfactualFile(file, threads)
-    wanted, card = opened.target(target), opened.card
-    facts = {
+    given = {
+        "class_scale": class_scale, "distance_scale": distance_scale, "guidance_scale": guidance_scale, "angle": angle,
+    }  # fmt: skip
+    scales = {name: value for name, value in given.items() if value is not None}
+    opened: CounterfactualFile | SaliencyFile
+    facts: dict[str, Any]
+    answer: Callable[[NDArray[np.float32]], tuple[dict[str, Any], Image.Image | None]]
+    if read_card(file)["what"] == "saliency":
+        opened = mapped = SaliencyFile(file, threads)
+        if scales:
+            raise UsageError(f"{next(iter(scales)).replace('_', '-')}: of counterfactuals; {file} draws saliency maps")
+        answer = functools.partial(_map, mapped, opened.target(target or opened.default))
+        facts, columns, row = {"method": "lax"}, MAP_COLUMNS, map_row
+    else:
+        opened = changed = CounterfactualFile(file, threads)
+        changed.check_scales(scales)
+        answer = functools.partial(_change, changed, opened.target(target or opened.default), seed, scales)
+        facts, columns, row = (
+            {k: opened.card[k] for k in ("mode", "speed", "settings")},
+            COUNTERFACTUAL_COLUMNS,
+            counterfactual_row,
+        )
+        facts |= {"scales": scales}
+    card = opened.card
+    out = out or Path("saliency" if card["what"] == "saliency" else "counterfactuals")
+    facts |= {
         "command": "counterlens run", "file": str(file), "file_sha256": card["sha256"],
-        "classifier": card["classifier"], "mode": card["mode"], "speed": card["speed"],
-        "settings": card["settings"], "weights": card["weights"],
-        "target": target, "seed": seed, "threads": threads,
+        "classifier": card["classifier"], "weights": card["weights"],
+        "target": target or opened.default, "seed": seed, "threads": threads,
         "made_with": card["versions"],
         "versions": {"counterlens": version("counterlens"), "onnxruntime": opened.runtime_version},
     }  # fmt: skip
@@ -125,12 +201,13 @@ def run(
             if record is None:
                 record = {"image": item.name, "status": "done"}
                 try:
-                    pixels = item.pixels(opened.image_size).transpose(2, 0, 1)
-                    record |= {"input_sha256": item.sha256(), **_answer(opened, pixels, wanted, seed)}
-                    changed = record.pop("counterfactual", None)
-                    if changed is not None:
+                    started = time.perf_counter()
+                    more, picture = answer(item.pixels(opened.image_size).transpose(2, 0, 1))
+                    record |= {"input_sha256": item.sha256(), **more}
+                    if picture is not None:
                         path = folder.folder / f"{name}.png"
-                        write_png(Image.fromarray(changed), path, folder.line(name, record))
+                        record["seconds"] = round(time.perf_counter() - started, 4)
+                        write_png(picture, path, folder.line(name, record))
                         record["path"] = str(path)
                 except (CounterlensError, OSError) as error:
                     record |= {"status": "failed", "error": str(error).removeprefix(f"{item.name}: ")}
@@ -139,19 +216,22 @@ def run(
             failed += record["status"] == "failed"
             if as_json:
                 print_json(record)
-            rows.append(counterfactual_row(record))
-    console.table(COUNTERFACTUAL_COLUMNS, rows)
+            rows.append(row(record))
+    console.table(columns, rows)
     if failed:
         raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
 
 
-def _answer(opened: CounterfactualFile, pixels: NDArray[np.float32], target: int, seed: int) -> dict[str, Any]:
-    """One image's record, its counterfactual [S, S, 3] in 8 bits; or why there is none."""
-    started = time.perf_counter()
-    answers = opened.run(pixels[None], target, seed)
+def _change(
+    opened: CounterfactualFile, target: int, seed: int, scales: dict[str, float], pixels: NDArray[np.float32]
+) -> tuple[dict[str, Any], Image.Image | None]:
+    """One image's record and its counterfactual; or why there is none."""
+    from PIL import Image
+
+    answers = opened.run(pixels[None], target, seed, scales)
     if (error := answers.errors[0]) is not None:
         skipped = int(answers.source[0]) == int(answers.target[0]) >= 0
-        return {"status": "skipped" if skipped else "failed", "error": error}
+        return {"status": "skipped" if skipped else "failed", "error": error}, None
     labels, said, wanted = opened.labels, int(answers.prediction[0]), int(answers.target[0])
     return {
         "source": labels[answers.source[0]],
@@ -161,6 +241,22 @@ def _answer(opened: CounterfactualFile, pixels: NDArray[np.float32], target: int
         "target_confidence": round(float(answers.probabilities[0, wanted]), 6),
         "flipped": said == wanted,
         "l1": round(float(answers.l1[0]), 6),
-        "seconds": round(time.perf_counter() - started, 4),
-        "counterfactual": (answers.counterfactual[0].transpose(1, 2, 0) * 255).round().astype("uint8"),
-    }
+    }, Image.fromarray((answers.counterfactual[0].transpose(1, 2, 0) * 255).round().astype("uint8"))
+
+
+def _map(opened: SaliencyFile, target: int, pixels: NDArray[np.float32]) -> tuple[dict[str, Any], Image.Image | None]:
+    """One image's record, with MSI and its curves, and the map over it; or why there is none."""
+    from ..portable.overlay import side_by_side
+
+    maps = opened.run(pixels[None], target)
+    if (error := maps.errors[0]) is not None:
+        return {"status": "failed", "error": error}, None
+    return {
+        "method": opened.card["method"],
+        "prediction": opened.labels[maps.prediction[0]],
+        "target": opened.labels[maps.target[0]],
+        "probability": round(float(maps.probability[0]), 6),
+        **{name: round(float(value[0]), 6) for name, value in maps.numbers.items()},
+        "thresholds": opened.card["thresholds"],
+        **{name: [round(v, 6) for v in curve[0].tolist()] for name, curve in maps.curves.items()},
+    }, side_by_side(pixels, maps.saliency[0])

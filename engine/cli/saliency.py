@@ -13,6 +13,7 @@ from ..errors import CounterlensError, NotFinite, UsageError
 from ..files import write_atomically
 from ..labels import find_label
 from .options import (
+    MAP_COLUMNS,
     DeviceOption,
     ForwardOption,
     ImagesArgument,
@@ -25,6 +26,7 @@ from .options import (
     SeedOption,
     errors,
     load_all,
+    map_row,
     open_images,
     print_json,
     progress_bar,
@@ -136,6 +138,14 @@ def _adapter(pack: Any, name: str, classifier: Classifier, quantity: str, folder
     if pack is None:
         raise UsageError("adapter: this classifier is not a pack's; give the folder that adapter train wrote")
     return pack_adapter(pack, name, classifier, quantity)
+
+
+def open_classifier_and_adapter(
+    pack: str, classifier: str, quantity: str, adapter: Path | None, labels: str | None, image_size: int | None
+) -> tuple[Any, LAX, int, Any]:
+    """(the pack or None, the adapter with its classifier, the image size, what hides pixels), on the CPU."""
+    opened, explained, size, baseline = _open(pack, classifier, adapter, labels, image_size, option="--adapter")
+    return opened, _adapter(opened, classifier, explained, quantity, adapter), size, baseline
 
 
 @app.command()
@@ -256,12 +266,11 @@ def export(
     from ..runtime.onnxruntime import FILE
     from ..saliency.onnx import build_artefacts
 
-    opened, explained, size, _ = _open(pack, classifier, adapter, labels, image_size, option="--adapter")
-    trained = _adapter(opened, classifier, explained, quantity, adapter)
+    opened, trained, size, _ = open_classifier_and_adapter(pack, classifier, quantity, adapter, labels, image_size)
     console = text_console(as_json)
     facts = {
         "command": "counterlens adapter export", "alpha_min": alpha_min, "steps": steps,
-        **_facts(opened, classifier, explained, size, quantity, trained, 0, None),
+        **describe(opened, classifier, trained.classifier, size, quantity, trained, 0, None),
     }  # fmt: skip
     with nullcontext() if out is None else open_run(out, facts, files=COMPILED, overwrite=overwrite) as run:
         with progress_bar("exporting"):
@@ -304,7 +313,7 @@ def _saliency(
     trained = _adapter(opened, classifier, explained, quantity, adapter) if method == "lax" else None
     facts = {
         "command": command, "method": method, "target_option": target, "alpha_min": alpha_min, "layer": layer,
-        **_facts(opened, classifier, explained, size, question.name, trained, seed, there),
+        **describe(opened, classifier, explained, size, question.name, trained, seed, there),
     }  # fmt: skip
     console = text_console(as_json)
     rows = []
@@ -360,21 +369,14 @@ def _saliency(
                 run.append(line)
             if as_json:
                 print_json(line)
-            if "error" in line:
-                failed += 1
-                errors.print(f"error: {item.name}: {line['error']}", style="red")
-                rows.append([item.name, "", "", "", "", "failed"])
-                continue
-            rows.append([
-                item.name, line["target"], f"{line['probability']:.3f}", f"{line['msi']:.3f}",
-                f"{100 * line['mask_area']:.1f} %", line["path"],
-            ])  # fmt: skip
-    console.table(["image", "target", "probability", "MSI", "marked", "file"], rows)
+            failed += line["status"] == "failed"
+            rows.append(map_row(line))
+    console.table(MAP_COLUMNS, rows)
     if failed:
         raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
 
 
-def _facts(
+def describe(
     pack: Any, name: str, classifier: Classifier, size: int, quantity: str, adapter: LAX | None, seed: int, there: Any
 ) -> dict[str, Any]:
     """What makes maps of this classifier, and the session."""
@@ -478,7 +480,7 @@ def _evaluate(
     facts = {
         "command": command, "methods": chosen, "images": None if images is None else str(images), "split": split,
         "count": count, "marker": marker, "shown": len(shown), "alpha_min": alpha_min, "layer": layer,
-        "runtime_option": runtime, **_facts(opened, classifier, explained, size, quantity, trained, seed, there),
+        "runtime_option": runtime, **describe(opened, classifier, explained, size, quantity, trained, seed, there),
         "runtime": runtime,
     }  # fmt: skip
     with open_run(out, facts, files=EVALUATED, inputs=[images] if images else [], overwrite=overwrite):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,9 @@ from ..guidance.schedule import add_noise, ddim, schedule_of
 from ..guidance.solvers import History, advance, coefficients
 from ..images.files import as_saved, to_uint8
 from ..models.protocols import probabilities
-from ..outputs import open_run
+from ..outputs import Run, open_run
 from ..packs import Pack
-from ..portable.file import CARD, SCHEMA_VERSION
+from ..portable.file import COUNTERFACTUAL, SALIENCY, SCHEMA_VERSION, card_of
 from ..portable.page import page_files, web_runtime, write_page
 from ..runtime import onnxruntime
 from ..runtime.record import installed
@@ -35,12 +35,19 @@ from ..runtime.record import installed
 if TYPE_CHECKING:
     from .core import EngineCore
 
-MODEL = "counterfactual.onnx"
+MODEL = COUNTERFACTUAL
+CARD = card_of(MODEL)
 INPUTS = {
     "image": "pixels, red, green and blue, in [0, 1]",
     "target": "label to reach, by its place in `labels`; -1: the runner-up",
     "noise": "standard normal numbers",
+    "guidance_scale": "scale of the whole guidance, 0 or more",
+    "class_scale": "scale of the classifier's score, 0 or more",
+    "distance_scale": "scale of the pull towards the input, 0 or more",
+    "angle": "angle limit of the consensus filter, degrees",
 }
+SCALES = ("guidance_scale", "class_scale", "distance_scale", "angle")
+STEEPEST = 180.0  # degrees
 OUTPUTS = {
     "counterfactual": "the changed image in [0, 1], of 8-bit values k / 255",
     "source": "label of the image; -1 where image or target cannot be used",
@@ -61,22 +68,29 @@ REMEMBERED: dict[str, tuple[str, ...]] = {  # what each solver reads of its own 
 }
 
 
-def counterfactual_program(engine: EngineCore, settings: Settings) -> list[Step]:
+def scale_names(settings: Settings) -> tuple[str, ...]:
+    """Which of `SCALES` change a run: there is no angle without a filter."""
+    return SCALES[:-1] if settings.filter == "off" else SCALES
+
+
+def counterfactual_program(engine: EngineCore, settings: Settings, scales: bool = False) -> list[Step]:
     """The run of these settings over the values image [B, 3, S, S] in [0, 1], target [B] int64 and, where the settings
-    draw it, noise [B, C, h, w].
+    draw it, noise [B, C, h, w]; with `scales` also `scale_names`, [B] each, instead of the settings' own.
 
     -1 as target is the runner-up. To be run or written with the engine frozen.
     """
+    given = scale_names(settings) if scales else ()
+    steepest = STEEPEST if settings.filter == "zero" else 90 - 1e-4  # the others need an angle below 90 degrees
     diffusion = engine.diffusion
     alphas_cumprod = diffusion.alphas_cumprod
     schedule = schedule_of(settings, alphas_cumprod)
     times, times_prev = torch.tensor(schedule.timesteps), torch.tensor(schedule.timesteps_prev)
     steps, labels = len(schedule), len(engine.labels)
 
-    def resolve_target(image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        inside = (image >= 0) & (image <= 1)  # NaN is not
-        usable = inside.to(image.dtype).flatten(1).amin(dim=1) > 0
-        usable = usable & (target >= -1) & (target < labels)
+    def resolve_target(image: Tensor, target: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
+        usable = usable_inputs(image, target, labels)
+        for name, value in zip(given, numbers, strict=True):
+            usable = usable & (value >= 0) & (value <= (steepest if name == "angle" else torch.finfo(value.dtype).max))
         clean = torch.where(usable[:, None, None, None], image, 0.0)
         before = probabilities(engine.classifier, clean)
         best = before.topk(2, dim=1).indices
@@ -98,19 +112,20 @@ def counterfactual_program(engine: EngineCore, settings: Settings) -> list[Step]
         return tuple(torch.zeros_like(z) for _ in past)
 
     step = engine.spec(settings).step()
-    scales = {
-        "guidance_scale": settings.guidance_scale, "class_scale": settings.class_scale,
-        "distance_scale": settings.distance_scale, "angle_deg": settings.angle,
-    }  # fmt: skip
+    own = {name: getattr(settings, name) for name in SCALES if name not in given}
     every = guided_steps(settings, steps)
     reuse = ("reused",) if settings.guidance_every > 1 else ()
     past = (*REMEMBERED[settings.solver], *reuse)
     reference = "latents" if settings.distance == "latent" else "clean"
 
-    def guided_step(z: Tensor, i: Tensor, condition: Tensor, image: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    def guided_step(
+        z: Tensor, i: Tensor, condition: Tensor, image: Tensor, target: Tensor, *numbers: Tensor
+    ) -> tuple[Tensor, ...]:
         batch = z.shape[0]
-        numbers = {name: z.new_full((1,), value).expand(batch) for name, value in scales.items()}
-        return step(z, times[i].expand(batch), times_prev[i].expand(batch), condition, image, target, **numbers)
+        scale = dict(zip(given, numbers, strict=True))
+        scale |= {name: z.new_full((1,), value).expand(batch) for name, value in own.items()}
+        scale["angle_deg"] = scale.pop("angle")
+        return step(z, times[i].expand(batch), times_prev[i].expand(batch), condition, image, target, **scale)
 
     inside = torch.tensor([i / steps < settings.guidance_end for i in range(steps)])
 
@@ -154,7 +169,9 @@ def counterfactual_program(engine: EngineCore, settings: Settings) -> list[Step]
         return conditions[target]
 
     program: list[Step] = [
-        Call(resolve_target, ("image", "target"), ("usable", "clean", "source_probabilities", "best", "wanted")),
+        Call(
+            resolve_target, ("image", "target", *given), ("usable", "clean", "source_probabilities", "best", "wanted")
+        ),
         Call(condition, ("wanted",), ("condition",)),
         Call(diffusion.encode, ("clean",), ("latents",)),
         Call(same, ("latents",), ("z",)),
@@ -166,7 +183,7 @@ def counterfactual_program(engine: EngineCore, settings: Settings) -> list[Step]
     if past:
         program.append(Call(clear, ("z",), past))
     made = ("z_next", "z0", "kept", *reuse)
-    guided: list[Step] = [Call(guided_step, ("z", "i", "condition", reference, "wanted"), made)]
+    guided: list[Step] = [Call(guided_step, ("z", "i", "condition", reference, "wanted", *given), made)]
     if not all(every):
         flags = torch.tensor(every)
 
@@ -188,13 +205,21 @@ def counterfactual_program(engine: EngineCore, settings: Settings) -> list[Step]
     return program
 
 
-def example_inputs(engine: EngineCore, settings: Settings, batch: int) -> Values:
-    """Random inputs of the right shapes; targets are the runner-ups."""
+def usable_inputs(image: Tensor, target: Tensor, labels: int) -> Tensor:
+    """Which images [B, 3, S, S] lie in [0, 1] and have a target [B] that is -1 or a label: [B] bool."""
+    inside = (image >= 0) & (image <= 1)  # NaN is not
+    return (inside.to(image.dtype).flatten(1).amin(dim=1) > 0) & (target >= -1) & (target < labels)
+
+
+def example_inputs(engine: EngineCore, settings: Settings, batch: int, scales: bool = False) -> Values:
+    """Random inputs of the right shapes; targets are the runner-ups, scales the settings'."""
     g = torch.Generator().manual_seed(0)
     size = engine.image_size
     inputs = {"image": torch.rand((batch, 3, size, size), generator=g), "target": torch.full((batch,), -1)}
     if settings.noise != "inversion":
         inputs["noise"] = torch.randn((batch, *engine.diffusion.latent_shape), generator=g)
+    if scales:
+        inputs |= {name: torch.full((batch,), getattr(settings, name)) for name in scale_names(settings)}
     return inputs
 
 
@@ -206,7 +231,9 @@ def export_counterfactual(
     batch: int | None = None,
     storage: Storage = "lossless",
     share: Share = "local",
+    scales: bool = False,
     pages: Sequence[bool] = (),
+    saliency: Callable[[Run], dict[str, Any]] | None = None,
     ort_web: Path | None = None,
     overwrite: bool = False,
     option: str = "{}=True",
@@ -223,7 +250,9 @@ def export_counterfactual(
         config: instead of the engine's.
         batch: the only size of the batch; open without it.
         storage, share: see `export.program.write_program`.
+        scales: and the angle are inputs of the file instead of numbers in it.
         pages: that run the file in a browser: True is one HTML file, False files for a static host.
+        saliency: writes `saliency.onnx` and its card for the pages, which show a map beside then; returns the card.
         ort_web: onnxruntime-web for them, see `portable.page.web_runtime`.
         overwrite: remove what an earlier run wrote into the folder.
         option: how a person says `overwrite`.
@@ -248,21 +277,22 @@ def export_counterfactual(
         raise UsageError(f"batch: a page shows one image at a time; take an open batch or 1, not {batch}")
     web = web_runtime(ort_web) if pages else None  # what is missing is said before minutes of work
     folder, files = Path(folder), [name for single in pages for name in page_files(single)]
+    files += [SALIENCY, card_of(SALIENCY)] if saliency is not None else []
     facts = {
         **engine.facts(config, batch or 1), "command": "counterlens export", "what": "counterfactual",
-        "batch": batch, "storage": storage, "share": share,
+        "batch": batch, "storage": storage, "share": share, "scales": scales,
     }  # fmt: skip
     with open_run(folder, facts, files=[MODEL, CARD, *files], overwrite=overwrite, option=option) as run:
         started = time.perf_counter()
         with engine.frozen(), torch.no_grad(), appearing(folder / MODEL) as unchecked:
-            program = counterfactual_program(engine, settings)
-            inputs = example_inputs(engine, settings, batch or _batch_of_its_own(engine, program))
+            program = counterfactual_program(engine, settings, scales)
+            inputs = example_inputs(engine, settings, batch or _batch_of_its_own(engine, program), scales)
             write_program(
                 program, inputs, list(OUTPUTS), unchecked, storage=storage, share=share, dynamic_batch=batch is None,
                 say=say,
             )  # fmt: skip
             composed = time.perf_counter() - started
-            parity, shapes = check_counterfactual(engine, settings, unchecked, batch, say)
+            parity, shapes = check_counterfactual(engine, settings, unchecked, batch, scales, say)
             run.claim(path.name for path in unchecked.parent.iterdir())
         card = _card(engine, config, settings, folder / MODEL, inputs, shapes, batch) | {
             "storage": storage,
@@ -270,12 +300,20 @@ def export_counterfactual(
             "seconds": {"composing": round(composed, 1), "in all": round(time.perf_counter() - started, 1)},
         }
         if web is not None:
-            card["page"] = page_card(engine, web.version)
-        write_atomically(folder / CARD, json.dumps(card, indent=1) + "\n")
+            card["page"] = page_card(engine, web.version) | {"saliency": saliency is not None}
+        cards = {CARD: card}
+        if saliency is not None:
+            cards[card_of(SALIENCY)] = saliency(run)
+        write_card(folder, CARD, card)
         for single in pages:
             assert web is not None
-            write_page(folder, card, web, single=single)
+            write_page(folder, cards, web, single=single)
     return card
+
+
+def write_card(folder: Path, name: str, card: dict[str, Any]) -> None:
+    """Write what a file's user has to know beside it."""
+    write_atomically(folder / name, json.dumps(card, indent=1) + "\n")
 
 
 def _card(
@@ -296,8 +334,8 @@ def _card(
         "bytes": model.stat().st_size,
         "labels": engine.labels,
         "image_size": engine.image_size,
-        "inputs": [{"name": n, **_described(x, batch), "meaning": INPUTS[n]} for n, x in inputs.items()],
-        "outputs": [{"name": n, **_described(outputs[n], batch), "meaning": meaning} for n, meaning in OUTPUTS.items()],
+        "inputs": [described(n, x, batch, INPUTS) | _default(n, settings) for n, x in inputs.items()],
+        "outputs": [described(n, outputs[n], batch, OUTPUTS) for n in OUTPUTS],
         "mode": config.mode_name,
         "preset": config.preset,
         "speed": config.speed,
@@ -332,19 +370,46 @@ def page_card(engine: EngineCore, web_version: str) -> dict[str, Any]:
 
 
 def _batch_of_its_own(engine: EngineCore, program: Sequence[Step]) -> int:
-    """A batch size that is no other size of the program's values, by which the open dimension is told from the rest."""
-    taken = {3, engine.image_size, *engine.diffusion.latent_shape, len(engine.labels)}
+    taken = {engine.image_size, *engine.diffusion.latent_shape, len(engine.labels)}
     taken |= set(engine.diffusion.condition(torch.zeros(1, dtype=torch.long)).shape)
-    taken |= {step.count for step in program if isinstance(step, Loop)}
+    return free_batch(program, taken)
+
+
+def free_batch(program: Sequence[Step], taken: set[int]) -> int:
+    """A batch size that is no other size of the program's values, by which the open dimension is told from the rest."""
+    taken = {3, *taken, *(step.count for step in program if isinstance(step, Loop))}
     return next(n for n in (5, 7, 11, 13, 17, 19, 23, 29, 31) if n not in taken)
 
 
-def _described(x: Tensor, batch: int | None) -> dict[str, Any]:
-    return {"dtype": str(x.dtype).removeprefix("torch."), "shape": [batch or "batch", *x.shape[1:]]}
+def described(name: str, x: Tensor, batch: int | None, meanings: Mapping[str, str]) -> dict[str, Any]:
+    """An input or output as a card says it."""
+    shape = [batch or "batch", *x.shape[1:]]
+    return {"name": name, "dtype": str(x.dtype).removeprefix("torch."), "shape": shape, "meaning": meanings[name]}
+
+
+def _default(name: str, settings: Settings) -> dict[str, float]:
+    return {"default": getattr(settings, name)} if name in SCALES else {}
+
+
+def parity_images(pack: Pack | None, size: int) -> tuple[Tensor, dict[str, str]]:
+    """Images [64, 3, size, size] that a file is compared on, and what a report says of them."""
+    if pack is not None:
+        return pack.samples("test", count=PARITY_IMAGES).images, {"images": f"{PARITY_IMAGES} of the pack's test split"}
+    coarse = torch.rand((PARITY_IMAGES, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 1)
+    return as_saved(images), {
+        "images": f"{PARITY_IMAGES} random ones",
+        "warning": "no images of the pack fit these models: compared on random ones",
+    }
 
 
 def check_counterfactual(
-    engine: EngineCore, settings: Settings, path: Path, batch: int | None, say: Callable[[str], None] = lambda _: None
+    engine: EngineCore,
+    settings: Settings,
+    path: Path,
+    batch: int | None,
+    scales: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Any], Values]:
     """Hold a file to the eager run of the same settings; returns the report and the outputs of the last batch.
 
@@ -352,27 +417,18 @@ def check_counterfactual(
         ExportError: ONNX Runtime is missing or cannot open it, shapes do not fit, or too few samples agree.
     """
     pack = engine.source.get("pack")
-    size = engine.image_size
+    images, said = parity_images(None if pack is None else Pack(pack), engine.image_size)
     say(f"comparing it with the eager run on {PARITY_IMAGES} images")
-    if pack is not None:
-        images = Pack(pack).samples("test", count=PARITY_IMAGES).images
-    else:
-        g = torch.Generator().manual_seed(0)
-        coarse = torch.rand((PARITY_IMAGES, 3, 8, 8), generator=g)
-        images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 1)
-        images = as_saved(images)
     check_file(path)
     run_file = onnxruntime.load(path)
     at_once = batch or 16
-    equal, close, worst = 0, 0, 0.0
+    equal, close, count, worst = 0, 0, 0, 0.0
     got: Values = {}
     for start in range(0, len(images), at_once):
-        rows = images[start : start + at_once]
-        if len(rows) < at_once and batch is not None:
-            break
+        seeds = [i % len(images) for i in range(start, start + at_once)]
+        rows = images[seeds]
         source = probabilities(engine.classifier, rows)
         target = source.topk(2, dim=1).indices[:, 1]
-        seeds = list(range(start, start + len(rows)))
         run = sample(
             engine.diffusion, engine.classifier, rows, target, seeds, settings, decoder=engine.runners.decoder(settings)
         )
@@ -380,21 +436,21 @@ def check_counterfactual(
         feeds = {"image": rows, "target": torch.full((len(rows),), -1)}
         if settings.noise != "inversion":
             feeds["noise"] = seeded_noise(engine.diffusion.latent_shape, seeds, rows)
+        if scales:
+            feeds |= {name: torch.full((len(rows),), getattr(settings, name)) for name in scale_names(settings)}
         got = dict(zip(OUTPUTS, run_file(*feeds.values()), strict=True))
         off = (got["counterfactual"] - expected).abs().flatten(1).amax(dim=1)
         equal += int((got["prediction"] == probabilities(engine.classifier, expected).argmax(dim=1)).sum())
         close += int((off < 1.5 / 255).sum())
         worst = max(worst, off.max().item())
-    count = len(images) // at_once * at_once if batch is not None else len(images)
+        count += len(rows)
     report = {
-        "images": f"{count} of the pack's test split" if pack is not None else f"{count} random ones",
+        **said,
         "predictions_equal": equal / count,
         "within_1_of_255": close / count,
         "worst_in_255": round(worst * 255, 2),
         "asked": {"predictions_equal": EQUAL_PREDICTIONS, "within_1_of_255": WITHIN_ONE[settings.gradient]},
     }
-    if pack is None:
-        report["warning"] = "no images of the pack fit these models: compared on random ones"
     if not (equal / count >= EQUAL_PREDICTIONS and close / count >= WITHIN_ONE[settings.gradient]):
         raise ExportError(
             f"the written run does not agree with the eager one: {equal} of {count} predictions equal, {close} images "

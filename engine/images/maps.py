@@ -12,52 +12,22 @@ from torch import Tensor
 
 from ..errors import CounterlensError, install_hint
 from ..files import write_atomically
+from ..portable import overlay as colours
 from .drawing import CAPTION, CELL, FAINT, GAP, INK, LEFT
 from .files import to_uint8, write_png
 
-SHOWN = 256  # the least side in pixels of an overlay
-STRENGTH = 0.75  # of the heat colours, where saliency is 1
-# matplotlib's plasma, evenly spaced: perceptually uniform, and read alike with any colour vision.
-PLASMA = (
-    "0d0887",
-    "310597",
-    "4c02a1",
-    "6600a7",
-    "7e03a8",
-    "9511a1",
-    "aa2395",
-    "bc3587",
-    "cc4778",
-    "da5a6a",
-    "e66c5c",
-    "f0804e",
-    "f89540",
-    "fdac33",
-    "fdc527",
-    "f8df25",
-    "f0f921",
-)
-
 
 def heat(saliency: Tensor) -> Tensor:
-    """Saliency [..., H, W] in [0, 1] as colours from dark blue over magenta to yellow: [..., 3, H, W]."""
-    table = torch.tensor([list(bytes.fromhex(code)) for code in PLASMA]).to(saliency) / 255  # [17, 3]
-    place = saliency * (len(table) - 1)
-    low = place.floor().clamp(0, len(table) - 2).long()
-    return torch.lerp(table[low], table[low + 1], (place - low)[..., None]).movedim(-1, -3)
+    """See `portable.overlay.heat`, for tensors."""
+    return torch.from_numpy(colours.heat(saliency.cpu().numpy()))
 
 
 def overlay(
     images: Tensor,  # [..., 3, H, W]
     saliency: Tensor,  # [..., H, W] in [0, 1]
 ) -> Tensor:
-    """The image in grey, darkened, with heat colours where saliency is: [..., 3, H, W].
-
-    Grey ends at 0.6, below the brightness of the highest colours: white paper is never as bright as what is marked.
-    """
-    grey = images.mean(-3, keepdim=True).expand_as(images)
-    weight = STRENGTH * saliency.clamp(0, 1)[..., None, :, :]
-    return (1 - weight) * (0.1 + 0.5 * grey) + weight * heat(saliency.clamp(0, 1))
+    """See `portable.overlay.overlay`, for tensors."""
+    return torch.from_numpy(colours.overlay(images.cpu().numpy(), saliency.cpu().numpy()))
 
 
 def save_overlay(image: Tensor, saliency: Tensor, path: Path, facts: Mapping[str, Any] | None = None) -> None:
@@ -68,11 +38,7 @@ def save_overlay(image: Tensor, saliency: Tensor, path: Path, facts: Mapping[str
     Raises:
         CounterlensError: the file cannot be written.
     """
-    h, w = saliency.shape
-    times = max(1, -(-SHOWN // max(h, w)))
-    tiles = torch.cat([image, overlay(image, saliency)], dim=2)
-    picture = _picture(tiles)
-    write_png(picture.resize((2 * w * times, h * times), Image.Resampling.NEAREST), path, facts)
+    write_png(colours.side_by_side(image.cpu().numpy(), saliency.cpu().numpy()), path, facts)
 
 
 def _picture(image: Tensor) -> Image.Image:

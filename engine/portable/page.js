@@ -22,22 +22,25 @@ async function asset(name) {
 
 // The model runs in a worker, so that the page answers while it computes.
 const WORKER = `
-let ort, session, chain = Promise.resolve();
+let ort, chain = Promise.resolve();
+const sessions = {};
 onmessage = (message) => { chain = chain.then(() => answer(message.data)); };
-async function answer({ id, load, run }) {
+async function answer({ id, of, load, run }) {
   try {
     if (load) {
-      ort = await import(URL.createObjectURL(new Blob([load.runtime], { type: "text/javascript" })));
-      ort.env.wasm.numThreads = 1;
-      ort.env.wasm.wasmBinary = load.wasm;
-      ort.env.logLevel = "fatal";
-      session = await ort.InferenceSession.create(load.model, { executionProviders: ["wasm"] });
+      if (load.runtime) {
+        ort = await import(URL.createObjectURL(new Blob([load.runtime], { type: "text/javascript" })));
+        ort.env.wasm.numThreads = 1;
+        ort.env.wasm.wasmBinary = load.wasm;
+        ort.env.logLevel = "fatal";
+      }
+      sessions[of] = await ort.InferenceSession.create(load.model, { executionProviders: ["wasm"] });
       postMessage({ id });
     } else {
       const feeds = {};
       for (const [name, { type, data, dims }] of Object.entries(run)) feeds[name] = new ort.Tensor(type, data, dims);
       const began = performance.now();
-      const results = await session.run(feeds);
+      const results = await sessions[of].run(feeds);
       const out = {};
       for (const [name, tensor] of Object.entries(results)) out[name] = tensor.data;
       postMessage({ id, out, ms: performance.now() - began });
@@ -53,7 +56,7 @@ function ask(message, transfer = []) {
   });
 }
 
-let card, size, target = -1, latest = 0, loaded = false, filled = false;
+let card, evidence, size, target = -1, latest = 0, loaded = false, filled = false;
 
 function simd() {  // the smallest module with an instruction on vectors
   return WebAssembly.validate(new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1,
@@ -79,7 +82,8 @@ function show(canvas, of) {  // of(i): [r, g, b] in 0..255
   context.putImageData(image, 0, 0);
 }
 
-const percent = (p) => (p > 0.999 && p < 1 ? "> 99.9 %" : p > 0 && p < 0.001 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`);
+const percent = (p) =>  // never broken over two lines
+  (p > 0.999 && p < 1 ? ">\u00a099.9\u00a0%" : p > 0 && p < 0.001 ? "<\u00a00.1\u00a0%" : `${(100 * p).toFixed(1)}\u00a0%`);
 
 function bars(list, shares, first, wanted) {
   const order = shares.map((_, i) => i);
@@ -121,9 +125,14 @@ async function explain() {
     }
     feeds.noise = { type: "float32", data, dims: shape };
   }
+  const lever = 2 ** Number($("lever").value);  // stronger to the right, closer to the left
+  for (const { name, default: own } of card.inputs.filter((input) => "default" in input)) {
+    const times = name === "class_scale" ? lever : name === "distance_scale" ? 1 / lever : 1;
+    feeds[name] = { type: "float32", data: Float32Array.of(own * times), dims: [1] };
+  }
   let answer;
   try {
-    answer = await ask({ run: feeds });
+    answer = await ask({ of: "counterfactual", run: feeds });
   } catch (error) {
     if (mine === latest) problem(`The model could not be run: ${error.message}`);
     return;
@@ -167,6 +176,49 @@ async function explain() {
   $("numbers").textContent = `Mean change ${(100 * out.l1[0]).toFixed(1)} % of the range, computed in ` +
     `${ms < 1000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(1)} s`} on this device, one thread.`;
   document.body.dataset.answers = Number(document.body.dataset.answers || 0) + 1;
+  if (evidence) await showEvidence(given, mine);
+}
+
+// The map of the prediction: its model is loaded after the first counterfactual is on the screen.
+let mapped;
+async function showEvidence(image, mine) {
+  try {
+    mapped ??= asset("saliency.onnx").then((model) => ask({ of: "saliency", load: { model } }, [model.buffer]));
+    await mapped;
+    if (mine !== latest) return;
+    const { out, ms } = await ask({ of: "saliency", run: {
+      image: { type: "float32", data: image.slice(), dims: [1, 3, size, size] },
+      target: { type: "int64", data: BigInt64Array.of(-1n), dims: [1] },
+    } });
+    if (mine !== latest) return;
+    const map = out.saliency, n = size * size, name = evidence.labels[Number(out.prediction[0])];
+    const table = evidence.heat.map((code) => [0, 2, 4].map((at) => parseInt(code.slice(at, at + 2), 16)));
+    show($("map"), (i) => {
+      const place = map[i] * (table.length - 1), low = Math.min(Math.floor(place), table.length - 2);
+      const grey = 25 + 128 * (image[i] + image[n + i] + image[2 * n + i]) / 3, weight = 0.75 * map[i];
+      return [0, 1, 2].map((c) => {
+        const heat = table[low][c] + (place - low) * (table[low + 1][c] - table[low][c]);
+        return grey + weight * (heat - grey);
+      });
+    });
+    $("map").setAttribute("aria-label", `Where the model sees evidence for ${name}`);
+    $("h-evidence").textContent = `Where the evidence for ${name} is`;
+    $("worth").replaceChildren("Shown alone, the marked ", strong(percent(out.mask_area[0])), " of the image make it ",
+      strong(name), ` with ${percent(out.keep[0])}; without them it is ${percent(out.remove[0])}.`);
+    curves([...out.keep_area], [...out.remove_area]);
+    $("score").textContent = `MSI ${out.msi[0].toFixed(2)}; the best map would have 1. Computed in ${ms.toFixed(0)} ms.`;
+    document.body.dataset.maps = Number(document.body.dataset.maps || 0) + 1;
+  } catch (error) {
+    if (mine === latest) problem(`The map could not be drawn: ${error.message}`);
+  }
+}
+
+function curves(keep, remove) {  // over the share of pixels, the most salient first
+  const most = Math.max(...evidence.areas);
+  const line = (values) => values.map((v, i) => `${200 * evidence.areas[i] / most},${4 + 72 * (1 - v)}`).join(" ");
+  $("keep").setAttribute("points", line(keep));
+  $("remove").setAttribute("points", line(remove));
+  $("most").textContent = `${(100 * most).toFixed(0)} % of the pixels`;
 }
 
 function press() {
@@ -249,8 +301,16 @@ async function begin() {
   $("answer").textContent = "Loading the model …";
   card = JSON.parse(new TextDecoder().decode(await asset("counterfactual.json")));
   size = card.image_size;
-  for (const id of ["input", "ink", "output", "difference"]) $(id).width = $(id).height = size;
-  if (size > 96) for (const id of ["input", "output", "difference"]) $(id).style.imageRendering = "auto";
+  if (card.page.saliency) {
+    evidence = JSON.parse(new TextDecoder().decode(await asset("saliency.json")));
+    $("ramp").style.background = `linear-gradient(90deg, ${evidence.heat.map((code) => `#${code}`).join(", ")})`;
+  }
+  $("evidence").hidden = !evidence;
+  document.body.classList.toggle("both", Boolean(evidence));
+  $("scales").hidden = !card.inputs.some((input) => input.name === "class_scale");
+  const canvases = ["input", "map", "output", "difference"];
+  for (const id of [...canvases, "ink"]) $(id).width = $(id).height = size;
+  if (size > 96) for (const id of canvases) $(id).style.imageRendering = "auto";
   empty();
   const choices = [[-1, "anything else"], ...card.labels.map((name, i) => [i, name])];
   $("targets").replaceChildren(...choices.slice(0, 41).map(([i, name]) => {
@@ -282,10 +342,11 @@ async function begin() {
   };
   worker.onerror = (event) => problem(`The model could not be started: ${event.message}`);
   const [runtime, wasm, model] = await Promise.all(["ort.mjs", "ort.wasm", "counterfactual.onnx"].map(asset));
-  await ask({ load: { runtime, wasm: wasm.buffer, model } }, [wasm.buffer, model.buffer]);
+  await ask({ of: "counterfactual", load: { runtime, wasm: wasm.buffer, model } }, [wasm.buffer, model.buffer]);
   loaded = true;
   drawing();
   $("file").addEventListener("change", (event) => open(event.target.files[0]));
+  $("lever").addEventListener("change", explain);
   $("clear").addEventListener("click", () => { empty(); explain(); });
   addEventListener("paste", (event) => open([...event.clipboardData.files][0]));
   for (const name of ["dragenter", "dragover"]) {

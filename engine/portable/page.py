@@ -98,12 +98,12 @@ def page_files(single: bool) -> list[str]:
     return [SINGLE] if single else [INDEX, *FILES]
 
 
-def write_page(folder: Path, card: dict[str, Any], runtime: WebRuntime, *, single: bool) -> list[Path]:
+def write_page(folder: Path, cards: dict[str, dict[str, Any]], runtime: WebRuntime, *, single: bool) -> list[Path]:
     """Write the page beside `counterfactual.onnx`: `index.html` and what it loads, or all in `counterfactual.html`.
 
     Args:
-        folder: with counterfactual.onnx.
-        card: what counterfactual.json says, its entry `page` included.
+        folder: with counterfactual.onnx, and saliency.onnx if the page shows a map too.
+        cards: by name what counterfactual.json says, its entry `page` included, and saliency.json if it is there.
         runtime: see `web_runtime`.
         single: one file, which opens by double click, instead of files for a static host.
 
@@ -117,8 +117,9 @@ def write_page(folder: Path, card: dict[str, Any], runtime: WebRuntime, *, singl
     assets = ""
     if single:
         held = runtime.files | {
-            "counterfactual.onnx": (folder / "counterfactual.onnx").read_bytes(),
-            "counterfactual.json": json.dumps(card).encode(),
+            asset: data
+            for name, card in cards.items()
+            for asset, data in ((card["file"], (folder / card["file"]).read_bytes()), (name, json.dumps(card).encode()))
         }
         assets = "\n".join(
             f'<script type="text/plain" data-asset="{name}">'

@@ -11,17 +11,19 @@ if TYPE_CHECKING:
     from .evaluation import evaluate, summarise
     from .lax import LAX, open_adapter
     from .methods import explain_with
+    from .one_file import export_saliency
     from .recipes import train_adapter
     from .training import Schedule
 
 _HOMES = {
     "LAX": ".lax", "Schedule": ".training", "evaluate": ".evaluation", "explain_with": ".methods",
-    "open_adapter": ".lax", "summarise": ".evaluation", "train_adapter": ".recipes",
+    "export_saliency": ".one_file", "open_adapter": ".lax", "summarise": ".evaluation", "train_adapter": ".recipes",
     "wrap_classifier": "..models.image_classifiers",
 }  # fmt: skip
 
 __all__ = [
-    "LAX", "Schedule", "evaluate", "explain_with", "open_adapter", "summarise", "train_adapter", "wrap_classifier",
+    "LAX", "Schedule", "evaluate", "explain_with", "export_saliency", "open_adapter", "summarise", "train_adapter",
+    "wrap_classifier",
 ]  # fmt: skip
 
 

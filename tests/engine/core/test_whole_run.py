@@ -20,16 +20,18 @@ import torch
 from PIL import Image
 
 from counterlens.engine.config import Config
-from counterlens.engine.core.whole_run import MODEL, counterfactual_program, example_inputs
+from counterlens.engine.core.whole_run import CARD, MODEL, counterfactual_program, example_inputs, scale_names
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.sampler import seeded_noise
 from counterlens.engine.images.files import as_saved, save_png
 from counterlens.engine.packs import Pack
-from counterlens.engine.portable.file import CARD, CounterfactualFile
+from counterlens.engine.portable.file import SALIENCY, CounterfactualFile, _noise, card_of
 from counterlens.engine.portable.page import HOW, VERSION, web_runtime, write_page
+from counterlens.engine.saliency.one_file import export_saliency
+from counterlens.engine.saliency.packed import pack_adapter
 from counterlens.export.program import run
-from tests.tiny import LABELS, save_dit, save_stable_diffusion
+from tests.tiny import LABELS, save_dit, save_ldm, save_stable_diffusion
 
 EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -65,6 +67,22 @@ def test_a_program_is_the_engines_run_bit_for_bit(engine: Engine, fields: dict[s
     assert torch.equal(got["prediction"][done], expected.prediction[done])
     assert torch.equal(got["resolved_target"], expected.target)
     torch.testing.assert_close(got["kept"][done], expected.kept_fraction[done], equal_nan=True, rtol=0, atol=0)
+
+
+def test_scales_are_inputs_of_a_program_that_is_told_so(engine: Engine) -> None:
+    config = Config(speed="fast", class_scale=4.0, distance_scale=0.2, angle=60.0)
+    images = Pack("digits").samples("test", count=3).images
+    expected = engine.counterfactual(images, config=config)
+    settings = engine.settings(Config(speed="fast"))
+    values = {name: torch.full((3,), getattr(engine.settings(config), name)) for name in scale_names(settings)}
+    values["class_scale"][2] = torch.nan
+    with engine.frozen(), torch.no_grad():
+        program = counterfactual_program(engine, settings, scales=True)
+        got = run(program, {"image": images, "target": torch.full((3,), -1), **values})
+    torch.testing.assert_close(got["counterfactual"][:2], as_saved(expected.images)[:2], rtol=0, atol=1.5 / 255)
+    assert got["prediction"].tolist() == [*expected.prediction[:2].tolist(), -1]
+    without = engine.settings(Config(speed="fast", filter="off"))
+    assert "angle" not in example_inputs(engine, without, 2, scales=True)
 
 
 def test_images_and_targets_that_cannot_be_used_have_defined_answers(engine: Engine) -> None:
@@ -139,19 +157,32 @@ def test_the_exact_shortcut_audit_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sd", "sd v", "dit"])
+@pytest.mark.parametrize("kind", ["sd", "sd v", "dit", "cin256"])
 def test_other_generators(kind: str, tmp_path: Path) -> None:
     prediction = "v_prediction" if kind == "sd v" else "epsilon"
-    model = save_dit(tmp_path / "m") if kind == "dit" else save_stable_diffusion(tmp_path / "m", prediction)
+    save = {"dit": save_dit, "cin256": save_ldm}.get(kind, lambda folder: save_stable_diffusion(folder, prediction))
+    model = save(tmp_path / "m")
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2),
                                   torch.nn.Flatten(), torch.nn.Linear(32, len(LABELS)))  # fmt: skip
     config = Config(mode="official", steps=8, strength=0.5)
     engine = Engine.from_pretrained(model, network, config, labels=LABELS, runtime="eager")
-    card = engine.export_counterfactual(tmp_path / "out", config)
+    card = engine.export_counterfactual(tmp_path / "out", config, scales=True)
     assert card["parity"]["predictions_equal"] >= 63 / 64
     assert "random" in card["parity"]["images"]
     assert "warning" in card["parity"]
+    opened = CounterfactualFile(tmp_path / "out" / MODEL, threads=1)
+    assert opened.scales["class_scale"] == pytest.approx(engine.settings(config).class_scale)
+    images = torch.rand((3, 3, engine.image_size, engine.image_size), generator=torch.Generator().manual_seed(1))
+    noise = torch.from_numpy(np.stack([_noise(image, 0, opened.noise or []) for image in images.numpy()]))
+    stronger = config.model_copy(update={"class_scale": 9.0, "angle": 80.0})
+    with engine.frozen(), torch.no_grad():
+        program = counterfactual_program(engine, engine.settings(stronger))
+        expected = run(program, {"image": images, "target": torch.full((3,), -1), "noise": noise})
+    answers = opened.run(images.numpy(), scales={"class_scale": 9.0, "angle": 80.0})
+    assert answers.prediction.tolist() == expected["prediction"].tolist()
+    assert np.abs(answers.counterfactual - expected["counterfactual"].numpy()).mean() < 0.5 / 255
+    assert np.abs(answers.counterfactual - opened.run(images.numpy()).counterfactual).max() > 1.5 / 255
 
 
 @pytest.mark.slow
@@ -194,11 +225,16 @@ def page(whole: Path) -> Path:
     from counterlens.engine.core.whole_run import page_card
 
     engine = Engine.from_pack("digits", runtime="eager", device="cpu")
-    card = json.loads((whole / CARD).read_text()) | {"page": page_card(engine, VERSION)}
+    card = json.loads((whole / CARD).read_text()) | {"page": page_card(engine, VERSION) | {"saliency": True}}
     (whole / CARD).write_text(json.dumps(card))
-    runtime = web_runtime()
-    write_page(whole, card, runtime, single=False)
-    (single,) = write_page(whole, card, runtime, single=True)
+    pack = Pack("digits")
+    adapter = pack_adapter(pack, "clean", engine.classifier)
+    evidence = export_saliency(adapter, whole / "map", baseline=pack.mean_colour, pack=pack)
+    for name in (SALIENCY, card_of(SALIENCY)):
+        shutil.copy(whole / "map" / name, whole)
+    runtime, cards = web_runtime(), {CARD: card, card_of(SALIENCY): evidence}
+    write_page(whole, cards, runtime, single=False)
+    (single,) = write_page(whole, cards, runtime, single=True)
     assert single.stat().st_size <= 18e6
     return whole
 
@@ -239,6 +275,8 @@ def test_the_page_answers_offline_and_says_nothing_on_the_console(page: Path, se
         then = tab.inner_text("#answer")
         assert "says 3" in then or "still says" in then
         assert then != first
+        tab.wait_for_selector("body[data-maps]", timeout=20_000)
+        assert "make it 0" in tab.inner_text("#worth").replace("\u00a0", " ")
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         browser.close()
     assert said == []

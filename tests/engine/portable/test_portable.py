@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from counterlens.engine.core.whole_run import INPUTS, MODEL, OUTPUTS
+from counterlens.engine.core.whole_run import MODEL, OUTPUTS
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.portable.file import CARD, CounterfactualFile
 from counterlens.export.hashing import file_digest
@@ -47,7 +47,7 @@ def write_toy(folder: Path, batch: int | None = None, **changes: Any) -> Path:
         "noise": torch.randn(count, 1, SIZE, SIZE),
     }  # fmt: skip
     path = write_program(
-        [Call(answer, tuple(INPUTS), tuple(OUTPUTS))],
+        [Call(answer, tuple(inputs), tuple(OUTPUTS))],
         inputs,
         list(OUTPUTS),
         folder / MODEL,
@@ -115,9 +115,15 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     path = write_toy(tmp_path, schema_version=2)
     with pytest.raises(UsageError, match="written by a newer counterlens"):
         CounterfactualFile(path)
-    write_toy(tmp_path, what="saliency")
-    with pytest.raises(UsageError, match="the card of 'saliency'"):
-        CounterfactualFile(path)
+    for what in ("saliency", "recipe"):
+        write_toy(tmp_path, what=what)
+        with pytest.raises(UsageError, match=f"the card of '{what}'"):
+            CounterfactualFile(path)
+    write_toy(tmp_path, settings={"class_scale": 3.5})
+    with pytest.raises(
+        UsageError, match=r"class_scale: this file has its own \(3\.5\); export it with --inputs scales"
+    ):
+        CounterfactualFile(path).run(pictures(0.5), scales={"class_scale": 2.0})
     (tmp_path / CARD).write_text("{")
     with pytest.raises(UsageError, match="not the card of a counterfactual"):
         CounterfactualFile(path)
