@@ -38,7 +38,7 @@ class Backbone:
     """
 
     conditioning: str = "class"  # what conditions are made from: class or text
-    networks: ClassVar[dict[str, str]]  # folder to class of diffusers: the denoiser, then the VAE
+    networks: ClassVar[dict[str, str | type]]  # folder to its class, or diffusers' of that name: the denoiser, the VAE
     others: ClassVar[tuple[str, ...]] = ()  # more folders
     sized: ClassVar[bool] = False  # whether it takes other image sizes than its own
 
@@ -65,7 +65,7 @@ class Backbone:
         config = denoiser.config
         factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of each latent location
         self.image_size = image_size or int(config.sample_size) * factor
-        patch = config.get("patch_size") or 2 ** (len(config.block_out_channels) - 1)
+        patch = config.get("patch_size") or 2 ** (len(config.get("block_out_channels", [1])) - 1)
         check_image_size(self.image_size, factor, int(patch))
         side = self.image_size // factor
         self.latent_shape = (int(config.in_channels), side, side)
@@ -84,7 +84,8 @@ class Backbone:
         path = folder / "scheduler" / "scheduler_config.json"
         levels = read_noise_levels(path, read_json(path))
         index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-        (denoiser, denoiser_class), (vae, vae_class) = cls.networks.items()
+        denoiser, vae = cls.networks
+        loaders = {k: getattr(diffusers, v) if isinstance(v, str) else v for k, v in cls.networks.items()}
         config = folder / denoiser / "config.json"
         check_side(config, read_json(config), chosen=image_size is not None)
         said = cls.more(folder, dtype) | {"prediction": levels.prediction}
@@ -93,8 +94,8 @@ class Backbone:
         if cls.sized:
             said["image_size"] = image_size
         return cls(
-            read_vae(getattr(diffusers, vae_class), folder / vae, dtype),
-            read_part(getattr(diffusers, denoiser_class), folder / denoiser, dtype),
+            read_vae(loaders[vae], folder / vae, dtype),
+            read_part(loaders[denoiser], folder / denoiser, dtype),
             alphas_cumprod=levels.alphas_cumprod, **said,
         )  # fmt: skip
 

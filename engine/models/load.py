@@ -53,23 +53,29 @@ def find_backbone(folder: Path) -> type[Backbone] | None:
         CounterlensError: a config cannot be read, or an installed package's family cannot be imported.
     """
     installed = {point.name: point for point in entry_points(group=GROUP)}
-    index, *parts = (
-        read_json(path).get("_class_name") if path.is_file() else None
-        for path in (folder / "model_index.json", *sorted(folder.glob("*/config.json")))
-    )
-    for told in ([index], parts, [path.name for path in folder.iterdir() if path.is_dir()]):
+    index, parts = _class_of(folder / "model_index.json"), _classes(folder)
+    unnamed = [part for part, name in parts.items() if name is None]
+    for told in ([index], parts.values(), unnamed):
         name = next((n for n in reversed([*BACKBONES, *installed]) if n in told), None)
         if name in installed:
             try:
                 return installed[name].load()
             except (ImportError, AttributeError) as error:
-                raise CounterlensError(
-                    f"{GROUP}: {name} = {installed[name].value}: cannot be imported ({error})"
-                ) from error
+                said = f"{GROUP}: {name} = {installed[name].value}"
+                raise CounterlensError(f"{said}: cannot be imported ({error})") from error
         if name is not None:
             found = BACKBONES[name]
             return resolve_name(f"{__package__}.{found}") if isinstance(found, str) else found
     return None
+
+
+def _class_of(config: Path) -> str | None:
+    return read_json(config).get("_class_name") if config.is_file() else None
+
+
+def _classes(folder: Path) -> dict[str, str | None]:
+    """The class that the config in each of a model's folders names."""
+    return {path.name: _class_of(path / "config.json") for path in sorted(folder.iterdir()) if path.is_dir()}
 
 
 def missing_files(folder: Path, backbone: type[Backbone]) -> list[str]:
@@ -113,6 +119,8 @@ def open_diffusion(
     if backbone is None:
         single = sorted(p.name for p in folder.iterdir() if p.suffix in (".ckpt", ".safetensors"))
         hint = f"; {single[0]} looks like an original checkpoint: see `counterlens convert`" if single else ""
+        if said := [f"{part}/ is a {name}" for part, name in _classes(folder).items() if name is not None]:
+            raise UsageError(f"model: {folder}: no family that is known ({', '.join(said)}); see {GROUP}")
         raise UsageError(f"model: {folder} has none of unet/, transformer/ and class_embedder/{hint}")
     if missing := missing_files(folder, backbone):
         raise CounterlensError(

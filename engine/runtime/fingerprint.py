@@ -40,7 +40,10 @@ NAMED = (torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Siz
 OF_ALL = {*nn.Module().__dict__, "training", "_is_full_backward_hook"}
 # Where a model came from and who saved it, which decide nothing.
 ORIGIN = ("name_or_path", "_name_or_path", "_commit_hash", "_diffusers_version", "transformers_version")
-IGNORED = ("__module__", "__dict__", "__weakref__", "__doc__", "__qualname__", "__firstlineno__", "__annotations__")
+IGNORED = (
+    "__module__", "__dict__", "__weakref__", "__doc__", "__qualname__", "__firstlineno__", "__annotations__",
+    "__slotnames__",  # which the first copy or pickle of an instance leaves with its class
+)  # fmt: skip
 
 
 def fingerprint(*values: Any, hashed: Iterable[nn.Module] = ()) -> str:
