@@ -14,6 +14,7 @@ from ..errors import CounterlensError, UsageError
 from ..files import real
 from ..images.sources import need
 from .results import Results, part_path
+from .rows import Row
 
 if TYPE_CHECKING:
     from ..core.core import EngineCore
@@ -95,7 +96,7 @@ class Worker:
 
         from ..core.core import EngineCore
         from ..images.sources import open_source
-        from .auditor import Auditor, read_plan
+        from .auditor import Auditor
         from .conditions import check_conditions, conditions, held
         from .plan import parts_of
 
@@ -114,7 +115,7 @@ class Worker:
         self.holding = held(engine, details["conditions"], self.auditor.config, lambda text: None)
         self.holding.__enter__()
         self.results.made = conditions(engine, self.auditor.config)
-        self.parts = parts_of(read_plan(self.results.folder, self.auditor), details["options"].part_size)
+        self.parts = parts_of(self.auditor.read_plan(self.results.folder), details["options"].part_size)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         said: dict[str, list[Any]] = {"part": [], "samples": [], "flips": [], "failures": []}
@@ -125,8 +126,8 @@ class Worker:
             self.results.write_part(number, rows, files)
             said["part"].append(number)
             said["samples"].append(len(rows))
-            said["flips"].append(sum(bool(r["flipped"]) for r in rows))
-            said["failures"].append(sum(r["status"] == "failed" for r in rows))
+            said["flips"].append(sum(bool(r.flipped) for r in rows))
+            said["failures"].append(sum(r.status == "failed" for r in rows))
         return said
 
 
@@ -139,7 +140,7 @@ def run_on_ray(
     *,
     workers: int,
     stop: threading.Event,
-    on_rows: Callable[[list[dict[str, Any]]], None],
+    on_rows: Callable[[Sequence[Row]], None],
 ) -> None:
     """Stream part numbers to actors; one that dies is started again, and its part is done again.
 
@@ -203,7 +204,7 @@ def run_on_ray(
             ray.shutdown()
 
 
-def results_rows(results: Results, part: int) -> list[dict[str, Any]]:
+def results_rows(results: Results, part: int) -> list[Row]:
     """The rows of a part that a worker says it wrote.
 
     Raises:
@@ -212,7 +213,7 @@ def results_rows(results: Results, part: int) -> list[dict[str, Any]]:
     pq = need("pyarrow.parquet", "an audit's results")
     path = results.folder / part_path(part)
     try:
-        return pq.ParquetFile(path).read().to_pylist(maps_as_pydicts="strict")
+        return [Row(**row) for row in pq.ParquetFile(path).read().to_pylist(maps_as_pydicts="strict")]
     except FileNotFoundError as error:
         raise CounterlensError(f"{path}: a worker wrote it elsewhere; all machines must see the same folder") from error
 

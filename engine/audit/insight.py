@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .results import GRID
+from .rows import GRID
 
 NAMES = (
     ("at the top left", "at the top", "at the top right"),

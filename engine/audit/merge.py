@@ -20,7 +20,8 @@ from ..runtime.registry import same_as_eager
 from .auditor import Auditor
 from .disagreement import find
 from .plan import parts_of, shard_of
-from .results import GOES_ON, PLAN, Results, image_path, part_path, table_bytes
+from .results import GOES_ON, PLAN, Results, image_path, part_path
+from .rows import table_bytes
 from .run import mark_finished
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
-from ..images.sources import Sample, need
+from ..images.sources import Sample, Source, need
+from ..labels import find_label, is_label
 from .results import FORMATS, GOES_ON, PLAN
 
 
@@ -101,3 +104,85 @@ def write_plan(folder: Path, chosen: Sequence[Chosen], samples: Sequence[Sample]
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     write_atomically(folder / PLAN, buffer.getvalue(), hint=GOES_ON)
+
+
+def read_places(folder: Path) -> list[int]:
+    """The places in the source of a plan's samples, in order.
+
+    Raises:
+        CounterlensError: the plan cannot be read.
+    """
+    pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
+    try:
+        places: list[int] = pq.read_table(folder / PLAN).column("place").to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise CounterlensError(f"{folder / PLAN}: cannot be read ({error}); remove it, and it is made again") from error
+    return places
+
+
+def match_labels(source: Source, names: Sequence[str]) -> tuple[list[int | None], list[str]]:
+    """Each sample's true label as the classifier's index, and what a person should know of it.
+
+    Class folders that are no labels become a slice.
+
+    Raises:
+        UsageError: the source has labels that the classifier has not.
+    """
+    said = {s.label for s in source.samples if s.label is not None}
+    known = [label for label in sorted(said) if is_label(label, names)]
+    index = {label: find_label(label, names, f"label in {source.path}") for label in known}
+    unknown = sorted(said - index.keys())
+    if unknown and index:
+        raise UsageError(
+            f"label: {unknown[0]!r} in {source.path} is none of the classifier's labels "
+            f"({', '.join(names[:8])}{', ...' if len(names) > 8 else ''}); {len(unknown)} like it"
+        )
+    if unknown and source.kind != "folder":
+        raise UsageError(f"label: {unknown[0]!r} and all others in {source.path} are none of the classifier's")
+    if unknown:
+        for s in source.samples:
+            s.slices["folder"] = s.label or "none"
+        note = f"the folders ({unknown[0]}, ...) are no labels of the classifier; taken as groups"
+        return [None] * len(source.samples), [note]
+    return [index[s.label] if s.label is not None else None for s in source.samples], []
+
+
+def choose(
+    source: Source,
+    labels: Sequence[int | None],
+    options: Options,
+    predict: Callable[[Sequence[int]], Iterable[tuple[int, int, float]]],
+) -> list[int]:
+    """The places of the samples that are asked for: by class, by prediction, then the first `limit`.
+
+    Args:
+        source, labels: the samples, and each one's true label.
+        options: what is asked.
+        predict: place, prediction and confidence of the samples in some places that can be read.
+
+    Raises:
+        CounterlensError: none is left.
+    """
+    places = list(range(len(source.samples)))
+    if options.per_class is not None:
+
+        def draw(place: int) -> str:
+            return hashlib.sha256(f"{options.sample_seed}:{source.samples[place].id}".encode()).hexdigest()
+
+        groups: dict[int | None, list[int]] = defaultdict(list)
+        for n in places:
+            groups[labels[n]].append(n)
+        places = sorted(n for group in groups.values() for n in sorted(group, key=draw)[: options.per_class])
+    if options.only_misclassified or options.only_below is not None:
+        kept: list[int] = []
+        for start in range(0, len(places), options.part_size):  # in as many passes as it takes to fill the limit
+            for n, predicted, confidence in predict(places[start : start + options.part_size]):
+                wrong = not options.only_misclassified or predicted != labels[n]
+                if wrong and (options.only_below is None or confidence < options.only_below):
+                    kept.append(n)
+            if options.limit is not None and len(kept) >= options.limit:
+                break
+        if not kept:
+            raise CounterlensError(f"no sample of {source.path} passes the filters; nothing to explain")
+        places = kept
+    return places[: options.limit]

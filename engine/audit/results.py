@@ -17,7 +17,7 @@ import io
 import json
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from ..images.sources import need
 from ..outputs import RUN, differences, read_run, remove_run
 from ..provenance import session
 from .conditions import check_conditions
+from .rows import Row, table_bytes
 
 FORMAT, VERSION = "counterlens-audit", 1
 MANIFEST, PLAN, LOCK = "manifest.json", "plan.parquet", ".lock"
 FANOUT = 1000  # parts in one folder
-GRID = 8  # cells a side of `change_grid`
 FORMATS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG"},
     "webp": {"format": "WEBP", "lossless": True, "quality": 50},
@@ -44,34 +44,6 @@ FORMATS: dict[str, dict[str, Any]] = {
 COMMAND = "counterlens audit"
 GOES_ON = "finished parts are kept, the same command goes on"
 TIMINGS = ("seconds", "wall_seconds")  # the columns that differ between two runs of the same audit
-
-# One row per sample; docs/pages/reference/rows.md says what each column means.
-COLUMNS: list[tuple[str, str]] = [
-    ("number", "int64"), ("id", "string"), ("file", "string"), ("slices", "map"), ("label", "string"),
-    ("prediction", "string"), ("confidence", "float32"), ("correct", "bool"),
-    ("status", "string"), ("error", "string"), ("retried", "bool"),
-    ("target", "string"), ("counterfactual_prediction", "string"), ("counterfactual_confidence", "float32"),
-    ("target_confidence", "float32"), ("flipped", "bool"), ("transfer", "bool"), ("judges", "map"),
-    ("l1", "float32"), ("l2", "float32"), ("changed_area", "float32"), ("change_grid", "floats"),
-    ("kept_fraction", "float32"), ("image", "string"), ("counterfactual", "string"),
-    ("true_flipped", "bool"), ("true_l1", "float32"), ("true_grid", "floats"), ("true_counterfactual", "string"),
-    ("away_target", "string"), ("away_prediction", "string"), ("away_l1", "float32"), ("away_grid", "floats"),
-    ("away_counterfactual", "string"),
-    ("saliency", "string"), ("msi", "float32"), ("msi_base", "float32"), ("sufficient_area", "float32"),
-    ("insertion_curve", "floats"), ("deletion_curve", "floats"),
-    ("seed", "int64"), ("part", "int64"), ("config_hash", "string"), ("model_hash", "string"),
-    ("seconds", "float32"), ("wall_seconds", "float32"),
-]  # fmt: skip
-
-
-def schema() -> Any:
-    """The Arrow schema of a row."""
-    pa = need("pyarrow", "an audit's results")
-    types = {
-        "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_(), "float32": pa.float32(),
-        "floats": pa.list_(pa.float32()), "map": pa.map_(pa.string(), pa.string()),
-    }  # fmt: skip
-    return pa.schema([(name, types[kind]) for name, kind in COLUMNS])
 
 
 def sync_folder(path: Path) -> None:
@@ -108,15 +80,6 @@ def image_path(part: int, place: int, what: str, kind: str) -> str:
 def part_path(part: int) -> str:
     """Path of a part's rows, relative to the audit's folder."""
     return f"rows/{part // FANOUT:03d}/part-{part:06d}.parquet"
-
-
-def table_bytes(rows: list[dict[str, Any]], metadata: dict[str, str]) -> bytes:
-    """Rows as a Parquet file."""
-    pa, pq = need("pyarrow", "an audit's results"), need("pyarrow.parquet", "an audit's results")
-    table = pa.Table.from_pylist(rows, schema=schema().with_metadata(metadata))
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
 
 
 class Results:
@@ -269,7 +232,7 @@ class Results:
             done.add(part)
         return done
 
-    def write_part(self, part: int, rows: list[dict[str, Any]], images: dict[str, bytes]) -> None:
+    def write_part(self, part: int, rows: Sequence[Row], images: dict[str, bytes]) -> None:
         """Write a part's images, then its rows.
 
         Raises:

@@ -24,10 +24,11 @@ from ..images.files import make_folder
 from ..models.protocols import Classifier
 from ..outputs import FORMAT as RUN_FORMAT
 from ..outputs import RUN, SCHEMA_VERSION, locked
-from .auditor import Auditor, open_auditor, read_plan
+from .auditor import Auditor, open_auditor
 from .conditions import conditions, held
 from .plan import Chosen, parts_of, shard_of, write_plan
 from .results import COMMAND, GOES_ON, MANIFEST, PLAN, Results, image_path, part_path
+from .rows import Row
 
 if TYPE_CHECKING:
     from ..core.core import EngineCore
@@ -90,7 +91,7 @@ def run_parts(
     *,
     workers: int,
     stop: threading.Event,
-    on_rows: Callable[[list[dict[str, Any]]], None],
+    on_rows: Callable[[Sequence[Row]], None],
     on_step: Callable[[int, int, int], None],
 ) -> None:
     """Explain parts in order: the next one is read and the last one written while one is explained."""
@@ -101,7 +102,7 @@ def run_parts(
         def read(part: int) -> tuple[Tensor, list[str | None]]:
             return auditor.read([c.sample for c in parts[part]], readers)
 
-        def write(part: int, rows: list[dict[str, Any]], files: dict[str, bytes]) -> None:
+        def write(part: int, rows: Sequence[Row], files: dict[str, bytes]) -> None:
             results.write_part(part, rows, files)
             on_rows(rows)
 
@@ -134,7 +135,7 @@ def run_audit(
     shortcuts: int = 0,
     overwrite: bool = False,
     on_progress: Callable[[Progress, float], None] = lambda progress, fraction: None,
-    on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    on_rows: Callable[[Sequence[Row]], None] = lambda rows: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Results:
     """Run an audit into a folder, or go on with it; see `Engine.audit`.
@@ -160,7 +161,7 @@ def run_audit(
         stack.enter_context(held(engine, results.manifest["conditions"], config, say))
         write_atomically(out / RUN, json.dumps(run_json(auditor, shard), indent=1) + "\n", hint=GOES_ON)
         if (out / PLAN).exists():
-            chosen = read_plan(out, auditor)
+            chosen = auditor.read_plan(out)
         else:
             chosen = auditor.plan()
             if stop.is_set():
@@ -183,11 +184,11 @@ def run_audit(
         started = time.perf_counter()
         on_progress(progress, 0.0)
 
-        def wrote(rows: list[dict[str, Any]]) -> None:
+        def wrote(rows: Sequence[Row]) -> None:
             progress.done += len(rows)
             progress.now += len(rows)
-            progress.flips += sum(bool(r["flipped"]) for r in rows)
-            progress.failures += sum(r["status"] == "failed" for r in rows)
+            progress.flips += sum(bool(r.flipped) for r in rows)
+            progress.failures += sum(r.status == "failed" for r in rows)
             progress.seconds = time.perf_counter() - started
             on_rows(rows)
             on_progress(progress, 0.0)
@@ -253,7 +254,7 @@ def audit(
     overwrite: bool = False,
     report: bool = True,
     on_progress: Callable[[Progress, float], None] = lambda progress, fraction: None,
-    on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    on_rows: Callable[[Sequence[Row]], None] = lambda rows: None,
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Results:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +42,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..audit.rows import Row
     from ..audit.run import Progress
     from ..engine import Engine
     from ..models.protocols import Classifier
@@ -153,12 +154,13 @@ def audit(
         _dry_run(auditor, out, shortcuts, part, time.perf_counter() - started, as_json)
         return
 
-    def show(rows: list[dict[str, Any]]) -> None:
+    def show(rows: Sequence[Row]) -> None:
         for row in rows:
             if as_json:
-                print_json({k: v for k, v in row.items() if v is not None and not k.endswith(("_grid", "_curve"))})
-            if row["status"] == "failed":
-                errors.print(f"error: {row['id']}: {row['error']}", style="red")
+                said = row.record().items()
+                print_json({k: v for k, v in said if v is not None and not k.endswith(("_grid", "_curve"))})
+            if row.status == "failed":
+                errors.print(f"error: {row.id}: {row.error}", style="red")
 
     if ray is not None:
         _quiet_ray()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,9 @@ class Counterfactuals:
 
     def __len__(self) -> int:
         return len(self.errors)
+
+    def __iter__(self) -> Iterator[Counterfactual]:
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> Counterfactual:
         return Counterfactual(
