@@ -96,11 +96,11 @@ def presets() -> str:
 
 
 def columns() -> str:
-    """The columns of an audit's rows with their types."""
-    from counterlens.engine.audit.results import schema
+    """The columns of an audit's rows: what they say, with their types."""
+    from counterlens.engine.audit.rows import COLUMNS
 
-    lines = ["| column | Arrow type |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| `{field.name}` | `{field.type}` |" for field in schema())])
+    lines = ["| column | Arrow type | what it says |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| `{c.name}` | `{c.kind}` | {c.says} |" for c in COLUMNS)])
 
 
 MADE = {
