@@ -44,7 +44,7 @@ class EngineCore:
 
     Threads: `counterfactual`, `explain`, `probabilities` and the functions on images and maps may run in any number of
     them at once, of one engine or of several that share models; each gives what it gives alone, and the models are left
-    as they were when the last is done. A `session` and a `sampler` belong to one thread. What builds, opens, measures or
+    as they were when the last is done. A `session` or `sampler` belongs to one thread. What builds, opens, measures or
     trains (making an engine, `warmup`, exports, adapters) and `audit`, which holds the process's number of threads, are
     to be alone with their models.
 
