@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UsageError
 from .options import (
+    FORMATS,
     ClassesOption,
     ClassifierOption,
     DistanceOption,
@@ -40,7 +41,7 @@ def export(
             "for any ONNX Runtime one whole file: counterfactual (the run, loop and all) or saliency (LAX map and MSI)."
         ),
     ] = "guided-step",
-    format: Annotated[str, typer.Option(help="onnx, aoti (AOTInductor package) or tensorrt.")] = "onnx",
+    format: Annotated[str, typer.Option(help=f"{FORMATS}.")] = "onnx",
     dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
     pack: PackOption = "digits",
     classifier: ClassifierOption = None,
@@ -132,9 +133,9 @@ def export(
         speed=speed, guidance_decoder=guidance_decoder, distance=distance,
     )  # fmt: skip
     from ..core.exporting import ALL, export_artefact
+    from ..runtime.registry import of_format
 
-    # ONNX is the same from every device; AOTInductor and TensorRT compile for the one that they are on.
-    options = {"store": store, "device": "cpu" if format == "onnx" else "auto"}
+    options = {"store": store, "device": "cpu" if of_format(format).portable else "auto"}
     engine = open_engine(
         config, pack, classifier, model, options, labels=labels, prompts=prompts, classes=classes, head=head,
         weights=weights, image_size=image_size,

@@ -20,6 +20,7 @@ from .counterfactual import counterfactual
 from .export import convert, export
 from .options import (
     errors,
+    filled,
     text_console,
 )
 from .pack import demo, info, samples
@@ -71,6 +72,14 @@ register_portable(app)
 
 class Command(TyperCommand):
     """A command that refuses what no option means, and says that it began before torch takes its seconds."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """Its parameters, with what tables hold in their help texts."""
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "help", None):
+                param.help = filled(param.help)
+        return params
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse empty texts, which a shell makes of a variable that is not set: as a path they are this folder."""

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from ..errors import MAX_SEED, CounterlensError, UsageError
+from ..runtime.registry import choices, formats
 from ..terminal import Terminal
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvisi
 ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Remove what an earlier run wrote into --out.")]
 ResumeFlag = Annotated[bool, typer.Option("--resume", help="Add images to the run in --out; settings must be its own.")]
-RUNTIMES = "auto, eager, cudagraphs, inductor, onnxruntime, aoti or tensorrt"
+RUNTIMES, FORMATS = "{runtimes}", "{formats}"  # in help texts: what the registry holds when they are read
 ForwardOption = Annotated[
     str, typer.Option(help="Of the metrics' forward passes: eager, or onnxruntime (compiled for the CPU).")
 ]
@@ -80,6 +81,15 @@ RecursiveOption = Annotated[bool, typer.Option("--recursive", help="Of folders, 
 
 
 COUNTERFACTUAL_COLUMNS = ["image", "from", "target", "now", "confidence", "flipped", "L1", "file"]
+
+
+def filled(text: str) -> str:
+    """A help text with the names of the runtimes or formats that there are."""
+    for mark, table in ((RUNTIMES, choices), (FORMATS, formats)):
+        if mark in text:
+            *names, last = table()
+            text = text.replace(mark, f"{', '.join(names)} or {last}")
+    return text
 
 
 def text_console(as_json: bool) -> Terminal:

@@ -41,6 +41,7 @@ class OnnxRuntime(Runtime):
     """Our ONNX file, on the CPU or through onnxruntime-gpu."""
 
     name, file, packages = "onnxruntime", FILE, ("onnxruntime", "onnxruntime-gpu")
+    portable = True
 
     def missing(self, device: torch.device) -> list[str]:
         if find_spec("onnx") is None:

@@ -43,6 +43,7 @@ class Runtime:
     name: str
     file: str = ""  # an artefact's main file; none is kept without it
     packages: tuple[str, ...] = ()  # whose versions decide its results
+    portable = False  # its artefacts are the same from every device
     recorded = False  # eager's own kernels in order: `auto` may take it with nothing built, and no bit differs
 
     @property
