@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,6 +79,7 @@ class Session:
         self.models, self.config, self.slots, self.observe = models, config or models.config, slots, observe
         self.settings = {self.config: models.settings(self.config)}
         self.sampler: Sampler | None = None
+        self.live = False  # for callers that wait for single samples, see `Sampler`
         self.total = 0  # ticks that the first batch needs, if no sample ends early
         self._steps: dict[Settings, int] = {}
         self._facts: dict[tuple[Config, float | None], dict[str, Any]] = {}
@@ -158,6 +159,29 @@ class Session:
         done, self._done = sorted(self._done, key=lambda sample: sample.id), []
         return self._measure(done)
 
+    @property
+    def stepped(self) -> dict[int, tuple[int, int]]:
+        """Of the samples that took a step in the last tick: how many they have taken, and of how many."""
+        if self.sampler is None:
+            return {}
+        stepped = {id for _, id in self.sampler.stepped}
+        return {self._running[id].id: at for id, at in self.sampler.progress.items() if id in stepped}
+
+    def previews(self, ids: Collection[int], decode: Callable[[Tensor], Tensor] | None = None) -> dict[int, Tensor]:
+        """Clean estimates [3, H, W] in [0, 1] of samples that took a step in the last tick, by id.
+
+        Costs a decoder pass; `decode` is a cheaper one than the model's own.
+        """
+        if self.sampler is None:
+            return {}
+        rows = {self._running[id].id: slot for slot, id in self.sampler.stepped if id in self._running}
+        wanted = [id for id in ids if id in rows]
+        if not wanted:
+            return {}
+        with torch.no_grad():
+            images = (decode or self.models.diffusion.decode)(self.sampler.z0[[rows[id] for id in wanted]])
+        return dict(zip(wanted, ((images + 1) / 2).clamp(0, 1).cpu(), strict=True))
+
     def _checked(self, config: Config) -> Settings:
         """The settings of a config, which these slots can take."""
         if config not in self.settings:
@@ -182,7 +206,11 @@ class Session:
         if todo and self.sampler is None:
             slots = self.slots or self.models.slots_for(len(todo))
             self.sampler = self.models.open_sampler(self.settings[self.config], slots, self._watch())
+<<<<<<< HEAD
             self.sampler.live = self.slots is not None
+=======
+            self.sampler.live = self.live
+>>>>>>> 37b2b49 (Explanations over HTTP: a worker that batches at every step, streams, tasks, limits, keys, metrics, KServe's protocols)
             self.total = count_ticks([self._steps[sample.settings] for sample in todo], slots)
         for sample in todo:
             assert self.sampler is not None

@@ -221,6 +221,12 @@ class Sampler:
         queues = (self._waiting, self._encoded, self._ready, self._done, self._failed)
         return any(queues) or any(self._inverting) or any(self._running)
 
+    @property
+    def progress(self) -> dict[int, tuple[int, int]]:
+        """Of the jobs in the slots, and those that wait to be decoded: steps taken, and of how many."""
+        held = (sample for sample in (*self._running, *self._done) if sample is not None)
+        return {sample.id: (len(sample.kept), len(sample.schedule)) for sample in held}
+
     def submit(self, job: Job) -> int:
         """Add a job to the queue and return its id.
 

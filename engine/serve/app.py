@@ -1,0 +1,271 @@
+"""The HTTP interface: counterfactuals, saliency and predictions, as one answer, as a stream, or later."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from torch import Tensor
+
+from ..core.core import EngineCore
+from ..errors import CounterlensError
+from ..saliency.methods import saliency_methods
+from .guard import Guard, Keys, Limits
+from .kserve import add_routes
+from .server import Server, Task
+from .telemetry import Metrics
+from .wire import (
+    CounterfactualRequest,
+    PredictionRequest,
+    Problem,
+    SaliencyRequest,
+    from_base64,
+    parse_json,
+    png,
+    problem_of,
+    to_base64,
+    validated,
+)
+from .worker import Worker
+
+
+async def fields_of(request: Request) -> tuple[dict[str, Any], bytes]:
+    """A request's fields beside the image, and the image's bytes, from JSON or a form.
+
+    Raises:
+        Problem: 400 or 415, it is neither, or has no image.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        fields = parse_json(await request.body())
+        if not isinstance(fields, dict):
+            raise Problem(400, "body: expected a JSON object", "body")
+        if not isinstance(fields.get("image"), str):
+            raise Problem(400, "image: expected a file in base64", "image")
+        return fields | {"image": ""}, from_base64(fields["image"])
+    if kind != "multipart/form-data":
+        raise Problem(415, f"content-type: expected multipart/form-data or application/json, got {kind or 'none'!r}")
+    async with request.form(max_files=1, max_fields=32) as form:
+        upload = form.get("image")
+        if upload is None or isinstance(upload, str):
+            raise Problem(400, "image: expected a file", "image")
+        data = await upload.read()
+        fields = {name: value for name, value in form.items() if name != "image" and isinstance(value, str)}
+    if "config" in fields:
+        fields["config"] = parse_json(str(fields["config"]).encode())
+    return fields | {"image": ""}, data
+
+
+def events_of(task: Task, server: Server, saliency: bool) -> Callable[[int, int, Tensor | None], None]:
+    """What is told after each step, as events of the task."""
+
+    def on_step(step: int, total: int, preview: Tensor | None) -> None:
+        data: dict[str, Any] = {"step": step, "total": total}
+        if preview is not None:
+            data["image"] = to_base64(png(preview))
+        task.say("progress", data)
+
+    return on_step
+
+
+async def finish(task: Task, server: Server, saliency: bool) -> None:
+    """Wait for a task's result and tell it as its last event."""
+    try:
+        result = await asyncio.wrap_future(task.ticket.future)
+        task.say("result", await server.answer(result, task.ticket, saliency))
+    except CounterlensError as error:
+        task.say("error", problem_of(error).body())
+
+
+async def stream(task: Task) -> AsyncIterator[bytes]:
+    """A task's events as server-sent events, from the first to the last."""
+    told = 0
+    while True:
+        changed = task.changed
+        for name, data in task.events[told:]:
+            yield f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+            if name in ("result", "error"):
+                return
+        told = len(task.events)
+        try:
+            await asyncio.wait_for(changed.wait(), timeout=10)
+        except asyncio.TimeoutError:
+            yield b": still here\n\n"  # proxies close what is silent
+
+
+def make_app(
+    engine: EngineCore,
+    worker: Worker,
+    *,
+    keys: Keys | None = None,
+    limits: Limits | None = None,
+    cors_origins: list[str] | None = None,
+) -> Any:
+    """The server's ASGI application.
+
+    Args:
+        engine, worker: of one another.
+        keys: who is let in; everybody without.
+        limits: of one request.
+        cors_origins: pages of these origins may ask.
+    """
+    limits = limits or Limits()
+    metrics = Metrics(worker)
+    server = Server(engine, worker, metrics, limits)
+    app = FastAPI(title="counterlens", version="1", description="Explanations of one classifier.", docs_url="/docs")
+    running: set[asyncio.Task[None]] = set()
+
+    @app.exception_handler(CounterlensError)
+    async def ours(request: Request, error: CounterlensError) -> JSONResponse:
+        problem = problem_of(error)
+        return JSONResponse(problem.body(), problem.status, problem.headers, "application/problem+json")
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return JSONResponse(Problem(400, f"{name}: {first['msg']}", name).body(), 400, None, "application/problem+json")
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        problem = Problem(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
+        return JSONResponse(problem.body(), error.status_code, error.headers, "application/problem+json")
+
+    def body(model: Any) -> dict[str, Any]:
+        """A route's body for OpenAPI: the model as JSON, or a form with the file itself."""
+        schema = model.model_json_schema()
+        form = schema | {
+            "properties": schema["properties"] | {"image": {"type": "string", "format": "binary"}},
+        }
+        content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
+        return {"requestBody": {"required": True, "content": content}}
+
+    problems: dict[int | str, dict[str, Any]] = {
+        code: {"description": "Problem details (RFC 9457)."} for code in (400, 401, 413, 415, 422, 429, 503, 504)
+    }
+
+    @app.post("/v1/counterfactuals", openapi_extra=body(CounterfactualRequest), responses=problems, tags=["explain"])
+    async def counterfactual(request: Request) -> Response:
+        """Change an image as little as needed for the model to say the target.
+
+        `Accept: image/png` gives the picture alone, `text/event-stream` its steps and then the result,
+        `Prefer: respond-async` a `Location` to come back to.
+        """
+        fields, data = await fields_of(request)
+        asked = validated(CounterfactualRequest, fields)
+        image = await server.image(data)
+        accept, prefer = request.headers.get("accept", ""), request.headers.get("prefer", "")
+        streams = "text/event-stream" in accept
+        if not streams and "respond-async" not in prefer:
+            ticket = server.submit(image, asked, None)
+            result = await server.wait(request, ticket)
+            answered = await server.answer(result, ticket, asked.saliency)
+            if "image/png" in accept and result.error is None:
+                said = {"X-Prediction": answered["prediction"], "X-Flipped": str(answered["flipped"]).lower()}
+                return Response(png(result.image), 200, said, "image/png")
+            return JSONResponse(answered)
+        holder: list[Task] = []
+
+        def on_step(step: int, total: int, preview: Tensor | None) -> None:
+            if holder:
+                events_of(holder[0], server, asked.saliency)(step, total, preview)
+
+        ticket = server.submit(image, asked, on_step)
+        name, task = server.keep(ticket)
+        holder.append(task)
+        waiting = asyncio.create_task(finish(task, server, asked.saliency))
+        running.add(waiting)
+        waiting.add_done_callback(running.discard)
+        where = {"Location": f"/v1/counterfactuals/{name}"}
+        if not streams:
+            return JSONResponse({"id": name, "status": "accepted", **where}, 202, where)
+
+        async def watched() -> AsyncIterator[bytes]:
+            try:
+                async for event in stream(task):
+                    yield event
+            finally:
+                if not ticket.future.done():
+                    worker.cancel(ticket)
+
+        return StreamingResponse(watched(), 200, where | {"Cache-Control": "no-store"}, "text/event-stream")
+
+    @app.get(
+        "/v1/counterfactuals/{name}", responses={404: {"description": "None, or none any more."}}, tags=["explain"]
+    )
+    async def fetch(name: str, request: Request) -> Response:
+        """The result if it is there (200), else how far it is (202); `text/event-stream` streams it."""
+        task = server.task(name)
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return StreamingResponse(stream(task), 200, {"Cache-Control": "no-store"}, "text/event-stream")
+        start: tuple[str, dict[str, Any]] = ("progress", {"step": 0, "total": 0})
+        kind, data = task.events[-1] if task.events else start
+        if kind == "error":
+            raise Problem(data["status"], data["detail"], data.get("field"))
+        if kind == "result":
+            return JSONResponse(data)
+        return JSONResponse({"status": "running", "step": data["step"], "total": data["total"]}, 202)
+
+    @app.delete("/v1/counterfactuals/{name}", status_code=204, tags=["explain"])
+    async def forget(name: str) -> Response:
+        """Cancel it if it runs, and forget it."""
+        worker.cancel(server.task(name).ticket)
+        del server.tasks[name]
+        return Response(status_code=204)
+
+    @app.post("/v1/saliency", openapi_extra=body(SaliencyRequest), responses=problems, tags=["explain"])
+    async def saliency(request: Request) -> Response:
+        """Where the evidence for a label is, and how good that answer is (MSI)."""
+        fields, data = await fields_of(request)
+        asked = validated(SaliencyRequest, fields)
+        return JSONResponse(await server.saliency(await server.image(data), asked))
+
+    @app.post("/v1/predictions", openapi_extra=body(PredictionRequest), responses=problems, tags=["explain"])
+    async def prediction(request: Request) -> Response:
+        """What the model says of an image."""
+        fields, data = await fields_of(request)
+        validated(PredictionRequest, fields)
+        image = await server.image(data)
+        p = (await server.call(lambda: engine.probabilities(image[None])))[0]
+        if not p.isfinite().all():
+            raise Problem(422, "classifier: NaN or infinity for this image")
+        chances = {label: round(v, 6) for label, v in zip(engine.labels, p.tolist(), strict=True)}
+        return JSONResponse({"prediction": engine.labels[int(p.argmax())], "probabilities": chances})
+
+    @app.get("/v1/models", tags=["server"])
+    async def models() -> dict[str, Any]:
+        """What is served."""
+        facts = {"image_size": engine.image_size, "labels": engine.labels, "slots": list(engine.slots)}
+        return {"models": [{"name": server.name, **engine.names, **facts, "speeds": sorted(engine.speeds),
+                            "methods": list(saliency_methods)}]}  # fmt: skip
+
+    @app.get("/healthz", tags=["server"])
+    async def healthz() -> dict[str, str]:
+        """Whether the process lives."""
+        return {"status": "alive"}
+
+    @app.get("/readyz", tags=["server"])
+    async def readyz() -> dict[str, str]:
+        """Whether requests are taken: after warm-up, and not while it is being stopped."""
+        if not worker.ready or worker.draining:
+            raise Problem(503, "server: it is being stopped" if worker.draining else "server: it warms up")
+        return {"status": "ready"}
+
+    @app.get("/metrics", tags=["server"])
+    async def prometheus() -> Response:
+        """Prometheus metrics."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    add_routes(app, server)
+    inner: Any = app
+    if cors_origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        inner = CORSMiddleware(app, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+    return Guard(inner, keys or Keys(None), limits, metrics)

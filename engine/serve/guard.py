@@ -1,0 +1,173 @@
+"""Before any route: request ids, keys, limits of bodies and time, one log line, and errors as problem details."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import re
+import time
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .telemetry import Metrics, log
+from .wire import Problem
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+OPEN = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")  # need no key
+REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask of the server.
+
+    Attributes:
+        body_bytes: of a request's body.
+        body_seconds: until a body has to be there.
+        pixels: of an image, before it is decoded.
+        per_key: requests of one key at once; 0: any number.
+    """
+
+    body_bytes: int = 32_000_000
+    body_seconds: float = 30.0
+    pixels: int = 64_000_000
+    per_key: int = 0
+
+
+class Keys:
+    """Bearer keys, one a line of a file; empty without one, and then everybody is let in."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.keys: list[bytes] = []
+        self.read()
+
+    def read(self) -> None:
+        """Read the file again.
+
+        Raises:
+            UsageError: it cannot be read or holds none.
+        """
+        if self.path is None:
+            return
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"api-key-file: {self.path} cannot be read ({error})") from error
+        keys = [line.strip().encode() for line in lines if line.strip() and not line.startswith("#")]
+        if not keys:
+            raise UsageError(f"api-key-file: {self.path} holds no key; one a line")
+        self.keys = keys
+
+    def check(self, header: bytes) -> int:
+        """The place of the key that an Authorization header holds; -1 where no key is asked for.
+
+        Raises:
+            Problem: 401.
+        """
+        if not self.keys:
+            return -1
+        scheme, _, given = header.partition(b" ")
+        # Compared with all of them, in a time that says nothing of where they differ.
+        found = [i for i, key in enumerate(self.keys) if hmac.compare_digest(key, given.strip())]
+        if scheme.lower() != b"bearer" or not found:
+            raise Problem(
+                401, "authorization: a bearer key is asked for", "authorization", {"WWW-Authenticate": "Bearer"}
+            )
+        return found[0]
+
+
+class Guard:
+    """The outermost ASGI application.
+
+    Args:
+        app: what answers.
+        keys, limits, metrics: see there.
+    """
+
+    def __init__(self, app: Any, keys: Keys, limits: Limits, metrics: Metrics) -> None:
+        self.app, self.keys, self.limits, self.metrics = app, keys, limits, metrics
+        self.running: Counter[int] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["request_id"] = request_id
+        started, status, begun = time.perf_counter(), 0, False
+
+        async def answer(message: Message) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        key: int | None = None
+        try:
+            if scope["path"] not in OPEN:
+                key = self.keys.check(headers.get(b"authorization", b""))
+                if key >= 0 and self.limits.per_key and self.running[key] >= self.limits.per_key:
+                    key = None
+                    raise Problem(
+                        429, f"key: {self.limits.per_key} requests of it run already", None, {"Retry-After": "1"}
+                    )
+                self.running[key] += 1
+            await self.app(scope, self._limited(headers, receive), answer)
+        except Problem as problem:
+            if not begun:
+                await send_problem(problem, answer)
+        finally:
+            if key is not None:
+                self.running[key] -= 1
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, str(status)).inc()
+            if status >= 400:
+                self.metrics.errors.labels(str(status)).inc()
+            log("request", id=request_id, method=scope["method"], path=scope["path"][:200], status=status,
+                seconds=round(time.perf_counter() - started, 4))  # fmt: skip
+
+    def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+        """Receive a body of limited size within a limited time."""
+        limit, end = self.limits.body_bytes, time.perf_counter() + self.limits.body_seconds
+        said = headers.get(b"content-length", b"0")
+        total, whole = 0, False
+
+        async def limited() -> Message:
+            nonlocal total, whole
+            if said.isdigit() and int(said) > limit:
+                raise Problem(413, f"body: {int(said)} bytes, more than {limit}", "body")
+            if whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.perf_counter()))
+            except asyncio.TimeoutError as error:
+                raise Problem(408, f"body: not there after {self.limits.body_seconds:g} s", "body") from error
+            total += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if total > limit:
+                raise Problem(413, f"body: more than {limit} bytes", "body")
+            return message
+
+        return limited
+
+
+async def send_problem(problem: Problem, send: Send) -> None:
+    """Answer with problem details."""
+    body = json.dumps(problem.body()).encode()
+    headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

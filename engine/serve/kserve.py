@@ -1,0 +1,270 @@
+"""KServe's protocols: the Open Inference Protocol (v2, JSON and binary tensors), and v1's predict and explain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from torch import Tensor
+
+from ..config import Config
+from ..core.result import Counterfactual
+from ..images.files import as_saved
+from ..saliency.explain import explain
+from .server import Server
+from .wire import Problem, from_base64, parse_json, png, to_base64
+
+HEADER = "inference-header-content-length"
+DTYPES = {"FP32": np.float32, "INT64": np.int64, "INT32": np.int32, "FP64": np.float64, "BOOL": np.bool_}
+MAX_BATCH = 64
+DEFAULT_OUTPUTS = ("counterfactual", "prediction", "probabilities", "flipped")
+
+
+def tensor_of(given: dict[str, Any], blob: memoryview) -> tuple[Any, int]:
+    """An input's array, or list of texts for BYTES, and how many bytes of the blob it took.
+
+    Raises:
+        Problem: 400, naming the input.
+    """
+    name, kind, shape = str(given.get("name")), given.get("datatype"), given.get("shape")
+    if not isinstance(shape, list) or not all(isinstance(n, int) and 0 <= n <= 2**24 for n in shape):
+        raise Problem(400, f"{name}: shape: expected a list of whole numbers, got {str(shape)[:60]}", name)
+    count = int(np.prod(shape, dtype=np.float64)) if shape else 1
+    size = (given.get("parameters") or {}).get("binary_data_size")
+    if size is not None and (not isinstance(size, int) or size < 0 or size > len(blob)):
+        raise Problem(400, f"{name}: binary_data_size: {str(size)[:20]} bytes were said, {len(blob)} are there", name)
+    if kind == "BYTES":
+        if size is None:
+            texts = [str(x) for x in np.asarray(given.get("data", []), dtype=object).reshape(-1)]
+        else:
+            texts, at = [], 0
+            while at + 4 <= size:
+                (length,) = struct.unpack_from("<I", blob, at)
+                texts.append(bytes(blob[at + 4 : at + 4 + length]).decode(errors="replace"))
+                at += 4 + length
+        if len(texts) != count:
+            raise Problem(400, f"{name}: shape {shape} needs {count} values, got {len(texts)}", name)
+        return texts, size or 0
+    if kind not in DTYPES:
+        raise Problem(400, f"{name}: datatype: expected {', '.join(DTYPES)} or BYTES, got {str(kind)[:20]}", name)
+    array: np.ndarray
+    try:
+        if size is None:
+            array = np.asarray(given.get("data"), dtype=DTYPES[kind]).reshape(shape)
+        else:
+            array = np.frombuffer(blob[:size], dtype=DTYPES[kind]).reshape(shape).copy()
+    except (ValueError, TypeError, OverflowError) as error:
+        raise Problem(400, f"{name}: does not fit shape {shape} of {kind} ({str(error)[:100]})", name) from error
+    return array, size or 0
+
+
+def read_inference(body: bytes, header_length: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the request's JSON, its inputs by name)."""
+    length = len(body)
+    if header_length is not None:
+        if not header_length.isdigit() or int(header_length) > len(body):
+            raise Problem(400, f"{HEADER}: expected at most {len(body)}, got {header_length[:20]!r}", HEADER)
+        length = int(header_length)
+    asked, blob = parse_json(body[:length]), memoryview(body)[length:]
+    inputs = asked.get("inputs") if isinstance(asked, dict) else None
+    if not isinstance(inputs, list) or not all(isinstance(i, dict) for i in inputs):
+        raise Problem(400, "inputs: expected a list of tensors", "inputs")
+    found = {}
+    for given in inputs:
+        found[str(given.get("name"))], used = tensor_of(given, blob)
+        blob = blob[used:]
+    return asked, found
+
+
+def images_of(inputs: dict[str, Any], size: int) -> Tensor:
+    """The images [B, 3, size, size] of a request."""
+    array = inputs.get("image")
+    if not isinstance(array, np.ndarray):
+        raise Problem(400, f"image: expected an input of FP32 [B, 3, {size}, {size}] in [0, 1]", "image")
+    images = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if images.ndim != 4 or images.shape[1:] != (3, size, size) or not 1 <= len(images) <= MAX_BATCH:
+        raise Problem(
+            400,
+            f"image: expected [B, 3, {size}, {size}] with B from 1 to {MAX_BATCH}, got {list(images.shape)}",
+            "image",
+        )
+    if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
+        raise Problem(400, "image: expected numbers in [0, 1]", "image")
+    return images
+
+
+def targets_of(inputs: dict[str, Any], count: int) -> list[str | int]:
+    """One target for each image; -1 and no target are the runner-up."""
+    given = inputs.get("target")
+    if given is None:
+        return ["runner-up"] * count
+    values: list[Any] = given if isinstance(given, list) else [int(v) for v in given.reshape(-1)]
+    if len(values) != count:
+        raise Problem(400, f"target: expected {count}, one for each image, got {len(values)}", "target")
+    return ["runner-up" if v == -1 else v for v in values]
+
+
+async def run_all(
+    server: Server, request: Request, images: Tensor, targets: list[str | int], config: Config
+) -> list[Counterfactual]:
+    """A counterfactual of each image; what is not wanted any more is cancelled."""
+    tickets = [server.worker.submit(x, t, config) for x, t in zip(images, targets, strict=True)]
+    try:
+        results = [await server.wait(request, ticket) for ticket in tickets]
+    finally:
+        for ticket in tickets:
+            if not ticket.future.done():
+                server.worker.cancel(ticket)
+    for ticket, result in zip(tickets, results, strict=True):
+        server.metrics.answered(ticket)
+        server.metrics.explain.observe(ticket.finished - ticket.arrived)
+        if result.status == "failed":
+            raise Problem(422, str(result.error))
+    return results
+
+
+def add_routes(app: FastAPI, server: Server) -> None:
+    """Add both protocols to the application."""
+    size, labels = server.engine.image_size, server.engine.labels
+
+    def known(model: str) -> None:
+        if model != server.name:
+            raise Problem(404, f"model: {model[:60]!r} is not served here, {server.name!r} is", "model")
+
+    @app.get("/v2", tags=["kserve"])
+    async def metadata() -> dict[str, Any]:
+        """The server."""
+        return {"name": "counterlens", "version": "1", "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/health/live", tags=["kserve"])
+    async def live() -> dict[str, bool]:
+        """Whether the process lives."""
+        return {"live": True}
+
+    @app.get("/v2/health/ready", tags=["kserve"])
+    async def ready() -> Response:
+        """Whether requests are taken."""
+        good = server.worker.ready and not server.worker.draining
+        return JSONResponse({"ready": good}, 200 if good else 503)
+
+    @app.get("/v2/models/{model}/ready", tags=["kserve"])
+    async def model_ready(model: str) -> Response:
+        """Whether requests of this model are taken."""
+        known(model)
+        good = server.worker.ready and not server.worker.draining
+        return JSONResponse({"name": model, "ready": good}, 200 if good else 503)
+
+    @app.get("/v2/models/{model}", tags=["kserve"])
+    async def model_metadata(model: str) -> dict[str, Any]:
+        """Inputs and outputs."""
+        known(model)
+
+        def said(name: str, datatype: str, *shape: int) -> dict[str, Any]:
+            return {"name": name, "datatype": datatype, "shape": [-1, *shape]}
+
+        return {
+            "name": model, "versions": ["1"], "platform": "counterlens",
+            "inputs": [said("image", "FP32", 3, size, size), said("target", "INT64")],
+            "outputs": [
+                said("counterfactual", "FP32", 3, size, size), said("source", "INT64"), said("prediction", "INT64"),
+                said("probabilities", "FP32", len(labels)), said("flipped", "BOOL"), said("l1", "FP32"),
+                said("saliency", "FP32", size, size),
+            ],
+        }  # fmt: skip
+
+    @app.post("/v2/models/{model}/infer", tags=["kserve"])
+    async def infer(model: str, request: Request) -> Response:
+        """Counterfactuals of a batch of image tensors."""
+        known(model)
+        asked, inputs = read_inference(await request.body(), request.headers.get(HEADER))
+        images = images_of(inputs, size)
+        parameters = asked.get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise Problem(400, "parameters: expected an object", "parameters")
+        speed = parameters.get("speed") or server.engine.config.speed
+        config = Config.make(**server.engine.config.model_dump(exclude_unset=True) | {"speed": speed})
+        wanted = asked.get("outputs") or [{"name": name} for name in DEFAULT_OUTPUTS]
+        if not isinstance(wanted, list) or not all(isinstance(o, dict) for o in wanted):
+            raise Problem(400, "outputs: expected a list", "outputs")
+        names = [str(o.get("name")) for o in wanted]
+        results = await run_all(server, request, images, targets_of(inputs, len(images)), config)
+        made = torch.stack([as_saved(r.image) for r in results])
+        arrays: dict[str, np.ndarray] = {
+            "counterfactual": made.numpy(),
+            "source": np.asarray([r.source for r in results], dtype=np.int64),
+            "prediction": np.asarray([r.prediction if r.error is None else r.source for r in results], dtype=np.int64),
+            "flipped": np.asarray([r.flipped for r in results]),
+            "l1": np.asarray([r.l1 if r.error is None else 0.0 for r in results], dtype=np.float32),
+        }
+        if "probabilities" in names:
+            arrays["probabilities"] = (await server.call(lambda: server.engine.probabilities(made))).numpy()
+        if "saliency" in names:
+            maps = await server.call(lambda: explain(server.engine, images).saliency)
+            arrays["saliency"] = maps.numpy()
+        if wrong := [name for name in names if name not in arrays]:
+            raise Problem(400, f"outputs: {wrong[0][:40]!r} is none; expected some of {', '.join(arrays)}", "outputs")
+        binary_default = bool(parameters.get("binary_data_output"))
+        return await asyncio.to_thread(_respond, model, asked.get("id"), wanted, arrays, binary_default)
+
+    @app.post("/v1/models/{model}:predict", tags=["kserve"])
+    async def predict_v1(model: str, request: Request) -> dict[str, Any]:
+        """Predictions of `instances`, images in base64."""
+        known(model)
+        images = torch.stack([await server.image(data) for data in _instances(await request.body())])
+        p = await server.call(lambda: server.engine.probabilities(images))
+        return {"predictions": [dict(zip(labels, map(float, row), strict=True)) for row in p.tolist()]}
+
+    @app.post("/v1/models/{model}:explain", tags=["kserve"])
+    async def explain_v1(model: str, request: Request) -> dict[str, Any]:
+        """Counterfactuals of `instances`, images in base64."""
+        known(model)
+        images = torch.stack([await server.image(data) for data in _instances(await request.body())])
+        targets: list[str | int] = ["runner-up"] * len(images)
+        results = await run_all(server, request, images, targets, server.engine.config)
+        return {"explanations": [r.record() | {"image": to_base64(png(r.image))} for r in results]}
+
+
+def _instances(body: bytes) -> list[bytes]:
+    asked = parse_json(body)
+    given = asked.get("instances") if isinstance(asked, dict) else None
+    if not isinstance(given, list) or not 1 <= len(given) <= MAX_BATCH:
+        raise Problem(400, f"instances: expected a list of 1 to {MAX_BATCH}", "instances")
+    out = []
+    for one in given:
+        inner = one.get("image", one) if isinstance(one, dict) else one
+        text = inner.get("b64") if isinstance(inner, dict) else inner
+        if not isinstance(text, str):
+            raise Problem(400, 'instances: expected images as {"b64": "..."}', "instances")
+        out.append(from_base64(text, "instances"))
+    return out
+
+
+def _respond(
+    model: str, id: Any, wanted: list[dict[str, Any]], arrays: dict[str, np.ndarray], binary: bool
+) -> Response:
+    """Outputs as JSON, those that were asked for in binary behind it."""
+    outputs, blobs = [], []
+    kinds = {np.dtype(v): k for k, v in DTYPES.items()}
+    for one in wanted:
+        name = str(one.get("name"))
+        array = np.ascontiguousarray(arrays[name])
+        said: dict[str, Any] = {"name": name, "datatype": kinds[array.dtype], "shape": list(array.shape)}
+        if (one.get("parameters") or {}).get("binary_data", binary):
+            blobs.append(array.tobytes())
+            said["parameters"] = {"binary_data_size": len(blobs[-1])}
+        else:
+            said["data"] = array.reshape(-1).tolist()
+        outputs.append(said)
+    head = json.dumps(
+        {"model_name": model, "model_version": "1", "outputs": outputs} | ({"id": id} if id else {})
+    ).encode()
+    if not blobs:
+        return Response(head, 200, media_type="application/json")
+    headers = {HEADER: str(len(head))}
+    return Response(b"".join([head, *blobs]), 200, headers, "application/octet-stream")

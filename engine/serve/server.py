@@ -1,0 +1,134 @@
+"""What the routes share: the worker, decoding beside the event loop, answers, and tasks that callers come back for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import Request
+from torch import Tensor
+
+from ..core.core import EngineCore
+from ..core.result import Counterfactual
+from ..saliency.explain import explain
+from .guard import Limits
+from .telemetry import Metrics
+from .wire import CounterfactualRequest, Problem, SaliencyRequest, answer_of, config_of, png, read_image, to_base64
+from .worker import Ticket, Worker
+
+T = TypeVar("T")
+KEPT, KEPT_S = 256, 600.0  # finished answers that are kept for a caller that comes back, and for how long
+GONE_S = 0.05  # how often it is asked whether the caller is still there
+
+
+@dataclass
+class Task:
+    """A counterfactual that its caller comes back for."""
+
+    ticket: Ticket[Counterfactual]
+    created: float = field(default_factory=time.monotonic)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def say(self, name: str, data: dict[str, Any]) -> None:
+        """Add an event, and wake whoever listens."""
+        self.events.append((name, data))
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Server:
+    """What the routes share."""
+
+    def __init__(self, engine: EngineCore, worker: Worker, metrics: Metrics, limits: Limits) -> None:
+        self.engine, self.worker, self.metrics, self.limits = engine, worker, metrics, limits
+        self.tasks: OrderedDict[str, Task] = OrderedDict()
+        self.name = engine.names.get("pack") or Path(engine.names.get("model", "model")).name
+
+    async def image(self, data: bytes) -> Tensor:
+        """An uploaded image, decoded beside the event loop."""
+        size, interpolation = self.engine.image_size, self.engine.config.interpolation
+        return await asyncio.to_thread(read_image, data, size, self.limits.pixels, interpolation)
+
+    async def call(self, run: Callable[[], T]) -> T:
+        """Something short that needs the models."""
+        return await asyncio.wrap_future(self.worker.call(run))
+
+    def submit(
+        self, image: Tensor, asked: CounterfactualRequest, on_step: Callable[[int, int, Tensor | None], None] | None
+    ) -> Ticket[Counterfactual]:
+        """Put a counterfactual into the worker's queue; `on_step` is told in the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def stepped(ticket: Ticket[Counterfactual], preview: Tensor | None) -> None:
+            if on_step is not None:
+                loop.call_soon_threadsafe(on_step, ticket.step, ticket.total, preview)
+
+        return self.worker.submit(
+            image, asked.target, config_of(asked, self.engine.config), budget_s=asked.budget_s,
+            on_step=stepped if on_step else None, preview=on_step is not None and asked.preview,
+        )  # fmt: skip
+
+    async def wait(self, request: Request, ticket: Ticket[T]) -> T:
+        """The ticket's result; it is cancelled once the caller is gone."""
+        future = asyncio.wrap_future(ticket.future)
+        try:
+            while not future.done():
+                await asyncio.wait({future}, timeout=GONE_S)
+                if not future.done() and await request.is_disconnected():
+                    raise Problem(409, "request: the caller is gone")
+            return future.result()
+        finally:
+            if not future.done():
+                self.worker.cancel(ticket)
+                future.cancel()
+
+    async def answer(self, result: Counterfactual, ticket: Ticket[Counterfactual], saliency: bool) -> dict[str, Any]:
+        """The result as JSON, with the saliency of its input where that was asked for."""
+        self.metrics.answered(ticket)
+        total = ticket.finished - ticket.arrived
+        self.metrics.explain.observe(total)
+        body = await asyncio.to_thread(answer_of, result, ticket.slots, ticket.started - ticket.arrived, total)
+        if saliency:
+            body["saliency"] = await self.saliency(result.input, SaliencyRequest(image="", target=result.source))
+        return body
+
+    async def saliency(self, image: Tensor, asked: SaliencyRequest) -> dict[str, Any]:
+        """A saliency map with MSI and its curve."""
+        made = await self.call(
+            lambda: explain(
+                self.engine, image[None], explained=asked.target, method=asked.method, quantity=asked.quantity
+            )
+        )
+        return made.record(0) | {"map": to_base64(await asyncio.to_thread(png, made.saliency[0]))}
+
+    def keep(self, ticket: Ticket[Counterfactual]) -> tuple[str, Task]:
+        """A task for a caller that comes back; the oldest finished ones make room."""
+        now = time.monotonic()
+        for name in [n for n, t in self.tasks.items() if t.ticket.future.done() and now - t.created > KEPT_S]:
+            del self.tasks[name]
+        while len(self.tasks) >= KEPT:
+            oldest = next((n for n, t in self.tasks.items() if t.ticket.future.done()), None)
+            if oldest is None:
+                self.worker.cancel(ticket)
+                raise Problem(429, f"tasks: {KEPT} run already", None, {"Retry-After": "5"})
+            del self.tasks[oldest]
+        name, task = uuid.uuid4().hex, Task(ticket)
+        self.tasks[name] = task
+        return name, task
+
+    def task(self, name: str) -> Task:
+        """A task by its name.
+
+        Raises:
+            Problem: 404.
+        """
+        if name not in self.tasks:
+            raise Problem(404, f"counterfactual: there is none of this name, or none any more ({KEPT_S:.0f} s)")
+        return self.tasks[name]

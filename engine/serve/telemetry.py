@@ -1,0 +1,56 @@
+"""What the server says of itself: Prometheus metrics, and one JSON line a request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from .worker import Ticket, Worker
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """Counters and histograms of one server, in a registry of its own."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.registry = CollectorRegistry()
+        named: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("counterlens_requests", "Requests by route and status.", ["route", "status"], **named)
+        self.errors = Counter("counterlens_errors", "Answers that are errors, by kind.", ["kind"], **named)
+        # KServe's name for the same.
+        self.explain = Histogram("request_explain_seconds", "Seconds from arrival to answer.", buckets=SECONDS, **named)
+        self.queue_s = Histogram("counterlens_queue_seconds", "Seconds in the queue.", buckets=SECONDS, **named)
+        self.run_s = Histogram("counterlens_run_seconds", "Seconds in the slots, encoding included.", buckets=SECONDS,
+                               **named)  # fmt: skip
+        for name, text, read in (
+            ("queue_depth", "Requests that wait.", lambda: worker.waiting),
+            ("slots_busy", "Requests in the slots or prepared for them.", lambda: worker.busy_slots),
+            ("ticks", "Batched steps taken.", lambda: worker.ticks),
+            ("steps", "Steps of samples taken.", lambda: worker.steps),
+            ("batch_occupancy", "Share of the slots of all ticks that held a sample.",
+             lambda: worker.steps / worker.places if worker.places else 0.0),
+            ("samples_per_second", "Measured lately, while there was work.", lambda: worker.rate),
+            ("ready", "1 once warm-up is over and until draining.",
+             lambda: float(worker.ready and not worker.draining)),
+        ):  # fmt: skip
+            Gauge(f"counterlens_{name}", text, **named).set_function(read)
+
+    def answered(self, ticket: Ticket[Any]) -> None:
+        """A counterfactual is done."""
+        self.queue_s.observe(max(0.0, ticket.started - ticket.arrived))
+        self.run_s.observe(max(0.0, ticket.finished - ticket.started))
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+def log(event: str, **fields: Any) -> None:
+    """One line of JSON on stderr; never anything of an image."""
+    line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
+    sys.stderr.write(json.dumps(line, default=str) + "\n")

@@ -1,0 +1,402 @@
+"""One thread owns the models; callers submit one sample and get a ticket.
+
+Samples whose settings share a graph share the slots of a lane; lanes take turns. The next tick belongs to the lane that
+will be done with its oldest sample first, so that a fast request does not wait behind a long one; but a lane for which
+others have worked `SHARE` times as long as one of its own ticks takes comes next, so that none starves.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..core.core import EngineCore
+from ..core.result import Counterfactual
+from ..core.session import Session
+from ..errors import CounterlensError, UsageError
+
+T = TypeVar("T")
+SHARE = 3.0
+LANES = 2  # of one graph that are busy at once
+SMOOTHING = 0.2  # weight of the newest tick in a lane's measured seconds a tick
+KNOWN_TICK_S = 0.02  # before the first one was measured
+FAILURES = (RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError)  # of a user's model
+
+
+class Full(CounterlensError):
+    """The queue is full; `retry_after` is when there should be room, in seconds."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"queue: {waiting} requests wait already; try again in {retry_after:.1f} s")
+        self.retry_after = retry_after
+
+
+class Draining(CounterlensError):
+    """The server is being stopped and takes nothing new."""
+
+
+class Late(CounterlensError):
+    """The budget ends before an answer can be there."""
+
+
+class Cancelled(CounterlensError):
+    """The caller does not want the answer any more."""
+
+
+@dataclass
+class Ticket(Generic[T]):
+    """A request in the worker's hands.
+
+    Attributes:
+        future: the result, or why there is none.
+        step, total: guided steps that the sample has taken, and of how many; 0, 0 before the first.
+        slots: how many samples its lane guides at once; 0 before it is in one.
+        arrived, started, finished: `time.perf_counter` at arrival, when it got into a lane, and when it was done.
+    """
+
+    future: Future[T] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    finished: float = 0.0
+    step: int = 0
+    total: int = 0
+    slots: int = 0
+    cancelled: bool = False
+    on_step: Callable[[Ticket[T], Tensor | None], None] | None = None
+    preview: bool = False
+
+
+@dataclass
+class _Request:
+    ticket: Ticket[Counterfactual]
+    image: Tensor  # [3, H, W]
+    target: str | int
+    seed: int | None
+    config: Config
+    graph: tuple[object, ...]
+    total: int  # ticks that it takes at least
+    budget_s: float | None
+
+
+class _Lane:
+    """The slots of one graph, and who is in them."""
+
+    def __init__(self, session: Session, slots: int) -> None:
+        self.session, self.slots = session, slots
+        self.requests: dict[int, _Request] = {}
+        self.tick_s = 0.0
+        self.owed = 0.0  # seconds that other lanes worked since its last tick
+
+    @property
+    def room(self) -> int:
+        """How many more requests it takes: as many as its slots, and as many again that are being prepared."""
+        return 2 * self.slots - len(self.requests)
+
+    @property
+    def left(self) -> float:
+        """Seconds until its oldest sample is done, about."""
+        oldest = next(iter(self.requests.values()))
+        return (oldest.total - oldest.ticket.step) * (self.tick_s or KNOWN_TICK_S)
+
+
+class Worker:
+    """Owns an engine's models in a thread of its own.
+
+    Args:
+        engine: nobody else may use it while the worker lives.
+        slots: samples that are guided at once in each lane: a number, whose results have the same bits whatever is
+            beside them; `auto`: as many as wait when a lane is opened, one for a request that is alone.
+        max_queue: requests that may wait; one more is refused with `Full`.
+
+    Raises:
+        UsageError: the engine has no such slot count.
+    """
+
+    def __init__(self, engine: EngineCore, *, slots: int | str = "auto", max_queue: int = 64) -> None:
+        if slots != "auto" and slots not in engine.slots:
+            known = ", ".join(map(str, engine.slots))
+            raise UsageError(f"slots: expected auto or one of {known}, got {slots}")
+        if max_queue < 1:
+            raise UsageError(f"max_queue: expected 1 or more, got {max_queue}")
+        self.engine, self.slots, self.max_queue = engine, slots, max_queue
+        self.largest = engine.slots[-1] if slots == "auto" else int(slots)
+        self.draining = False
+        self.ready = False
+        self.ticks = 0
+        self.steps = 0  # samples stepped, all ticks together
+        self.places = 0  # slots of those ticks
+        self.rate = 0.0  # samples a second lately, 0 before the first
+        self._waiting: deque[_Request] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._lanes: list[tuple[tuple[object, ...], _Lane]] = []
+        self._change = threading.Condition()
+        self._stop = False
+        self._worked_s = 0.0  # in ticks
+        self._finished: deque[float] = deque([0.0], maxlen=32)  # seconds worked when the latest results were delivered
+        self._thread = threading.Thread(target=self._run, name="counterlens-worker", daemon=True)
+
+    # For callers, from any thread
+
+    def start(self, warm: Callable[[], None] = lambda: None) -> None:
+        """Start the thread; `warm` runs in it before it is `ready`."""
+        self._calls.append((warm, Future()))
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are in no lane yet."""
+        return len(self._waiting)
+
+    @property
+    def busy_slots(self) -> int:
+        """Requests in lanes."""
+        return sum(len(lane.requests) for _, lane in self._lanes)
+
+    def submit(
+        self,
+        image: Tensor,  # [3, H, W] in [0, 1]
+        target: str | int = "runner-up",
+        config: Config | None = None,
+        *,
+        seed: int | None = None,
+        budget_s: float | None = None,
+        on_step: Callable[[Ticket[Counterfactual], Tensor | None], None] | None = None,
+        preview: bool = False,
+    ) -> Ticket[Counterfactual]:
+        """Ask for a counterfactual.
+
+        Args:
+            image, target, config, seed: see `core.session.Session.submit`.
+            budget_s: seconds from now until the answer; what there is by then comes back.
+            on_step: told after each of its steps, in the worker's thread; with `preview` also the clean estimate
+                [3, H, W] in [0, 1], which costs a decoder pass.
+
+        Raises:
+            UsageError: an argument does not fit. Full, Draining, Late: it is not taken.
+        """
+        config = config or self.engine.config
+        if budget_s is not None and not budget_s > 0:
+            raise UsageError(f"budget_s: expected seconds above 0, got {budget_s:g}")
+        settings = self.engine.settings(config)
+        if not (isinstance(target, str) and target in ("runner-up", "opposite", "neighbour")):
+            self.engine.check_target(target)
+        total = max(1, round(settings.steps * (settings.strength if settings.spacing == "official" else 1)))
+        total *= 2 if settings.noise == "inversion" else 1
+        ticket: Ticket[Counterfactual] = Ticket(on_step=on_step, preview=preview)
+        request = _Request(ticket, image, target, seed, config, tuple(settings.graph.values()), total, budget_s)
+        with self._change:
+            if self.draining:
+                raise Draining("server: it is being stopped; ask another one")
+            if len(self._waiting) >= self.max_queue:
+                raise Full(len(self._waiting), self._wait_for(1))
+            if budget_s is not None and self.rate and self._wait_for(len(self._waiting)) > budget_s:
+                raise Late(
+                    f"budget_s: {len(self._waiting)} requests are before this one; the answer takes about "
+                    f"{self._wait_for(len(self._waiting)):.1f} s, and {budget_s:g} s were given"
+                )
+            self._waiting.append(request)
+            self._change.notify()
+        return ticket
+
+    def call(self, run: Callable[[], T]) -> Future[T]:
+        """Run something short that needs the models, between two ticks."""
+        future: Future[T] = Future()
+        with self._change:
+            if self.draining:
+                raise Draining("server: it is being stopped; ask another one")
+            if len(self._calls) >= self.max_queue:
+                raise Full(len(self._calls), self._wait_for(1))
+            self._calls.append((run, future))
+            self._change.notify()
+        return future
+
+    def cancel(self, ticket: Ticket[Any]) -> None:
+        """Give its slot free at the next step's boundary; a result that is there stays."""
+        with self._change:
+            ticket.cancelled = True
+            self._change.notify()
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """Take nothing new, finish what there is within the grace period, fail the rest, and end the thread."""
+        with self._change:
+            self.draining = True
+            self._change.notify()
+        end = time.perf_counter() + grace_s
+        while (self._waiting or self._calls or self.busy_slots) and time.perf_counter() < end:
+            time.sleep(0.01)
+        with self._change:
+            self._stop = True
+            self._change.notify()
+        self._thread.join(timeout=60)
+
+    def _wait_for(self, count: int) -> float:
+        """Seconds until so many requests are done, as measured lately."""
+        return max(1.0, count) / self.rate if self.rate else 1.0
+
+    # The thread
+
+    def _run(self) -> None:
+        with self.engine.frozen():
+            while True:
+                with self._change:
+                    while not (self._stop or self._waiting or self._calls or self._lanes_busy()):
+                        self._change.wait()
+                    if self._stop:
+                        break
+                    calls = list(self._calls)
+                    self._calls.clear()
+                for run, future in calls:
+                    self._call(run, future)
+                self.ready = True
+                self._drop_cancelled()
+                self._fill()
+                self._tick()
+        self._fail_rest(Draining("server: it was stopped before this was done"))
+
+    def _lanes_busy(self) -> bool:
+        return any(lane.requests for _, lane in self._lanes)
+
+    @staticmethod
+    def _call(run: Callable[[], Any], future: Future[Any]) -> None:
+        try:
+            future.set_result(run())
+        except (CounterlensError, *FAILURES) as error:
+            future.set_exception(error)
+
+    def _drop_cancelled(self) -> None:
+        gone = Cancelled("request: cancelled")
+        with self._change:
+            for request in [r for r in self._waiting if r.ticket.cancelled]:
+                self._waiting.remove(request)
+                request.ticket.future.set_exception(gone)
+        for _, lane in self._lanes:
+            for id in [id for id, r in lane.requests.items() if r.ticket.cancelled]:
+                lane.session.cancel(id)
+                lane.requests.pop(id).ticket.future.set_exception(gone)
+
+    def _fill(self) -> None:
+        """Move requests into lanes, oldest first."""
+        with self._change:
+            waiting = list(self._waiting)
+        for request in list(waiting):
+            lane = self._lane_for(request, waiting)
+            if lane is None:
+                continue
+            waiting.remove(request)
+            with self._change:
+                self._waiting.remove(request)
+            self._enter(request, lane)
+
+    def _lane_for(self, request: _Request, waiting: list[_Request]) -> _Lane | None:
+        """A lane with a free slot; else the widest, which prepares newcomers while others run; else a second one."""
+        mine = [lane for graph, lane in self._lanes if graph == request.graph]
+        busy = [lane for lane in mine if lane.requests]
+        for lane in busy:
+            if len(lane.requests) < lane.slots or (lane.slots >= self.largest and lane.room > 0):
+                return lane
+        if len(busy) == LANES or (busy and self.slots != "auto"):
+            return next((lane for lane in busy if lane.room > 0), None)
+        count = sum(r.graph == request.graph for r in waiting)
+        slots = min(self.engine.slots_for(count), self.largest) if self.slots == "auto" else self.largest
+        for lane in mine:
+            if lane.slots == slots and not lane.requests:
+                return lane
+        lane = _Lane(Session(self.engine, request.config, slots), slots)
+        lane.session.live = True
+        self._lanes.append((request.graph, lane))
+        return lane
+
+    def _enter(self, request: _Request, lane: _Lane) -> None:
+        ticket, now = request.ticket, time.perf_counter()
+        left = None if request.budget_s is None else request.budget_s - (now - ticket.arrived)
+        try:
+            if left is not None and left <= 0:
+                raise Late(f"budget_s: {request.budget_s:g} s ended while it waited")
+            id = lane.session.submit(request.image, request.target, request.seed, request.config, left)
+        except CounterlensError as error:
+            ticket.future.set_exception(error)
+            return
+        ticket.started, ticket.slots = now, lane.slots
+        lane.requests[id] = request
+
+    def _tick(self) -> None:
+        busy = [lane for _, lane in self._lanes if lane.requests]
+        if not busy:
+            return
+        starved = [lane for lane in busy if lane.owed > SHARE * lane.tick_s]
+        chosen = max(starved, key=lambda lane: lane.owed) if starved else min(busy, key=lambda lane: lane.left)
+        started = time.perf_counter()
+        try:
+            done = chosen.session.tick()
+        except (CounterlensError, *FAILURES) as error:
+            self._broken(chosen, error)
+            return
+        spent = time.perf_counter() - started
+        chosen.tick_s = spent if not chosen.tick_s else (1 - SMOOTHING) * chosen.tick_s + SMOOTHING * spent
+        chosen.owed = 0.0
+        self._worked_s += spent
+        for lane in busy:
+            if lane is not chosen:
+                lane.owed += spent
+        self._tell(chosen)
+        for result in done:
+            self._deliver(chosen.requests.pop(result.id), result)
+
+    def _tell(self, lane: _Lane) -> None:
+        """Progress of the samples that took a step in this tick."""
+        stepped = lane.session.stepped
+        if stepped:
+            self.ticks += 1
+            self.steps += len(stepped)
+            self.places += lane.slots
+        wanted = [id for id in stepped if id in lane.requests and lane.requests[id].ticket.preview]
+        previews = lane.session.previews(wanted) if wanted else {}
+        for id, (step, total) in stepped.items():
+            request = lane.requests.get(id)
+            if request is None:
+                continue
+            ticket = request.ticket
+            ticket.step, ticket.total = step, total
+            if ticket.on_step is not None:
+                ticket.on_step(ticket, previews.get(id))
+
+    def _deliver(self, request: _Request, result: Counterfactual) -> None:
+        request.ticket.finished = time.perf_counter()
+        self._finished.append(self._worked_s)
+        self.rate = (len(self._finished) - 1) / max(self._worked_s - self._finished[0], 1e-6)
+        request.ticket.future.set_result(result)
+
+    def _broken(self, lane: _Lane, error: Exception) -> None:
+        """A model raised: the samples of this lane fail, the others go on; without memory the lanes become narrower."""
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            self.largest = max(1, self.largest // 2)
+            torch.cuda.empty_cache()
+            error = CounterlensError(f"memory: the GPU is full; from now on {self.largest} samples at once; try again")
+        elif not isinstance(error, CounterlensError):
+            error = CounterlensError(f"model: {type(error).__name__}: {error}")
+        self._lanes = [(graph, other) for graph, other in self._lanes if other is not lane]
+        for request in lane.requests.values():
+            request.ticket.future.set_exception(error)
+
+    def _fail_rest(self, error: CounterlensError) -> None:
+        with self._change:
+            waiting, calls = list(self._waiting), list(self._calls)
+            self._waiting.clear()
+            self._calls.clear()
+        for request in waiting:
+            request.ticket.future.set_exception(error)
+        for _, future in calls:
+            future.set_exception(error)
+        for _, lane in self._lanes:
+            for request in lane.requests.values():
+                request.ticket.future.set_exception(error)
+        self._lanes = []

@@ -1,0 +1,327 @@
+"""The HTTP interface as its callers see it: answers, streams, tasks, limits, keys and errors that name the field."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from starlette.testclient import TestClient
+from torch import Tensor
+
+from counterlens.engine.config import Config
+from counterlens.engine.core.core import EngineCore
+from counterlens.engine.images.files import to_uint8
+from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.serve.app import make_app
+from counterlens.engine.serve.guard import Keys, Limits
+from counterlens.engine.serve.wire import MAX_DEPTH, png
+from counterlens.engine.serve.worker import Worker
+
+NUMBERS = {
+    "steps": 6, "strength": 0.5, "guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 60,
+    "gradient": "detached", "spacing": "trailing",
+}  # fmt: skip
+
+
+def picture(seed: int = 3, size: int = 16) -> bytes:
+    return png(torch.rand(3, size, size, generator=torch.Generator().manual_seed(seed)))
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Any) -> EngineCore:
+    made = EngineCore(*tiny, pack_settings={"realistic": NUMBERS, "audit": NUMBERS}, runtime="eager")
+    made.names = {"model": "tiny"}
+    return made
+
+
+@pytest.fixture(scope="module")
+def worker(engine: EngineCore) -> Iterator[Worker]:
+    made = Worker(engine, slots=2, max_queue=8)
+    made.start()
+    yield made
+    made.stop(grace_s=5)
+
+
+@pytest.fixture(scope="module")
+def client(engine: EngineCore, worker: Worker) -> Iterator[TestClient]:
+    limits = Limits(body_bytes=100_000, body_seconds=2, pixels=10_000)
+    with TestClient(make_app(engine, worker, limits=limits), raise_server_exceptions=False) as made:
+        yield made
+
+
+def events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    blocks = [b.splitlines() for b in text.split("\n\n") if b.startswith("event")]
+    return [(b[0].removeprefix("event: "), json.loads(b[1].removeprefix("data: "))) for b in blocks]
+
+
+def test_a_form_and_json_answer_alike(client: TestClient, engine: EngineCore) -> None:
+    target = 1 if engine.probabilities(_tensor(picture())).argmax() == 0 else 0
+    form = client.post("/v1/counterfactuals", files={"image": picture()}, data={"target": str(target), "seed": "5"})
+    fields = {"image": base64.b64encode(picture()).decode(), "target": target, "seed": 5}
+    plain = client.post("/v1/counterfactuals", json=fields)
+    assert form.status_code == plain.status_code == 200
+    one, two = form.json(), plain.json()
+    times = ("seconds", "waited_s", "total_s")
+    assert {k: v for k, v in one.items() if k not in times} == {k: v for k, v in two.items() if k not in times}
+    with engine.session(Config(seed=5), slots=2) as session:
+        session.submit(_tensor(picture())[0], target)
+        done: list[Any] = []
+        while session.busy:
+            done += session.tick()
+    assert np.array_equal(pixels(base64.b64decode(one["image"])), to_uint8(done[0].image).permute(1, 2, 0).numpy())
+    assert one["target"] == engine.labels[target]
+    assert one["slots"] == 2
+    assert pixels(base64.b64decode(one["change"])).shape == (16, 16, 3)
+    bare = client.post(
+        "/v1/counterfactuals", files={"image": picture()}, data={"target": str(target), "seed": "5"},
+        headers={"Accept": "image/png"},
+    )  # fmt: skip
+    assert bare.headers["content-type"] == "image/png"
+    assert bare.content == base64.b64decode(one["image"])
+    assert bare.headers["x-prediction"] == one["prediction"]
+
+
+def _tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(pixels(data).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def test_a_stream_shows_every_step_and_ends_with_the_result(client: TestClient) -> None:
+    answer = client.post("/v1/counterfactuals", files={"image": picture()}, headers={"Accept": "text/event-stream"})
+    told = events(answer.text)
+    assert [name for name, _ in told] == ["progress"] * (len(told) - 1) + ["result"]
+    assert [data["step"] for _, data in told[:-1]] == list(range(1, len(told)))
+    assert pixels(base64.b64decode(told[0][1]["image"])).shape == (16, 16, 3)
+    assert told[-1][1]["status"] == "done"
+
+
+def test_a_task_is_fetched_streamed_and_deleted(client: TestClient, engine: EngineCore) -> None:
+    asks = {"Prefer": "respond-async"}
+    accepted = client.post("/v1/counterfactuals", files={"image": picture()}, headers=asks)
+    assert accepted.status_code == 202
+    where = accepted.headers["location"]
+    assert accepted.json()["Location"] == where
+    for _ in range(500):
+        got = client.get(where)
+        if got.status_code == 200:
+            break
+        assert got.status_code == 202
+        time.sleep(0.02)
+    assert got.json()["status"] == "done"
+    told = events(client.get(where, headers={"Accept": "text/event-stream"}).text)
+    assert told[-1] == ("result", got.json())
+    assert client.delete(where).status_code == 204
+    gone = client.get(where)
+    assert gone.status_code == 404
+    assert "none of this name" in gone.json()["detail"]
+    long = client.post(
+        "/v1/counterfactuals", files={"image": picture(9)}, data={"config": '{"steps": 400, "gradient": "exact"}'},
+        headers=asks,
+    )  # fmt: skip
+    assert client.delete(long.headers["location"]).status_code == 204
+
+
+def test_saliency_and_predictions(client: TestClient, engine: EngineCore) -> None:
+    said = client.post("/v1/predictions", files={"image": picture()}).json()
+    p = engine.probabilities(_tensor(picture()))[0]
+    assert said["prediction"] == engine.labels[int(p.argmax())]
+    assert said["probabilities"] == {n: round(v, 6) for n, v in zip(engine.labels, p.tolist(), strict=True)}
+    found = client.post("/v1/saliency", files={"image": picture()}, data={"method": "rise", "target": "2"}).json()
+    assert found["target"] == "2"
+    assert pixels(base64.b64decode(found["map"])).shape == (16, 16, 3)
+    assert len(found["keep"]) == len(found["remove"]) == len(found["thresholds"])
+
+
+BAD: list[tuple[str, dict[str, Any], int, str]] = [
+    ("no body", {}, 415, "content-type: expected multipart"),
+    ("other type", {"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "got 'text/plain'"),
+    ("no image", {"data": {"target": "1"}, "files": {"other": b"x"}}, 400, "image: expected a file"),
+    ("text as image", {"data": {"image": "x"}, "files": {"other": b"x"}}, 400, "image: expected a file"),
+    ("empty image", {"files": {"image": b""}}, 400, "image: an empty file"),
+    ("no picture", {"files": {"image": b"hello"}}, 422, "image: "),
+    ("cut off", {"files": {"image": picture()[:80]}}, 422, "image: "),
+    ("many pixels", {"files": {"image": picture(size=128)}}, 413, "image: 0.0 megapixels"),
+    ("long body", {"content": b"x" * 200_000, "headers": {"content-type": "application/json"}}, 413, "body: 200000"),
+    ("no JSON", {"content": b"{", "headers": {"content-type": "application/json"}}, 400, "body: not JSON"),
+    ("a list", {"json": [1]}, 400, "body: expected a JSON object"),
+    ("no base64", {"json": {"image": "%%"}}, 400, "image: not base64"),
+    ("number as image", {"json": {"image": 3}}, 400, "image: expected a file in base64"),
+    ("deep", {"content": b'{"a":' * 10_000, "headers": {"content-type": "application/json"}}, 400, "nested deeper"),
+    ("target", {"files": {"image": picture()}, "data": {"target": "nobody"}}, 400, "target: 'nobody' is no label"),
+    ("speed", {"files": {"image": picture()}, "data": {"speed": "warp"}}, 400, "speed: "),
+    ("budget", {"files": {"image": picture()}, "data": {"budget_s": "-1"}}, 400, "budget_s: "),
+    ("seed", {"files": {"image": picture()}, "data": {"seed": "x"}}, 400, "seed: "),
+    ("unknown field", {"files": {"image": picture()}, "data": {"colour": "x"}}, 400, "colour: "),
+    ("config no JSON", {"files": {"image": picture()}, "data": {"config": "x"}}, 400, "body: not JSON"),
+    ("config field", {"files": {"image": picture()}, "data": {"config": '{"angel": 3}'}}, 400, "angel: "),
+    ("config range", {"files": {"image": picture()}, "data": {"config": '{"angle": 300}'}}, 400, "angle: "),
+    ("config pack", {"files": {"image": picture()}, "data": {"config": '{"pack": "/etc"}'}}, 400, "config: pack"),
+]
+
+
+@pytest.mark.parametrize(("asked", "status", "detail"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
+def test_what_does_not_fit_is_named(client: TestClient, asked: dict[str, Any], status: int, detail: str) -> None:
+    answer = client.post("/v1/counterfactuals", **asked)
+    assert answer.status_code == status
+    problem = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert detail in problem["detail"]
+    assert problem["status"] == status
+    assert "Traceback" not in answer.text
+    if status == 400:
+        assert problem["field"] == detail.partition(":")[0] or problem["field"] in ("body", "config")
+
+
+def test_brackets_in_texts_are_no_depth(client: TestClient) -> None:
+    answer = client.post("/v1/counterfactuals", json={"image": "[" * 2 * MAX_DEPTH + '"\\"'})
+    assert "image: not base64" in answer.json()["detail"]
+
+
+def test_other_paths_and_methods(client: TestClient) -> None:
+    assert client.get("/nothing").json()["title"] == "Not found"
+    assert client.get("/v1/counterfactuals").status_code == 405
+    assert client.get("/v1/counterfactuals/" + "x" * 30).status_code == 404
+    assert client.post("/v1/saliency", files={"image": picture()}, data={"method": "no"}).json()["field"] == "method"
+
+
+def test_a_sample_that_has_no_answer_is_422_and_others_are_unharmed(tiny: Any) -> None:
+    diffusion, classifier = tiny
+    inner = classifier.module
+
+    class Sick(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x.mean((1, 2, 3))[:, None] > 0.9, torch.nan, inner(x))
+
+    sick = EngineCore(diffusion, SoftmaxClassifier(Sick(), classifier.labels), runtime="eager",
+                      pack_settings={"realistic": NUMBERS, "audit": NUMBERS})  # fmt: skip
+    worker = Worker(sick, slots=2)
+    worker.start()
+    with TestClient(make_app(sick, worker)) as client:
+        white = client.post("/v1/counterfactuals", files={"image": png(torch.ones(3, 16, 16))})
+        good = client.post("/v1/counterfactuals", files={"image": picture()})
+        predicted = client.post("/v1/predictions", files={"image": png(torch.ones(3, 16, 16))})
+    worker.stop()
+    assert white.status_code == predicted.status_code == 422
+    assert "NaN or infinity" in white.json()["detail"]
+    assert good.status_code == 200
+
+
+def test_keys_are_asked_for_counted_and_read_again(engine: EngineCore, worker: Worker, tmp_path: Any) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# who\nfirst\nsecond\n")
+    keys = Keys(file)
+    with TestClient(make_app(engine, worker, keys=keys)) as client:
+        assert client.get("/healthz").status_code == 200
+        refused = client.get("/v1/models")
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        for header in ("Bearer third", "Basic first", "first", "Bearer ", "bearer firs"):
+            assert client.get("/v1/models", headers={"Authorization": header}).status_code == 401
+        for header in ("Bearer first", "bearer second"):
+            assert client.get("/v1/models", headers={"Authorization": header}).status_code == 200
+        file.write_text("third\n")
+        keys.read()
+        assert client.get("/v1/models", headers={"Authorization": "Bearer first"}).status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer third"}).status_code == 200
+
+
+def test_health_metrics_and_request_ids(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "alive"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+    named = client.get("/healthz", headers={"X-Request-Id": "abc-1"})
+    assert named.headers["x-request-id"] == "abc-1"
+    assert len(client.get("/healthz", headers={"X-Request-Id": "no\tid"}).headers["x-request-id"]) == 32
+    text = client.get("/metrics").text
+    for name in ("counterlens_requests_total", "request_explain_seconds_bucket", "counterlens_queue_depth",
+                 "counterlens_batch_occupancy", "counterlens_queue_seconds_sum"):  # fmt: skip
+        assert name in text
+    assert 'status="400"' in text
+    routes = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/counterfactuals", "/v1/saliency", "/v1/predictions", "/v2/models/{model}/infer"} <= routes.keys()
+
+
+def test_a_full_queue_is_429_and_a_stopped_server_503(engine: EngineCore) -> None:
+    import threading
+
+    worker = Worker(engine, slots=1, max_queue=1)
+    gate = threading.Event()
+    worker.start()
+    with TestClient(make_app(engine, worker)) as client:
+        worker.call(lambda: gate.wait(20))
+        while worker._calls:
+            time.sleep(0.001)
+        asks = {"Prefer": "respond-async"}
+        assert client.post("/v1/counterfactuals", files={"image": picture()}, headers=asks).status_code == 202
+        full = client.post("/v1/counterfactuals", files={"image": picture()})
+        assert full.status_code == 429
+        assert int(full.headers["retry-after"]) >= 1
+        gate.set()
+        worker.stop()
+        assert client.post("/v1/counterfactuals", files={"image": picture()}).status_code == 503
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/healthz").status_code == 200
+
+
+def test_the_open_inference_protocol(client: TestClient, engine: EngineCore) -> None:
+    assert client.get("/v2").json()["extensions"] == ["binary_tensor_data"]
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/models/tiny/ready").json()["ready"] is True
+    assert client.get("/v2/models/other").status_code == 404
+    shown = torch.cat([_tensor(picture(i)) for i in range(3)])
+    image = {"name": "image", "datatype": "FP32", "shape": [3, 3, 16, 16]}
+    target = {"name": "target", "datatype": "INT64", "shape": [3], "data": [-1, 1, 2]}
+    wanted = [{"name": n} for n in ("counterfactual", "prediction", "source", "probabilities", "saliency", "l1")]
+    plain = client.post("/v2/models/tiny/infer", json={
+        "id": "7", "inputs": [image | {"data": shown.reshape(-1).tolist()}, target],
+        "outputs": [o for o in wanted if o["name"] != "saliency"],
+    })  # fmt: skip
+    assert plain.status_code == 200, plain.text
+    found = {o["name"]: o for o in plain.json()["outputs"]}
+    assert plain.json()["id"] == "7"
+    assert found["counterfactual"]["shape"] == [3, 3, 16, 16]
+    assert found["probabilities"]["shape"] == [3, len(engine.labels)]
+    blob = shown.numpy().astype("<f4").tobytes()
+    head = json.dumps({
+        "inputs": [image | {"parameters": {"binary_data_size": len(blob)}}, target],
+        "outputs": [{"name": "counterfactual", "parameters": {"binary_data": True}}],
+    }).encode()  # fmt: skip
+    binary = client.post(
+        "/v2/models/tiny/infer", content=head + blob, headers={"Inference-Header-Content-Length": str(len(head))}
+    )
+    length = int(binary.headers["inference-header-content-length"])
+    array = np.frombuffer(binary.content[length:], dtype="<f4")
+    assert np.allclose(array, found["counterfactual"]["data"])
+    for inputs, detail in (
+        ([image | {"data": [0.0]}], "image: does not fit shape"),
+        ([image | {"datatype": "FP8", "data": []}], "image: datatype: expected"),
+        ([image | {"shape": "x"}], "image: shape"),
+        ([target], "image: expected an input"),
+        ([image | {"data": (shown + 2).reshape(-1).tolist()}], "image: expected numbers in [0, 1]"),
+        ([image | {"parameters": {"binary_data_size": 10**9}}], "binary_data_size"),
+    ):
+        bad = client.post("/v2/models/tiny/infer", json={"inputs": inputs})
+        assert bad.status_code == 400
+        assert detail in bad.json()["detail"]
+
+
+def test_kserve_version_1(client: TestClient, engine: EngineCore) -> None:
+    asked = {"instances": [{"b64": base64.b64encode(picture(i)).decode()} for i in range(2)]}
+    said = client.post("/v1/models/tiny:predict", json=asked).json()["predictions"]
+    assert [max(p, key=p.get) for p in said] == [
+        engine.labels[int(i)]
+        for i in engine.probabilities(torch.cat([_tensor(picture(i)) for i in range(2)])).argmax(1)
+    ]
+    made = client.post("/v1/models/tiny:explain", json=asked).json()["explanations"]
+    assert [m["status"] for m in made] == ["done", "done"]
+    assert client.post("/v1/models/tiny:predict", json={"instances": []}).status_code == 400

@@ -1,0 +1,255 @@
+"""One thread owns the models: samples of many callers, in shared slots, with the bits that they have alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from counterlens.engine.config import Config
+from counterlens.engine.core.core import EngineCore
+from counterlens.engine.errors import CounterlensError, UsageError
+from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.serve.worker import Cancelled, Draining, Full, Late, Ticket, Worker
+
+NUMBERS = {
+    "steps": 6, "strength": 0.5, "guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 60,
+    "gradient": "detached", "spacing": "trailing",
+}  # fmt: skip
+QUICK, LONG = Config(steps=2, noise="inversion"), Config(steps=40, gradient="exact")
+
+
+def images(count: int) -> Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: Any) -> EngineCore:
+    return EngineCore(*tiny, pack_settings={"realistic": NUMBERS, "audit": NUMBERS}, runtime="eager")
+
+
+@pytest.fixture
+def worker(engine: EngineCore) -> Iterator[Worker]:
+    made = Worker(engine, slots=2, max_queue=8)
+    made.start()
+    yield made
+    made.stop(grace_s=5)
+
+
+class Gate:
+    """Holds the worker between two ticks until it is opened."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.held, self.open = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            self.held.set()
+            assert self.open.wait(20)
+
+        worker.call(hold)
+        assert self.held.wait(20)
+
+    def __enter__(self) -> Gate:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open.set()
+
+
+def other(engine: EngineCore, image: Tensor, offset: int = 1) -> int:
+    """A label that is not the prediction."""
+    return int((engine.probabilities(image[None]).argmax() + offset) % len(engine.labels))
+
+
+def test_results_are_those_of_the_engine_on_as_many_slots(engine: EngineCore) -> None:
+    shown = images(5)
+    configs = [Config(), QUICK, Config(steps=3, class_scale=1.0), Config(), QUICK]
+    with engine.session(slots=2) as session:
+        expected: dict[int, Any] = {}
+        for image, config in zip(shown, configs, strict=True):
+            session.submit(image, config=config)
+        while session.busy:
+            expected |= {r.id: r for r in session.tick()}
+    worker = Worker(engine, slots=2)
+    worker.start()
+    tickets = [worker.submit(image, config=config) for image, config in zip(shown, configs, strict=True)]
+    results = [ticket.future.result(timeout=60) for ticket in tickets]
+    worker.stop()
+    for i, result in enumerate(results):
+        assert torch.equal(result.image, expected[i].image)
+        assert result.record() | {"seconds": 0} == expected[i].record() | {"seconds": 0}
+        assert tickets[i].slots == 2
+        assert tickets[i].arrived <= tickets[i].started <= tickets[i].finished
+
+
+def test_steps_are_told_with_pictures(worker: Worker) -> None:
+    told: list[tuple[int, int, Any]] = []
+
+    def on_step(ticket: Ticket[Any], preview: Tensor | None) -> None:
+        told.append((ticket.step, ticket.total, None if preview is None else preview.shape))
+
+    ticket = worker.submit(images(1)[0], on_step=on_step, preview=True)
+    ticket.future.result(timeout=60)
+    total = told[0][1]
+    assert [step for step, *_ in told] == list(range(1, len(told) + 1))
+    assert len(told) in (total, total - 1)  # the last step and the result may come together
+    assert {shape for *_, shape in told} == {torch.Size([3, 16, 16])}
+
+
+def test_a_quick_request_does_not_wait_behind_long_ones_and_they_do_not_starve(engine: EngineCore) -> None:
+    """While quick ones keep coming, the long one goes on: others work `SHARE` of its ticks at most between two."""
+    worker = Worker(engine, slots=1, max_queue=64)
+    order: list[str] = []
+
+    def note(name: str) -> Callable[[Ticket[Any], Tensor | None], None]:
+        return lambda ticket, preview: order.append(name)
+
+    worker.start()
+    with Gate(worker):
+        long = worker.submit(images(1)[0], config=LONG, on_step=note("long"))
+    while not order:
+        time.sleep(0.001)
+    quick = [worker.submit(x, config=QUICK, on_step=note("quick")) for x in images(30)]
+    quick[0].future.result(timeout=60)
+    assert not long.future.done()
+    assert order.index("quick") - 1 <= 4  # steps of the long one before the first quick step
+    long.future.result(timeout=120)
+    between, run = [], 0
+    for name in order[order.index("quick") :]:
+        if name == "long":
+            between.append(run)
+            run = 0
+        else:
+            run += 1
+    assert between
+    assert max(between) <= 15  # of sixty quick steps that waited
+    worker.stop()
+
+
+def test_the_queue_is_bounded_and_says_when_to_come_back(engine: EngineCore, worker: Worker) -> None:
+    with Gate(worker):
+        for image in images(8):
+            worker.submit(image)
+        with pytest.raises(Full, match="queue: 8 requests wait already; try again in ") as full:
+            worker.submit(images(1)[0])
+        assert full.value.retry_after > 0
+        assert worker.waiting == 8
+
+
+def test_cancelled_requests_leave_their_slots_to_others(engine: EngineCore, worker: Worker) -> None:
+    gone = [worker.submit(x, config=LONG) for x in images(4)]
+    while gone[0].step == 0:
+        time.sleep(0.001)
+    for ticket in gone:
+        worker.cancel(ticket)
+    kept = worker.submit(images(1)[0])
+    assert kept.future.result(timeout=60).status in ("done", "skipped")
+    for ticket in gone:
+        with pytest.raises(Cancelled):
+            ticket.future.result(timeout=60)
+    assert worker.busy_slots == 0
+
+
+def test_budgets_count_from_arrival(engine: EngineCore, worker: Worker) -> None:
+    with pytest.raises(UsageError, match="budget_s: expected seconds above 0"):
+        worker.submit(images(1)[0], budget_s=0)
+    with Gate(worker):
+        late = worker.submit(images(1)[0], budget_s=0.05)
+        time.sleep(0.1)
+    with pytest.raises(Late, match="ended while it waited"):
+        late.future.result(timeout=60)
+    worker.submit(images(1)[0]).future.result(timeout=60)  # now a rate is known
+    with Gate(worker):
+        for x in images(6):
+            worker.submit(x)
+        with pytest.raises(Late, match="6 requests are before this one"):
+            worker.submit(images(1)[0], budget_s=1e-4)
+    part = worker.submit(images(1)[0], other(engine, images(1)[0]), config=LONG, budget_s=0.5).future.result(timeout=60)
+    assert part.error is None or "budget_s" in part.error
+
+
+def test_what_does_not_fit_is_refused_at_once(worker: Worker) -> None:
+    with pytest.raises(UsageError, match="'nobody' is no label"):
+        worker.submit(images(1)[0], "nobody")
+    with pytest.raises(UsageError, match="images: expected"):
+        worker.submit(torch.rand(3, 8, 8)).future.result(timeout=60)
+    with pytest.raises(UsageError, match="slots: expected auto or one of 1, 2, 4, 8, 16"):
+        Worker(worker.engine, slots=3)
+    with pytest.raises(UsageError, match="max_queue"):
+        Worker(worker.engine, max_queue=0)
+
+
+def test_a_model_that_raises_fails_its_own_lane_only(tiny: Any) -> None:
+    diffusion, classifier = tiny
+    inner, bad = classifier.module, torch.zeros(1)
+
+    class Sick(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if bad.item() and torch.is_grad_enabled():
+                raise RuntimeError("the weights are gone")
+            return inner(x)
+
+    sick = EngineCore(diffusion, SoftmaxClassifier(Sick(), classifier.labels), runtime="eager",
+                      pack_settings={"realistic": NUMBERS, "audit": NUMBERS})  # fmt: skip
+    worker = Worker(sick, slots=1)
+    worker.start()
+    image = images(1)[0]
+    assert worker.submit(image).future.result(timeout=60).error is None
+    bad.fill_(1)
+    raised = worker.submit(image)
+    outcome = raised.future.exception(timeout=60)
+    bad.fill_(0)
+    again = worker.submit(image).future.result(timeout=60)
+    worker.stop()
+    assert again.error is None
+    if outcome is not None:  # under torch.func gradients are not "enabled": then nothing was raised
+        assert isinstance(outcome, CounterlensError)
+        assert "model: RuntimeError: the weights are gone" in str(outcome)
+
+
+def test_stopping_finishes_what_runs_and_refuses_the_rest(engine: EngineCore) -> None:
+    worker = Worker(engine, slots=1)
+    worker.start()
+    running = worker.submit(images(1)[0])
+    worker.stop(grace_s=30)
+    assert running.future.result(timeout=1).status in ("done", "skipped")
+    with pytest.raises(Draining):
+        worker.submit(images(1)[0])
+    with pytest.raises(Draining):
+        worker.call(lambda: 1)
+    hurried = Worker(engine, slots=1)
+    hurried.start()
+    long = hurried.submit(images(1)[0], config=LONG)
+    hurried.stop(grace_s=0)
+    with pytest.raises(Draining, match="stopped before this was done"):
+        long.future.result(timeout=1)
+
+
+def test_auto_takes_one_slot_for_one_and_more_for_many(engine: EngineCore) -> None:
+    worker = Worker(engine, slots="auto")
+    worker.start()
+    alone = worker.submit(images(1)[0])
+    alone.future.result(timeout=60)
+    with Gate(worker):
+        many = [worker.submit(x) for x in images(7)]
+    for ticket in many:
+        ticket.future.result(timeout=60)
+    worker.stop()
+    assert alone.slots == 1
+    assert {t.slots for t in many} == {8}
+
+
+def test_calls_between_ticks_answer_or_raise(worker: Worker) -> None:
+    assert worker.call(lambda: 3).result(timeout=60) == 3
+
+    def broken() -> None:
+        raise UsageError("method: none")
+
+    with pytest.raises(UsageError, match="method: none"):
+        worker.call(broken).result(timeout=60)
+    assert worker.ready
