@@ -127,7 +127,8 @@ def write_program(
         say: told which part is being traced.
 
     Raises:
-        ExportError: a function cannot be traced, or holds an operation that has no ONNX form, with its line.
+        ExportError: a function cannot be traced, or holds an operation that has no ONNX form, with its line; or the
+            file cannot be written.
     """
     for option, value, allowed in (("storage", storage, STORAGES), ("share", share, SHARES)):
         if value not in allowed:
@@ -155,8 +156,11 @@ def write_program(
         producer_name="counterlens",
     )
     helper.set_model_props(model, dict(metadata or {}))
-    with appearing(target) as unfinished:
-        write_model(model, {w.name: w.tensor.to(w.stored) for w in writer.shared.values()}, unfinished)
+    try:
+        with appearing(target) as unfinished:
+            write_model(model, {w.name: w.tensor.to(w.stored) for w in writer.shared.values()}, unfinished)
+    except OSError as error:
+        raise ExportError(f"{target.name}: cannot be written ({error.strerror or error}); nothing was kept") from error
     return target
 
 

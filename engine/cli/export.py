@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -66,14 +66,16 @@ def export(
     measure: Annotated[bool, typer.Option(help="Time it against eager, for runtime auto.")] = True,
     batch: Annotated[str, typer.Option(help="Of whole files: open, or the one size that the file takes.")] = "open",
     storage: Annotated[
-        str,
+        Literal["lossless", "float16", "float32"],
         typer.Option(help="Of whole files' weights: lossless (float16 where nothing is lost), float16, float32."),
     ] = "lossless",
     share: Annotated[
-        str, typer.Option(help="Of counterfactual's weights: local (fast on a CPU) or outer (one copy in memory).")
+        Literal["local", "outer"],
+        typer.Option(help="Of counterfactual's weights: local (fast on a CPU) or outer (one copy in memory)."),
     ] = "local",
     inputs: Annotated[
-        str, typer.Option(help="Of counterfactual: fixed, or scales: these and the angle are inputs of the file.")
+        Literal["fixed", "scales"],
+        typer.Option(help="Of counterfactual: fixed, or scales: these and the angle are inputs of the file."),
     ] = "fixed",
     page: Annotated[bool, typer.Option("--page", help="Also a page for any static host that runs it.")] = False,
     single_page: Annotated[
@@ -110,8 +112,6 @@ def export(
     if batch != "open" and not (batch.isdecimal() and int(batch) > 0):
         raise UsageError(f"batch: expected open or a number above 0, got {batch!r}")
     rows = None if batch == "open" else int(batch)
-    if inputs not in ("fixed", "scales"):
-        raise UsageError(f"inputs: expected fixed or scales, got {inputs!r}")
     whole = (batch, storage) != ("open", "lossless")
     pages = page or single_page or ort_web is not None or (share, inputs) != ("local", "fixed")
     if pages and what != "counterfactual":

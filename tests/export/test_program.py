@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -128,4 +129,16 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(network: nn.Module, tmp
         write_program([Call(looks, ("image",), ("z",))], example(), ["z"], tmp_path / "run.onnx")
     with pytest.raises(ExportError, match="storage: expected one of lossless, float16, float32, got 'int8'"):
         write_program([], example(), ["image"], tmp_path / "run.onnx", storage="int8")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(network: nn.Module, tmp_path: Path) -> None:
+    image = torch.rand(BATCH, 3, 8, 8)
+    now = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, now[1]))
+    try:
+        with pytest.raises(ExportError, match=r"toy\.onnx: cannot be written \(.*\); nothing was kept"):
+            write_program([Call(network, ("image",), ("out",))], {"image": image}, ["out"], tmp_path / "toy.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, now)
     assert list(tmp_path.iterdir()) == []
