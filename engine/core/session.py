@@ -206,11 +206,7 @@ class Session:
         if todo and self.sampler is None:
             slots = self.slots or self.models.slots_for(len(todo))
             self.sampler = self.models.open_sampler(self.settings[self.config], slots, self._watch())
-<<<<<<< HEAD
-            self.sampler.live = self.slots is not None
-=======
-            self.sampler.live = self.live
->>>>>>> 37b2b49 (Explanations over HTTP: a worker that batches at every step, streams, tasks, limits, keys, metrics, KServe's protocols)
+            self.sampler.live = self.live or self.slots is not None
             self.total = count_ticks([self._steps[sample.settings] for sample in todo], slots)
         for sample in todo:
             assert self.sampler is not None
