@@ -20,7 +20,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from bench.record import write_result
 from counterlens.engine.models.norms import PlainNorms
 from counterlens.export import ExportError, export_onnx
 from counterlens.export.trace import trace
+from counterlens.export.versions import versions
 
 BATCHES = (1, 3, 8)
 TOLERANCE = 1e-4  # of each output's largest magnitude in the batch; of the entry itself where `Entry.each` says so
@@ -212,7 +212,7 @@ def main() -> None:
             print(f"{i:3d}/{len(chosen)}  {outcome:13}  {entry.name}" + (f": {why[:150]}" if why else ""), flush=True)
     result = {
         "command": "python -m bench.coverage --record",
-        "packages": {p: version(p) for p in PACKAGES},
+        "packages": versions(PACKAGES),
         "batches": BATCHES,
         "tolerance": TOLERANCE,
         "seconds": round(time.perf_counter() - began, 1),

@@ -19,8 +19,8 @@ import typer
 from torch import Tensor
 
 from bench.baselines.literal import literal_step
-from bench.real_models import IMAGE_SIZE, LABELS, build, wait
-from bench.record import environment, quantiles, say, write_result
+from bench.real_models import IMAGE_SIZE, LABELS, build
+from bench.record import environment, in_turns, quantiles, say, spread, timed, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.config import PRESETS
 from counterlens.engine.guidance.step import GuidedStep
@@ -37,22 +37,6 @@ from counterlens.export.store import Store
 MODEL = "stable-diffusion-1.x"
 LITERAL_STEPS = 171
 Call = Callable[[], Any]
-
-
-def in_turns(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each call, all of them called once in every round, the device waited for; the first call is free."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-        call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            wait()
-            started = time.perf_counter()
-            call()
-            wait()
-            times[name].append(time.perf_counter() - started)
-    return {name: quantiles(values) for name, values in times.items()}
 
 
 def tiny_decoder(device: torch.device, dtype: torch.dtype) -> TinyDecoder:
@@ -137,7 +121,7 @@ def step_suite(dtype: str, batches: list[int], rounds: int, inductor: bool) -> d
             ours, plain = calls["exact, eager"](), literal()
             parity["exact, literal"] = {"relative_error": relative_errors(ours[0], plain[0]).max().item()}
             torch.cuda.reset_peak_memory_stats()
-            seconds = in_turns(calls, rounds)
+            seconds = spread(in_turns(calls, rounds, warm=2))
             row = {
                 "batch": batch, "seconds": seconds, "parity": parity, "notes": notes,
                 "times_literal": {n: seconds["literal"]["p50"] / s["p50"] for n, s in seconds.items()},
@@ -198,7 +182,7 @@ def counterfactual_suite(dtype: str, rounds: int, record: bool) -> dict[str, Any
                 if result is not None:
                     failed = [e for e in result.errors if e is not None]
                     changed[f"{name}, batch {batch}"] = {"l1": result.l1.mean().item(), "errors": failed[:1]}
-            measured = in_turns(calls, rounds)
+            measured = spread(in_turns(calls, rounds, warm=2))
         for name, s in measured.items():
             share = LITERAL_STEPS / 2 / batch if name == "literal" else 1 / batch
             seconds[f"{name}, batch {batch}"] = {q: v * share for q, v in s.items()}
@@ -216,9 +200,7 @@ def counterfactual_suite(dtype: str, rounds: int, record: bool) -> dict[str, Any
     latency: dict[str, list[float]] = {name: [] for name in kinds}
     for kind in kinds:
         for _ in range(30):
-            started = time.perf_counter()
-            engines[kind, "cudagraphs"].counterfactual(images[:1])
-            latency[kind].append(time.perf_counter() - started)
+            latency[kind].append(timed(lambda k=kind: engines[k, "cudagraphs"].counterfactual(images[:1])))  # type: ignore[misc]
     out["latency_batch_1"] = {k: quantiles(v, (0.5, 0.95, 0.99)) for k, v in latency.items()}
     say(out["latency_batch_1"])
     if record:  # counting operations for the roofline takes minutes

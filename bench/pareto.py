@@ -25,6 +25,7 @@ from bench.record import RESULTS, interval, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.config import PRESETS, SPEEDS, Settings
 from counterlens.engine.images.files import as_saved
+from counterlens.engine.metrics.distribution import kernel_distance
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 
@@ -88,20 +89,6 @@ def judge_features(judge: SoftmaxClassifier, images: Tensor) -> Tensor:
     return torch.cat([module.features(b * 2 - 1).mean(dim=(2, 3)) for b in images.split(128)])
 
 
-def kid(a: Tensor, b: Tensor) -> float:
-    """Squared maximum mean discrepancy under the cubic kernel of KID (arXiv 1801.01401), unbiased; features [N, D]."""
-    a, b = a.double(), b.double()
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: Tensor) -> Tensor:
-        k = kernel(x, x)
-        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
-
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
-
-
 def evaluate(engine: Engine, judge: SoftmaxClassifier, images: Tensor, targets: Tensor, settings: Settings) -> Any:
     """Quality and CPU seconds per image of one setting."""
     config = Config(mode="realistic", **settings.model_dump())
@@ -115,7 +102,7 @@ def evaluate(engine: Engine, judge: SoftmaxClassifier, images: Tensor, targets: 
     after = as_saved(result.images)
     measured = quality(images, after, targets, engine.classifier, judge)  # type: ignore[arg-type]
     row: dict[str, Any] = {name: interval(v) for name, v in measured.items()}
-    row["kid"] = kid(judge_features(judge, images), judge_features(judge, after))
+    row["kid"] = kernel_distance(judge_features(judge, images), judge_features(judge, after)).item()
     row["values"] = {name: [round(x, 4) for x in v.tolist()] for name, v in measured.items()}
     return row | {"cpu_seconds": seconds, "images": len(images), "settings": settings.model_dump()}
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from bench.record import RESULTS, write_result
+from bench.record import RESULTS, in_turns, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.guidance.spans import listening
 from counterlens.engine.packs import Pack
@@ -33,17 +33,15 @@ def main(
     rows: dict[str, Any] = {}
     for gradient in ("exact", "detached"):
         engine = Engine.from_pack("digits", config=Config(gradient=gradient), runtime="eager")
-        times: dict[str, list[float]] = {"plain": [], "profiled": []}
-        engine.counterfactual(images[:batch])
-        for _ in range(pairs):
-            for name, seconds in times.items():
-                started = time.perf_counter()
-                if name == "plain":
-                    engine.counterfactual(images[:batch])
-                else:
-                    with listening(Recorder(engine.device)):
-                        engine.counterfactual(images[:batch])
-                seconds.append(time.perf_counter() - started)
+
+        def plain(engine: Engine = engine) -> None:
+            engine.counterfactual(images[:batch])
+
+        def profiled(plain: Callable[[], None] = plain, engine: Engine = engine) -> None:
+            with listening(Recorder(engine.device)):
+                plain()
+
+        times = in_turns({"plain": plain, "profiled": profiled}, pairs)
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
         result = profile(engine, images, batch=batch)
         rows[gradient] = {

@@ -19,7 +19,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from bench.record import RESULTS, write_result
+from bench.record import RESULTS, timed, wait, write_result
 from counterlens.engine.config import PRESETS
 from counterlens.engine.guidance.memory import PeakMemory, checkpointed, weight_bytes
 from counterlens.engine.guidance.pullback import PullbackMode, pullback
@@ -104,12 +104,6 @@ def resnet50() -> SoftmaxClassifier:
     return SoftmaxClassifier(Logits(Preprocessing(IMAGE_SIZE, crop=224), module), LABELS)
 
 
-def wait() -> None:
-    """For the device to have finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 class Clock:
     """Seconds by part, in order."""
 
@@ -188,13 +182,7 @@ def measure(name: str, batch: int, checkpointing: bool, device: torch.device, dt
             )[0]  # fmt: skip
 
         z_prev = take_step()
-        times = []
-        for _ in range(5 if cuda else 1):
-            wait()
-            start = time.perf_counter()
-            take_step()
-            wait()
-            times.append(time.perf_counter() - start)
+        times = [timed(take_step) for _ in range(5 if cuda else 1)]
         with PeakMemory() as memory:
             take_step()
         if cuda:

@@ -9,16 +9,16 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from counterlens.engine.metrics import bootstrap
+from counterlens.export.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "triton", "numpy")
@@ -34,17 +34,11 @@ def environment() -> dict[str, Any]:
     )
     # A copy of the tree without its history is told which commit it is of.
     known, plus = commit.stdout.strip(), "+" if changed.stdout.strip() else ""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {_cpu()}"
     return {
         "device": device,
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "commit": os.environ.get("COMMIT", known + plus),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -78,18 +72,47 @@ def quantiles(seconds: list[float], levels: tuple[float, ...] = (0.2, 0.5, 0.8))
     return {f"p{round(100 * q)}": values.quantile(q).item() for q in levels}
 
 
-def time_calls(fn: Callable[[], object], *, seconds: float = 2.0, least: int = 10) -> dict[str, float]:
-    """p20, p50 and p80 of the wall time of `fn`, in seconds, after two warm-up calls."""
-    fn()
-    fn()
+def wait() -> None:
+    """For the device to have finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call, the device waited for."""
+    wait()
+    started = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - started
+
+
+def in_turns(calls: Mapping[str, Callable[[], object]], rounds: int, *, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, all made once in every round so that a busy moment hits all; the first `warm` are free."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for i in range(warm + rounds):
+            for name, call in calls.items():
+                seconds = timed(call)
+                if i >= warm:
+                    times[name].append(seconds)
+    return times
+
+
+def spread(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """p20, p50 and p80 of each."""
+    return {name: quantiles(values) for name, values in times.items()}
+
+
+def time_calls(call: Callable[[], object], *, seconds: float = 2.0, least: int = 10) -> dict[str, float]:
+    """p20, p50 and p80 of the wall time of a call, in seconds, after two warm-up calls."""
+    timed(call)
+    timed(call)
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
-        start = time.perf_counter()
-        fn()
-        times.append(time.perf_counter() - start)
-    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return {"p20": p20, "p50": p50, "p80": p80, "calls": len(times)}
+        times.append(timed(call))
+    return quantiles(times) | {"calls": len(times)}
 
 
 def keep_memory() -> None:

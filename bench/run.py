@@ -26,15 +26,15 @@ from torch import Tensor
 
 from bench.baselines.literal import literal_loop, literal_step
 from bench.measure import predictions, two_targets
-from bench.pareto import judge_features, kid, literal_settings, not_inferior
-from bench.record import RESULTS, environment, interval, quantiles, say, write_result
-from bench.runtimes import interleaved
+from bench.pareto import judge_features, literal_settings, not_inferior
+from bench.record import RESULTS, environment, in_turns, interval, quantiles, say, spread, timed, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.config import Settings
 from counterlens.engine.guidance.sampler import Job, Outcome, Sampler, seeded_noise
 from counterlens.engine.guidance.schedule import make_schedule
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.images.files import to_uint8
+from counterlens.engine.metrics.distribution import kernel_distance
 from counterlens.engine.models.freezing import frozen
 from counterlens.engine.packs import Pack
 from counterlens.export.store import Store
@@ -43,13 +43,6 @@ STORE = Path("build/bench-store")
 CACHE = Path("build/bench-quality")  # counterfactuals of the quality suite, so that it can be stopped and go on
 LITERAL_STEPS = 171
 Figures = dict[str, dict[str, Any]]
-
-
-def timed(call: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def open_engine(runtime: str, config: Config) -> Engine:
@@ -229,9 +222,9 @@ def quality_suite(runtime: str, speeds: list[str], count: int | None, minutes: f
             "l1": (after - images).abs().mean(dim=(1, 2, 3)).double(),
         }
         row: dict[str, Any] = {k: interval(v) for k, v in values[name].items()}
-        spread = torch.tensor([kid(real, features[d]) for d in draws], dtype=torch.float64)
-        low, high = spread.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        row["kid"] = {"mean": kid(real, features), "low": low, "high": high}
+        distances = torch.stack([kernel_distance(real, features[d]) for d in draws])
+        low, high = distances.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        row["kid"] = {"mean": kernel_distance(real, features).item(), "low": low, "high": high}
         if name != "literal":
             row["minus_literal"] = {k: interval(v - values["literal"][k]) for k, v in values[name].items()}
             row["not_inferior"] = not_inferior(row["minus_literal"]) | {
@@ -296,7 +289,7 @@ def guided_step_suite(runtime: str, rounds: int, batch: int) -> dict[str, Any]:
                 step = one.runners.step(chosen).step(batch)
                 calls[name + label] = lambda s=step, x=seen: s(z, t, t_prev, targets, x, targets, **scales)  # type: ignore[misc]
     with engine.frozen():
-        seconds = interleaved(calls, rounds)
+        seconds = spread(in_turns(calls, rounds))
         fidelity = step_fidelity(engine, images[:8], targets[:8], settings)
     overhead = {
         name: q["p50"] / seconds["unguided, compiled" if name.endswith("compiled") else "unguided"]["p50"]
@@ -388,7 +381,7 @@ def batching_suite(runtime: str, rounds: int, slots: int = 8) -> dict[str, Any]:
     fixed = [list(range(i, i + slots)) for i in range(0, 64, slots)]
     with engine.frozen():
         calls = {"slots": lambda: run([list(range(64))]), "fixed batches": lambda: run(fixed)}
-        seconds = interleaved(calls, rounds)
+        seconds = spread(in_turns(calls, rounds))
         together = run([list(range(64))])
         alone = {i: run([[i]])[i] for i in range(0, 64, 8)}
     equal = all(torch.equal(together[i].image, o.image) for i, o in alone.items())  # type: ignore[arg-type]
@@ -435,7 +428,7 @@ def explain_suite(runtime: str, rounds: int) -> dict[str, Any]:
         for n in (16, 1)
         for name, both in (("saliency", False), ("saliency and counterfactual", True))
     }
-    seconds = interleaved(calls, rounds)
+    seconds = spread(in_turns(calls, rounds))
     for name, q in seconds.items():
         count = int(name.split()[-1])
         say(f"{name}: {q['p50'] / count:.4f} s an image")

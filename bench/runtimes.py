@@ -19,7 +19,7 @@ import typer
 from torch import Tensor
 
 from bench.baselines.literal import literal_step
-from bench.record import RESULTS, write_result
+from bench.record import RESULTS, in_turns, spread, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.models.freezing import frozen
 from counterlens.engine.runtime import artefacts
@@ -38,25 +38,6 @@ shapes = {n: (torch.zeros if d == torch.int64 else torch.rand)((1, *s), dtype=d)
 scales = {n: shapes.pop(n) for n in ("guidance_scale", "class_scale", "distance_scale", "angle_deg")}
 print(tuple(step(**{k: v + 5 if k.startswith("timestep") else v for k, v in shapes.items()}, **scales)[0].shape))
 """
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """p20, p50 and p80 in seconds of each call, all called once in every round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.no_grad():
-        for call in calls.values():
-            call()
-        for _ in range(rounds):
-            for name, call in calls.items():
-                started = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - started)
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    out = {}
-    for name, values in times.items():
-        p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(levels).tolist()
-        out[name] = {"p20": p20, "p50": p50, "p80": p80}
-    return out
 
 
 def two_pulls_or_one(spec: Spec, inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Any]]:
@@ -99,12 +80,12 @@ def measure(engine: Engine, store: Store, gradient: str, targets: list[str], rou
                 "eager": lambda e=eager, i=inputs: e(*i),  # type: ignore[misc]
             }  # fmt: skip
             calls |= {name: lambda run=run, i=inputs: run(*i) for name, run in steps.items()}  # type: ignore[misc]
-            seconds = interleaved(calls, rounds)
+            seconds = spread(in_turns(calls, rounds))
             fastest = min(steps or {"eager": None}, key=lambda name: seconds[name]["p50"])
             row: dict[str, Any] = {"gradient": gradient, "batch": batch, "seconds": seconds, "fastest": fastest}
             row["times_literal"] = seconds["literal"]["p50"] / seconds[fastest]["p50"]
             row["times_eager"] = seconds["eager"]["p50"] / seconds[fastest]["p50"]
-            row["pulls"] = interleaved(two_pulls_or_one(spec, inputs), rounds)
+            row["pulls"] = spread(in_turns(two_pulls_or_one(spec, inputs), rounds))
             row["parity"] = {t: a.report["parity"] for t, a in built.items()}
             row["build_seconds"] = {t: a.report["seconds"] for t, a in built.items()}
             rows.append(row)

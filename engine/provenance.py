@@ -8,13 +8,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from counterlens.export.store import tensors_digest, weights_digest
+from counterlens.export.versions import installed
 
 from .models.protocols import Classifier, Diffusion
 
@@ -27,13 +27,7 @@ PACKAGES = (
 @cache
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **installed(PACKAGES)}
 
 
 def session(device: torch.device | None = None) -> dict[str, Any]:

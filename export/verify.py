@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from counterlens.export.check import BATCHES, Comparison, call, compare, fitting
 from counterlens.export.errors import ExportError, NodeError
 from counterlens.export.state import preserved
 from counterlens.export.trace import batch_dependence, batched_inputs, devices_of, traced_alone
+from counterlens.export.versions import versions
 
 MISFITS: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -75,7 +75,7 @@ def check_file(
     """
     report: dict[str, Any] = {
         "batches": [], "worst": 0.0, "tolerance": tolerance_of(graph), "unstable": 0.0, "left_out": {}, "eager": [],
-        "versions": {name: _version(name) for name in ("torch", "onnx", "onnxruntime")},
+        "versions": versions(("torch", "onnx", "onnxruntime")),
     }  # fmt: skip
     try:
         import onnxruntime
@@ -211,10 +211,3 @@ def _at_operator(what: str, error: Exception, origins: Origins) -> NodeError:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300] if lines else explain(error)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

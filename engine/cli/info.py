@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from counterlens.export.versions import versions
 from counterlens.kernels.registry import operations
 
 from ..packs import Pack
@@ -17,16 +17,10 @@ PACKAGES = ("counterlens", "torch", "diffusers", "triton", "onnxruntime", "onnxr
 
 def describe(pack_name: str) -> dict[str, Any]:
     """Versions, device, the kernels' backends with every reason against them, and the pack."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     pack = Pack(pack_name)
     return {
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "device": device,
         "threads": torch.get_num_threads(),
         "operations": {op.name: {"backends": op.reasons, "auto": op.automatic, "why": op.why} for op in operations()},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,12 +40,10 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import PackageNotFoundError, version
+        from counterlens.export.versions import installed
 
-        found = []
-        for package in ("counterlens", "torch", "diffusers", "onnxruntime", "onnxruntime-gpu"):
-            with suppress(PackageNotFoundError):
-                found.append(f"{package} {version(package)}")
+        packages = installed(("counterlens", "torch", "diffusers", "onnxruntime", "onnxruntime-gpu"))
+        found = [f"{package} {version}" for package, version in packages.items()]
         text_console(as_json=False).print(", ".join([*found, f"Python {sys.version.split()[0]}"]))
         raise typer.Exit
 

@@ -16,6 +16,7 @@ from counterlens.export.errors import ExportError
 from counterlens.export.hashing import file_digest
 from counterlens.export.onnx import appearing
 from counterlens.export.program import Call, If, Loop, Share, Step, Storage, Values, check_file, write_program
+from counterlens.export.versions import versions
 
 from ..config import Config, Settings
 from ..errors import UsageError
@@ -30,7 +31,6 @@ from ..packs import Pack
 from ..portable.file import COUNTERFACTUAL, SALIENCY, SCHEMA_VERSION, card_of
 from ..portable.page import page_files, web_runtime, write_page
 from ..runtime import onnxruntime
-from ..runtime.record import installed
 
 if TYPE_CHECKING:
     from .core import EngineCore
@@ -343,7 +343,7 @@ def _card(
         "steps": outputs["kept"].shape[1],
         "classifier": engine.source.get("classifier"),
         "weights": engine.digest(),
-        "versions": {name: installed(name) for name in ("counterlens", "torch", "onnx", "onnxruntime")},
+        "versions": versions(("counterlens", "torch", "onnx", "onnxruntime")),
         "limits": "No time budget and no progress inside a run: the loop is in the file. Every sample takes all steps.",
     }
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from counterlens.export.versions import versions
 from counterlens.kernels.curve.reference import mean_under_curve
 
 from ..errors import UsageError
@@ -68,7 +68,7 @@ class Calibration:
         content = {
             "format": FORMAT, "alpha_min": self.alpha_min, "steps": self.steps, "penalty": self.penalty, "rule": RULE,
             "images": self.images, **facts, "candidates": [vars(c) for c in self.candidates],
-            "versions": {name: version(name) for name in ("counterlens", "torch")},
+            "versions": versions(("counterlens", "torch")),
         }  # fmt: skip
         write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
         return content

@@ -1,4 +1,4 @@
-"""Distances between sets of images in a feature space: FID, split FID and KID, computed by torchmetrics."""
+"""Distances between sets of images in a feature space: FID and split FID, computed by torchmetrics, and KID."""
 
 from __future__ import annotations
 
@@ -99,8 +99,7 @@ def kid(
         seed: of the subsets.
 
     Raises:
-        UsageError: fewer than two images, or than a subset; shapes do not fit. CounterlensError: torchmetrics is
-            missing.
+        UsageError: fewer than two images, or than a subset; shapes do not fit.
 
     Source: Binkowski et al. (arXiv 1801.01401).
     """
@@ -109,13 +108,30 @@ def kid(
     size = min(1000, fewest) if subset_size is None else subset_size
     if not 2 <= size <= fewest or subsets < 1:
         raise UsageError(f"subset_size: expected 2 to {fewest} (the images), got {size}; subsets: {subsets}")
-    distance, g = _torchmetrics("kid").poly_mmd, torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
 
     def subset(x: Tensor) -> Tensor:
         return x[torch.randperm(len(x), generator=g)[:size]]
 
-    found = torch.stack([distance(subset(a), subset(b)) for _ in range(subsets)])
+    found = torch.stack([kernel_distance(subset(a), subset(b)) for _ in range(subsets)])
     return _number("KID", found.mean()), _number("KID", found.std(unbiased=False))
+
+
+def kernel_distance(
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
+) -> Tensor:
+    """KID of features themselves, all of them as one subset; float64."""
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+    return within(a) + within(b) - 2 * kernel(a, b).mean()
 
 
 class _AsGiven(nn.Module):
@@ -129,21 +145,14 @@ class _AsGiven(nn.Module):
         return features
 
 
-def _torchmetrics(part: str) -> Any:
+def _fid(a: Tensor, b: Tensor) -> float:
     try:
-        if part == "fid":
-            from torchmetrics.image import fid as module
-        else:
-            from torchmetrics.image import kid as module
+        from torchmetrics.image import fid as theirs
     except ImportError as error:
         raise CounterlensError(
-            f"FID and KID need torchmetrics ({error}): {install_hint('quality')}; torchvision is not needed"
+            f"FID needs torchmetrics ({error}): {install_hint('quality')}; torchvision is not needed"
         ) from error
-    return module
-
-
-def _fid(a: Tensor, b: Tensor) -> float:
-    metric = _torchmetrics("fid").FrechetInceptionDistance(_AsGiven(a.shape[1]))
+    metric: Any = theirs.FrechetInceptionDistance(_AsGiven(a.shape[1]))
     metric.update(a, real=True)
     metric.update(b, real=False)
     return _number("FID", metric.compute())

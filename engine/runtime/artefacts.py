@@ -12,11 +12,12 @@ from torch import Tensor
 
 from counterlens.export.errors import ExportError
 from counterlens.export.store import Artefact, Store
+from counterlens.export.versions import versions
 
 from . import registry
 from .compiled import CompiledStep, as_json, expected_inputs, from_json
 from .parity import check_parity
-from .record import installed, read_record, write_record
+from .record import read_record, write_record
 from .spec import STEP, Spec
 
 Say = Callable[[str], None]
@@ -90,7 +91,7 @@ def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
         "seconds": seconds,
         "parity": parity,
         "inputs": as_json(expected_inputs(inputs)),
-        "versions": {name: installed(name) for name in ("torch", "onnx", "counterlens", *runtime.packages)},
+        "versions": versions(("torch", "onnx", "counterlens", *runtime.packages)),
     }
 
 

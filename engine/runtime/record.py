@@ -9,29 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from counterlens.export.store import Artefact
+from counterlens.export.versions import versions
 
 from .registry import of_format
 from .spec import machine
 
 
-def installed(package: str) -> str:
-    """The version of a package, or that there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def here(artefact: Artefact, device: torch.device) -> dict[str, Any]:
     """What a comparison with eager holds for: this machine, this kind of device and these versions."""
     packages = ("torch", "counterlens", *of_format(artefact.key["target"]).packages)
-    return {"machine": machine(), "device": device.type, "versions": {p: installed(p) for p in packages}}
+    return {"machine": machine(), "device": device.type, "versions": versions(packages)}
 
 
 def read_record(artefact: Artefact, device: torch.device, *, real: bool) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from counterlens.export.onnx import appearing
 from counterlens.export.program import Call, Loop, Storage, Values, check_file, write_program
 from counterlens.export.program import Step as ProgramStep
 from counterlens.export.store import weights_digest
+from counterlens.export.versions import versions
 from counterlens.kernels.curve.reference import mean_under_curve
 from counterlens.kernels.perturb.reference import rank_counts
 
@@ -28,7 +29,6 @@ from ..packs import Pack
 from ..portable.file import SALIENCY, SCHEMA_VERSION, card_of
 from ..portable.overlay import PLASMA
 from ..runtime import onnxruntime
-from ..runtime.record import installed
 from .lax import LAX
 from .onnx import logistic, saliency_function
 
@@ -233,7 +233,7 @@ def write_saliency(
         "heat": PLASMA,
         "classifier": adapter.training.get("classifier"),
         "weights": weights_digest([classifier.module, adapter.head]),
-        "versions": {name: installed(name) for name in ("counterlens", "torch", "onnx", "onnxruntime")},
+        "versions": versions(("counterlens", "torch", "onnx", "onnxruntime")),
         "storage": storage,
         "parity": parity,
         "seconds": {"composing": round(composed, 1), "in all": round(time.perf_counter() - started, 1)},

@@ -120,7 +120,6 @@ def test_few_images_warn() -> None:
 
 
 def test_kid_against_the_estimator_written_out() -> None:
-    pytest.importorskip("torchmetrics", reason="needs torchmetrics (pip install '.[quality]')")
     a, b = sample(9, (1, 2), channels=1)[0], sample(9, (1, 2), channels=1)[1][:, None] + 0.5
     x, y = a.flatten(1).double(), b.flatten(1).double()
 
