@@ -68,8 +68,7 @@ def commands() -> str:
     group = typer.main.get_command(app)
     text = typer.cli.get_docs_for_click(obj=group, ctx=typer.Context(group), name="counterlens")
     text = re.sub(r"^(Example: )(counterlens .*)$", r"\1`\2`", text, flags=re.M)
-    text = re.sub(r"<([a-z ]+|list\[Path\])>", r"&lt;\1&gt;", text)
-    return re.sub(r"^#", "##", text.split("\n", 1)[1], flags=re.M)
+    return text[text.index("\n## ") :]  # each command says itself what the list above them cuts short
 
 
 def settings() -> str:
