@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from counterlens.engine.images.files import load_image, save_png
 from tests import tiny
 from tests.engine.cli.test_cli import run
+from tests.engine.models import outsider
 from tests.engine.models.test_convert import make_ldm
 
 if TYPE_CHECKING:
@@ -56,6 +57,15 @@ def network64(folder: Path) -> None:
     """A classifier of 64x64 pixels and images for it."""
     images = "images, held_out = torch.rand(8, 3, 64, 64), torch.rand(3, 3, 64, 64)\n"
     (folder / "my_images.py").write_text(NETWORK + images)
+
+
+def toy(folder: Path) -> None:
+    """A family of diffusion models that nobody knows, and a model of it."""
+    (folder / "my_networks.py").write_text(Path(outsider.__file__).read_text())
+    torch.manual_seed(0)
+    outsider.ToyDenoiser().save_pretrained(folder / "toy" / "unet")
+    tiny.tiny_kl().save_pretrained(folder / "toy" / "vae")
+    tiny.save_scheduler(folder / "toy")
 
 
 def checkpoint(folder: Path) -> None:

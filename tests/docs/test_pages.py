@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from bench.report import FILES, TABLES, fill
+from counterlens.engine.models import load
+from counterlens.engine.runtime import registry
 from tests.docs.blocks import PAGES, ROOT, Block, blocks, execute, parse_only
 
 pytest.importorskip("transformers", reason="needs transformers (the extra `models`)")
 pytest.importorskip("captum", reason="needs captum (the extra `explain`)")
 
+PARTS = [(load, "BACKBONES"), (registry, "_registered")]
 BLOCKS = {page: list(blocks(page)) for page in PAGES}
 RUN = {page: [b for b in found if b.one("not-run") is None] for page, found in BLOCKS.items()}
 NOT_RUN = [block for found in BLOCKS.values() for block in found if block.one("not-run")]
@@ -31,6 +34,8 @@ def run_page(
     monkeypatch.setenv("COUNTERLENS_STORE", str(tmp_path / "store"))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "docs").symlink_to(ROOT / "docs")
+    for module, table in PARTS:  # what a page registers is gone after it
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))
     namespace: dict[str, Any] = {}
     try:
         for block in chosen:
