@@ -79,7 +79,6 @@ class Session:
         self.models, self.config, self.slots, self.observe = models, config or models.config, slots, observe
         self.settings = {self.config: models.settings(self.config)}
         self.sampler: Sampler | None = None
-        self.live = False  # for callers that wait for single samples, see `Sampler`
         self.total = 0  # ticks that the first batch needs, if no sample ends early
         self._steps: dict[Settings, int] = {}
         self._facts: dict[tuple[Config, float | None], dict[str, Any]] = {}
@@ -206,7 +205,7 @@ class Session:
         if todo and self.sampler is None:
             slots = self.slots or self.models.slots_for(len(todo))
             self.sampler = self.models.open_sampler(self.settings[self.config], slots, self._watch())
-            self.sampler.live = self.live or self.slots is not None
+            self.sampler.live = self.slots is not None
             self.total = count_ticks([self._steps[sample.settings] for sample in todo], slots)
         for sample in todo:
             assert self.sampler is not None

@@ -311,7 +311,6 @@ class Worker:
             if lane.slots == slots and not lane.requests:
                 return lane
         lane = _Lane(Session(self.engine, request.config, slots), slots)
-        lane.session.live = True
         self._lanes.append((request.graph, lane))
         return lane
 
