@@ -165,10 +165,11 @@ def test_budgets_count_from_arrival(engine: EngineCore, worker: Worker) -> None:
         late.future.result(timeout=60)
     worker.submit(images(1)[0]).future.result(timeout=60)  # now a rate is known
     with Gate(worker):
-        for x in images(6):
-            worker.submit(x)
+        before = [worker.submit(x) for x in images(6)]
         with pytest.raises(Late, match="6 requests are before this one"):
             worker.submit(images(1)[0], budget_s=1e-4)
+    for ticket in before:
+        ticket.future.result(timeout=60)
     part = worker.submit(images(1)[0], other(engine, images(1)[0]), config=LONG, budget_s=0.5).future.result(timeout=60)
     assert part.error is None or "budget_s" in part.error
 
