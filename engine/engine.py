@@ -50,7 +50,8 @@ class Engine(EngineCore):
         pack = Pack(name)
         settings = {mode: pack.manifest["settings"][mode] for mode in ("realistic", "audit")}
         source = {"pack": name, "classifier": classifier}
-        models = (pack.diffusion(), pack.classifier(classifier))
+        plain = options.get("attention") != "xformers"  # which diffusers' own layers call
+        models = (pack.diffusion(plain=plain), pack.classifier(classifier))
         options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
         options["device"] = _device(options)
         engine = cls(*models, config, pack_settings=settings, source=source, **options)
@@ -116,7 +117,7 @@ class Engine(EngineCore):
         elif image_size is not None:
             raise UsageError("image_size: a pack has one image size; only Stable Diffusion takes others")
         else:
-            diffusion = pack.diffusion(dtype)
+            diffusion = pack.diffusion(dtype, plain=options.get("attention") != "xformers")
         said = prompts or PRESET_PROMPTS.get(config.preset or "", "imagenet")
         if config.match_official and diffusion.conditioning == "text" and isinstance(said, str):
             said = OFFICIAL_PROMPTS.get(said, said)

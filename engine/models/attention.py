@@ -52,11 +52,13 @@ def memory_efficient_attention(modules: Sequence[nn.Module]) -> Iterator[None]:
     Needs the `autograd` pullback: xformers' Function is a legacy one, which `torch.func` refuses.
 
     Raises:
-        UsageError: a layer's attention has no xformers form.
+        UsageError: there is no such layer, or one's attention has no xformers form.
     """
     from diffusers.models.attention_processor import Attention
 
     layers = [m for module in modules for m in module.modules() if isinstance(m, Attention)]
+    if not layers:
+        raise UsageError("attention: no layer of these models can call xformers (of a pack: diffusion(plain=False))")
     with _choosing(layers), switched(_xformers, True):
         yield
 

@@ -73,8 +73,10 @@ class Backbone:
         self.classes = torch.arange(len(self.labels))  # the class of each label
 
     @classmethod
-    def open(cls, folder: Path, dtype: torch.dtype, image_size: int | None = None) -> Self:
-        """The model in a folder of diffusers' layout, with weights of `dtype`.
+    def open(
+        cls, folder: Path, dtype: torch.dtype, image_size: int | None = None, names: Sequence[str] | None = None
+    ) -> Self:
+        """The model in a folder of diffusers' layout, with weights of `dtype`; its classes' names, if it has none.
 
         Raises:
             UsageError: a field or the image size does not fit. CounterlensError: see `files.read_part`.
@@ -90,7 +92,7 @@ class Backbone:
         check_side(config, read_json(config), chosen=image_size is not None)
         said = cls.more(folder, dtype) | {"prediction": levels.prediction}
         if cls.conditioning == "class":
-            said["names"] = id2label_names(index.get("id2label"))
+            said["names"] = id2label_names(index.get("id2label")) or names
         if cls.sized:
             said["image_size"] = image_size
         return cls(

@@ -111,28 +111,33 @@ class Pack:
         _load(module, folder / "model.safetensors")
         return SoftmaxClassifier(module.eval().requires_grad_(False), config["labels"])
 
-    def diffusion(self, dtype: str = "float32") -> ClassConditionalLatentDiffusion:
+    def diffusion(self, dtype: str = "float32", *, plain: bool = True) -> ClassConditionalLatentDiffusion:
         """Load the diffusion model (it is stored in float16) with weights of this type.
+
+        Args:
+            dtype: of the weights.
+            plain: take the networks of `models.plain`, where they fit; else diffusers', which have the same results.
 
         Raises:
             UsageError: there is no such type here.
         """
-        from diffusers import AutoencoderKL, UNet2DModel
-
-        from ..models.fields import read_noise_levels
         from ..models.files import check_dtype
         from ..models.latent import ClassConditionalLatentDiffusion
+        from ..models.plain import Autoencoder, UNet, fits, scaled_linear
 
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(self.folder / "vae"))
-        unet = UNet2DModel.from_config(UNet2DModel.load_config(self.folder / "unet"))
+        held = check_dtype(dtype, torch.device("cpu"))
+        digits = [str(d) for d in range(10)]
+        said = [json.loads((self.folder / part / "config.json").read_text()) for part in ("vae", "unet")]
+        scheduler = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text())
+        usual = (scheduler["beta_schedule"], scheduler["trained_betas"], scheduler["rescale_betas_zero_snr"])
+        if not plain or usual != ("scaled_linear", None, False) or not all(map(fits, said)):
+            return ClassConditionalLatentDiffusion.open(self.folder, held, names=digits)
+        vae, unet = Autoencoder(said[0]), UNet(said[1])
         for module, part in ((vae, "vae"), (unet, "unet")):
             _load(module, self.folder / part / "diffusion_pytorch_model.safetensors")
-            # not diffusers' own `to`, which warns of an empty list of modules
-            torch.nn.Module.to(module, check_dtype(dtype, torch.device("cpu"))).eval().requires_grad_(False)
-        path = self.folder / "scheduler" / "scheduler_config.json"
-        levels = read_noise_levels(path, json.loads(path.read_text()))
-        digits = [str(d) for d in range(10)]
-        return ClassConditionalLatentDiffusion(vae, unet, levels.alphas_cumprod, digits, levels.prediction)
+            module.to(held).eval().requires_grad_(False)
+        levels = scaled_linear(scheduler)
+        return ClassConditionalLatentDiffusion(vae, unet, levels, digits, scheduler["prediction_type"])
 
     def guidance_decoder(self) -> TinyDecoder | None:
         """The small decoder for gradients, if the pack has one (see `packs.distill`)."""
