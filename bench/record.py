@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from counterlens.engine.files import write_atomically
 from counterlens.engine.metrics import bootstrap
 from counterlens.export.versions import versions
 
@@ -57,7 +58,7 @@ def write_result(name: str, payload: dict[str, Any]) -> Path:
     """Write `bench/results/NAME.json` with the environment beside the payload."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
     return path
 
 

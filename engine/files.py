@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import CounterlensError
+from counterlens.export import files
+from counterlens.export.files import UNFINISHED, write_whole
 
-UNFINISHED = re.compile(r"\.[0-9a-f]{12}\.[0-9]+\.partial")
+from .errors import CounterlensError
 
 
 def write_atomically(
@@ -29,24 +27,8 @@ def write_atomically(
     Raises:
         CounterlensError: it cannot be written; the message names it.
     """
-    # The name of the unfinished file is short, whatever the path's own: file systems take 255 bytes.
-    tag = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
-    partial = path.with_name(f".{tag}.{os.getpid()}.partial")
     try:
-        if folders:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                if callable(data):
-                    data(file)
-                else:
-                    file.write(data.encode(errors="surrogateescape") if isinstance(data, str) else data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:  # whatever stopped it, an interrupt too; once it is replaced there is nothing left
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+        write_whole(path, data, folders=folders)
     except OSError as error:
         raise cannot_write(path, error, hint) from error
 
@@ -65,4 +47,4 @@ def sweep(folder: Path) -> None:
 
 def cannot_write(path: Path, error: OSError, hint: str = "") -> CounterlensError:
     """The error of a path that cannot be written: which one, why, and what to do."""
-    return CounterlensError(f"{path}: cannot be written ({error.strerror or error}){hint and f'; {hint}'}")
+    return CounterlensError(files.cannot_write(path, error, hint))

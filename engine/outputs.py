@@ -21,6 +21,7 @@ from typing import Any
 
 import filelock
 
+from counterlens.export.files import newer
 from counterlens.export.hashing import file_digest
 
 from .errors import CounterlensError, UsageError
@@ -267,6 +268,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     known = {"command": str, "sources": dict, "files": list}
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UsageError(f"out: {path} is there and does not describe a run of counterlens; choose another folder")
+    if problem := newer(description.get("schema_version"), SCHEMA_VERSION):
+        raise UsageError(f"out: {path} was {problem}, or choose another folder")
     if description.get("schema_version") != SCHEMA_VERSION or not all(
         isinstance(description.get(k), kind) for k, kind in known.items()
     ):

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from counterlens.export.dtypes import STAND_INS, TO_BOOL, data_type, held, result_type
 from counterlens.export.errors import ExportError, NodeError
+from counterlens.export.files import cannot_write
 from counterlens.export.lowering import LOWERINGS, Value
 from counterlens.export.simplify import Size, aten
 from counterlens.export.trace import located, trace
@@ -105,7 +106,7 @@ def export_onnx(
     except NodeError as error:
         raise located(error, fn, example_inputs, dynamic_batch) from None
     except OSError as error:
-        raise ExportError(f"{target}: cannot be written ({error})") from error
+        raise ExportError(cannot_write(target, error)) from error
     if left_out := found["left_out"]:
         said = "; ".join(f"{'' if batch == 'all' else f'batch {batch} '}{why}" for batch, why in left_out.items())
         warnings.warn(f"{target}: not compared with the function: {said}", stacklevel=2)

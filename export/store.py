@@ -25,9 +25,10 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from counterlens.export.errors import ExportError
+from counterlens.export.files import newer
 from counterlens.export.hashing import file_digest
 
-FORMAT = 1
+SCHEMA_VERSION = 1
 MANIFEST = "artefact.json"
 
 
@@ -146,7 +147,7 @@ class Store:
             for p in sorted(work.rglob("*"))
             if p.is_file()
         }
-        manifest = {"format": FORMAT, "key": dict(key), "files": files, "report": report}
+        manifest = {"schema_version": SCHEMA_VERSION, "key": dict(key), "files": files, "report": report}
         (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
     def entries(self) -> list[Artefact]:
@@ -184,10 +185,8 @@ def open_artefact(folder: Path) -> Artefact:
     advice = f"delete the folder {folder} or build it again with --force"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise ExportError(
-                f"{folder / MANIFEST}: format {manifest['format']}, this version reads {FORMAT}; {advice}"
-            )
+        if problem := newer(manifest.get("schema_version"), SCHEMA_VERSION):
+            raise ExportError(f"{folder / MANIFEST}: {problem}, or {advice}")
         for name, expected in manifest["files"].items():
             path = folder / name
             if path.stat().st_size != expected["bytes"] or file_digest(path) != expected["sha256"]:
@@ -196,7 +195,7 @@ def open_artefact(folder: Path) -> Artefact:
         return Artefact(folder, manifest["key"], manifest["report"], hashes)
     except FileNotFoundError as error:
         raise ExportError(f"{error.filename}: missing; {advice}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{folder / MANIFEST}: damaged ({error}); {advice}") from error
 
 

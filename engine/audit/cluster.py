@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..core.factory import EngineFactory
 from ..errors import CounterlensError, UsageError
 from ..files import real
 from ..images.sources import need
@@ -17,28 +18,8 @@ from .results import Results, part_path
 from .rows import Row
 
 if TYPE_CHECKING:
-    from ..core.core import EngineCore
     from .auditor import Auditor
     from .plan import Chosen
-
-
-def engine_parts(engine: EngineCore) -> dict[str, Any]:
-    """What an equal engine is made from, without anything compiled or open; it travels to the actors."""
-    return {
-        "diffusion": engine.diffusion,
-        "classifier": engine.classifier,
-        "config": engine.config,
-        "pack_settings": engine.pack_settings,
-        "backend": engine.backend,
-        "runtime": engine.runtime,
-        "store": engine.store.folder,
-        "source": engine.source,
-        "checkpointing": engine.checkpointing,
-        "attention": engine.attention,
-        "guidance_decoder": engine.guidance_decoder,
-        "speeds": engine.speeds,
-        "neighbours": {engine.labels[k]: [engine.labels[n] for n in v] for k, v in engine.targets.neighbours.items()},
-    }
 
 
 def check_travels(parts: Mapping[str, Any]) -> None:
@@ -86,22 +67,19 @@ class Worker:
     """One engine in an actor; called with a batch of part numbers, it writes them and says what they hold.
 
     Args:
-        parts: of `engine_parts`, in Ray's object store.
-        slots: of the engine.
+        make: an `EngineFactory`, in Ray's object store.
         job: source, options, judges, config, folder, and the conditions that are held (threads, runtimes).
     """
 
-    def __init__(self, parts: Any, slots: tuple[int, ...], job: Any) -> None:
+    def __init__(self, make: Any, job: Any) -> None:
         import ray
 
-        from ..core.core import EngineCore
         from ..images.sources import open_source
         from .auditor import Auditor
         from .conditions import check_conditions, conditions, held
         from .plan import parts_of
 
-        engine = EngineCore(**ray.get(parts))
-        engine.slots = slots
+        engine = ray.get(make)()
         details = ray.get(job)
         options = details["options"]
         source = open_source(Path(details["source"]), options.slices, options.recursive)
@@ -168,8 +146,8 @@ def run_on_ray(
         "out": str(real(results.folder)),
         "conditions": results.manifest["conditions"],
     }
-    shipped = engine_parts(engine)
-    check_travels(shipped | {f"judge {name}": judge for name, judge in auditor.judges.items()})
+    make = EngineFactory.of(engine)
+    check_travels(make.parts | {f"judge {name}": judge for name, judge in auditor.judges.items()})
     started = not ray.is_initialized()
     if started:
         try:
@@ -183,14 +161,14 @@ def run_on_ray(
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         # Held here for as long as actors may have to be started again with them.
-        held = (ray.put(shipped), ray.put(job))
+        held = (ray.put(make), ray.put(job))
         data = ray.data.from_items(list(todo), override_num_blocks=len(todo)).map_batches(
             Worker,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=1,
             num_gpus=1 if torch.cuda.is_available() else None,
-            fn_constructor_args=(held[0], engine.slots, held[1]),
+            fn_constructor_args=held,
         )
         for said in data.iter_rows():
             rows = results_rows(results, said["part"])

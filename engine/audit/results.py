@@ -25,6 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from counterlens.export.files import newer
+
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..images.files import png_text, to_uint8
@@ -34,7 +36,7 @@ from ..provenance import session
 from .conditions import check_conditions
 from .rows import Row, table_bytes
 
-FORMAT, VERSION = "counterlens-audit", 1
+FORMAT, SCHEMA_VERSION = "counterlens-audit", 1
 MANIFEST, PLAN, LOCK = "manifest.json", "plan.parquet", ".lock"
 FANOUT = 1000  # parts in one folder
 FORMATS: dict[str, dict[str, Any]] = {
@@ -113,13 +115,15 @@ class Results:
             raise UsageError(f"{folder}: no audit there (no {MANIFEST})") from error
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UsageError(f"{path}: cannot be read ({error})") from error
-        found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
-        if found[0] != FORMAT:
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UsageError(f"{path}: not an audit's manifest")
-        if found[1] != VERSION:
+        schema = manifest.get("schema_version")
+        if problem := newer(schema, SCHEMA_VERSION):
+            raise UsageError(f"{path}: {problem}, or choose another --out; nothing was changed")
+        if schema != SCHEMA_VERSION:
             raise UsageError(
-                f"{folder}: made as version {found[1]} of the format, this is version {VERSION}; nothing was changed. "
-                "Go on with the counterlens that made it, or choose another --out"
+                f"{folder}: made as version {schema} of the format, this is version {SCHEMA_VERSION}; nothing was "
+                "changed. Go on with the counterlens that made it, or choose another --out"
             )
         return cls(folder, manifest)
 
@@ -165,7 +169,10 @@ class Results:
             strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
             if strange and not (replaced and {*strange} <= {"images", "rows"}):  # with foreign files in them
                 raise UsageError(f"out: {folder} is no audit and holds {strange[0]!r}; choose another folder")
-            manifest = {"format": FORMAT, "version": VERSION, "identity": identity, "shard": shard, "sessions": []}
+            manifest = {
+                "format": FORMAT, "schema_version": SCHEMA_VERSION, "identity": identity, "shard": shard,
+                "sessions": [],
+            }  # fmt: skip
             results = cls(folder, json.loads(json.dumps(manifest)))
         if conditions is None:
             pass
@@ -208,7 +215,9 @@ class Results:
     def metadata(self) -> dict[str, str]:
         """What every part says about itself; `made` is on what it was computed (see `conditions`)."""
         made = {"made": json.dumps(self.made)} if self.made else {}
-        return {"format": FORMAT, "version": str(VERSION), "audit": self.manifest["identity"]["hash"], **made}
+        return {
+            "format": FORMAT, "schema_version": str(SCHEMA_VERSION), "audit": self.manifest["identity"]["hash"], **made,
+        }  # fmt: skip
 
     def finished(self, sizes: dict[int, int]) -> set[int]:
         """Which of the parts, given with their sizes, are there.

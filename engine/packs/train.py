@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files import write_atomically
 from .architectures import ARCHITECTURES
 from .rendering import choose_markers, draw_markers, render
 
@@ -174,9 +174,7 @@ def _run_stage(
             "optimizer": optimizer.state_dict(),
             "step": step,
         }
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, checkpoint)
+        write_atomically(checkpoint, lambda file: torch.save(state, file))
 
     task = progress.add_task(name, total=steps, completed=first, loss=math.nan)
     saved = time.monotonic()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from counterlens.export.files import newer
 from counterlens.export.hashing import file_digest
 
 from ..errors import CounterlensError, UsageError
@@ -292,8 +293,8 @@ def read_card(path: Path, what: str | None = None) -> dict[str, Any]:
         raise UsageError(f"{card}: not the card of a {kind} ({type(error).__name__}: {error})") from error
     if said not in ("counterfactual", "saliency") or said != (what or said) or not isinstance(schema, int):
         raise UsageError(f"{card}: the card of {said!r}, not of a {kind}")
-    if schema > SCHEMA_VERSION:
-        raise UsageError(f"{card}: written by a newer counterlens (schema {schema}, this one knows {SCHEMA_VERSION})")
+    if problem := newer(schema, SCHEMA_VERSION):
+        raise UsageError(f"{card}: {problem}")
     return found
 
 

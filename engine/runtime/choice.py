@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 import threading
 import time
@@ -18,6 +17,7 @@ import torch
 from counterlens.export.errors import ExportError
 from counterlens.export.store import Artefact, Store
 
+from ..files import write_atomically
 from ..guidance.pullback import PullbackMode
 from ..guidance.step import GuidedStep
 from . import artefacts, registry
@@ -191,10 +191,7 @@ class StepRunner:
                 self._leave_out(name, batch, error)
         path = self._calibration()
         known = self.measurements() | {str(batch): times}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = path.with_suffix(f".{os.getpid()}")
-        work.write_text(json.dumps(known, indent=1) + "\n")
-        os.replace(work, path)
+        write_atomically(path, json.dumps(known, indent=1) + "\n", folders=True)
         return times
 
     def measurements(self) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ import torch
 from counterlens.export.store import Artefact
 from counterlens.export.versions import versions
 
+from ..errors import CounterlensError
+from ..files import write_atomically
 from .registry import of_format
 from .spec import machine
 
@@ -46,12 +48,9 @@ def write_record(artefact: Artefact, device: torch.device, *, real: bool, parity
     """Say beside the artefact that it agreed with eager here."""
     path = _path(artefact, device)
     record = {"where": here(artefact, device), "files": artefact.hashes, "real": real, "parity": parity}
-    work = path.with_suffix(f".{os.getpid()}")
-    try:
-        work.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(work, path)
-    except OSError:  # a store that cannot be written, such as one that is shared: compared again the next time
-        work.unlink(missing_ok=True)
+    # A store that cannot be written, such as one that is shared: compared again the next time.
+    with suppress(CounterlensError):
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def _path(artefact: Artefact, device: torch.device) -> Any:

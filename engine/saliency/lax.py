@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from counterlens.export.files import newer
 from counterlens.export.hashing import file_digest
 from counterlens.export.store import weights_digest
 from counterlens.kernels.dispatch import exporting
@@ -412,6 +413,8 @@ def open_adapter(folder: str | Path, classifier: Classifier, quantity: LogOdds |
     description = read_json(folder / DESCRIPTION)
     if description.get("format") != FORMAT:
         raise CounterlensError(f"{folder / DESCRIPTION}: expected {FORMAT}, got {description.get('format')!r}")
+    if problem := newer(description.get("version"), VERSION):
+        raise CounterlensError(f"{folder / DESCRIPTION}: {problem}, or train it again: counterlens adapter train")
     if description.get("version") != VERSION:
         raise CounterlensError(
             f"{folder / DESCRIPTION}: version {description.get('version')}, this counterlens reads {VERSION}; train it "

@@ -359,3 +359,23 @@ def test_save_follows_the_same_rule(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 4
     assert len(other.save(tmp_path, overwrite=True)) == 2
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["0000.png", "0001.png"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (9, r"run\.json was written by a newer counterlens \(schema 9; this one knows 1\): update"),
+        (0, r"run\.json is of version 0, this is version 1; choose another folder"),
+    ],
+)
+def test_a_run_of_another_schema_is_refused_and_left_as_it_is(schema: int, words: str, tmp_path: Path) -> None:
+    with open_run(tmp_path, {"command": "a"}, files=["x"]) as run:
+        (run.folder / "x").touch()
+    described = json.loads((tmp_path / "run.json").read_text())
+    assert described["schema_version"] == 1
+    (tmp_path / "run.json").write_text(json.dumps(described | {"schema_version": schema}))
+    before = contents(tmp_path)
+    for more in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(UsageError, match=words), open_run(tmp_path, {"command": "a"}, files=["x"], **more):
+            pass
+    assert contents(tmp_path) == before

@@ -71,8 +71,9 @@ def test_damage_is_named_and_force_mends_it(damage: str, tmp_path: Path) -> None
     elif damage == "manifest":
         manifest.write_text(manifest.read_text()[:40])
     else:
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
-    named = "artefact.json" if damage in ("manifest", "format") else "a.bin"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 99}))
+    newer = r"artefact\.json: written by a newer counterlens \(schema 99; this one knows 1\): update"
+    named = {"manifest": "artefact.json", "format": newer}.get(damage, "a.bin")
     with pytest.raises(ExportError, match=rf"{named}.*--force"):
         store.get(KEY, write)
     assert store.get(KEY, write, force=True).file("a.bin").read_bytes() == b"abc"

@@ -200,11 +200,18 @@ def test_folders_that_are_no_audit_or_an_older_one(tiny, source: Path, unbroken:
         run(engine, source, tmp_path)
     old = tmp_path / "old"
     old.mkdir()
-    manifest = json.dumps(unbroken.manifest | {"version": 0})
-    (old / "manifest.json").write_text(manifest)
-    with pytest.raises(UsageError, match="made as version 0 of the format, this is version 1; nothing was changed"):
-        run(engine, source, old)
-    assert (old / "manifest.json").read_text() == manifest
+    for schema, words in (
+        (0, "made as version 0 of the format, this is version 1; nothing was changed"),
+        (
+            3,
+            r"manifest\.json: written by a newer counterlens \(schema 3; this one knows 1\): update.*nothing was changed",
+        ),
+    ):
+        manifest = json.dumps(unbroken.manifest | {"schema_version": schema})
+        (old / "manifest.json").write_text(manifest)
+        with pytest.raises(UsageError, match=words):
+            run(engine, source, old)
+        assert (old / "manifest.json").read_text() == manifest
     with pytest.raises(UsageError, match="no audit there"):
         Results.open(source)
 

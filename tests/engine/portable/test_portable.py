@@ -113,7 +113,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         CounterfactualFile(tmp_path / "none.onnx")
     path = write_toy(tmp_path, schema_version=2)
-    with pytest.raises(UsageError, match="written by a newer counterlens"):
+    with pytest.raises(UsageError, match=r"written by a newer counterlens \(schema 2; this one knows 1\): update"):
         CounterfactualFile(path)
     for what in ("saliency", "recipe"):
         write_toy(tmp_path, what=what)

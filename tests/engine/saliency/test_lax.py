@@ -371,6 +371,9 @@ def test_files(classifier, images, tmp_path: Path) -> None:
     with pytest.raises(CounterlensError, match=r"adapter\.safetensors: missing, or not"):
         open_adapter(tmp_path, classifier)
     description = json.loads((tmp_path / "adapter.json").read_text())
+    (tmp_path / "adapter.json").write_text(json.dumps(description | {"version": 99}))
+    with pytest.raises(CounterlensError, match=r"adapter\.json: written by a newer counterlens \(schema 99; .*update"):
+        open_adapter(tmp_path, classifier)
     del description["taps"]
     (tmp_path / "adapter.json").write_text(json.dumps(description))
     with pytest.raises(CounterlensError, match=r"adapter\.json: not an adapter"):
