@@ -23,20 +23,21 @@ from counterlens.engine.guidance.memory import PeakMemory
 from counterlens.engine.images.files import write_png
 from counterlens.engine.images.maps import draw_methods
 from counterlens.engine.metrics import load_alpha_min
+from counterlens.engine.metrics.table import METRICS, compared
 from counterlens.engine.models.freezing import frozen
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 from counterlens.engine.packs.architectures import StridedClassifier
 from counterlens.engine.packs.rendering import MARKER_SIZE, Marker
-from counterlens.engine.saliency.evaluation import METRICS, Scored, evaluate
+from counterlens.engine.saliency.evaluation import evaluate
+from counterlens.engine.saliency.explain import Explanations, pack_adapter
 from counterlens.engine.saliency.lax import LAX, new_adapter
-from counterlens.engine.saliency.methods import check_methods, explain_with, minmax, saliency_methods
-from counterlens.engine.saliency.packed import pack_adapter
+from counterlens.engine.saliency.methods import explain_with, minmax
 from counterlens.engine.saliency.recipes import HALVES, PACK_SCHEDULE, pack_images, train_adapter
+from counterlens.engine.saliency.table import METHODS, check_methods
 from counterlens.engine.saliency.training import Schedule, faithfulness
 
 SECTIONS = ("truth", "quality", "cost", "sanity", "memory")
-METHODS = list(saliency_methods)
 CLASSIFIERS = ("clean", "shortcut")
 ALPHA_MIN = {c: load_alpha_min(RESULTS / f"calibration-{c}" / "calibration.json") for c in CLASSIFIERS}  # frozen
 ROUNDS, SHORT_ROUNDS = 5, 25  # of the cost table, the second of what takes milliseconds
@@ -82,7 +83,7 @@ def truth_figures(
     for name in CLASSIFIERS:
         classifier = pack.classifier(name)
         adapter = pack_adapter(pack, name, classifier, HALVES)
-        rows, maps, notes = dict(known.get(name, {}) if methods != METHODS else {}), {}, {}
+        rows, maps, notes = dict(known.get(name, {}) if len(methods) < len(METHODS) else {}), {}, {}
         for method in METHODS:
             images = samples.images if method in methods else samples.images[:10]  # those of the picture
             saliency, scores = explain_with(
@@ -112,23 +113,28 @@ def quality_figures(pack: Pack, count: int | None, methods: list[str], known: di
         classifier = pack.classifier(name)
         scored = evaluate(
             classifier, samples.images, methods, adapter=pack_adapter(pack, name, classifier),
-            alpha_min=ALPHA_MIN[name], baseline=pack.mean_colour, seeds=samples.ids,
+            alpha_min=ALPHA_MIN[name], pack=pack,
             on_method=lambda m, n=name: print(n, m, flush=True),
         )  # fmt: skip
-        rows = known.get(name, {}).get("methods", {}) if methods != METHODS else {}
+        rows = known.get(name, {}).get("methods", {}) if len(methods) < len(METHODS) else {}
         rows = rows | {m: {k: interval(v) for k, v in s.values.items()} for m, s in scored.items()}
-        against = {m: against_best(scored, m) for m in METRICS}
+        against = {m: against_best(scored, m) for m in compared()}
         for metric, row in against.items():
-            others = {m: (1 if METRICS[metric] else -1) * r[metric]["mean"] for m, r in rows.items() if m != "lax"}
+            others = {m: direction(metric) * r[metric]["mean"] for m, r in rows.items() if m != "lax"}
             if (best := max(others, key=lambda m: others[m])) != row["best_other"]:
                 raise SystemExit(f"--methods: {best} is the best other method by {metric}; run it as well")
         out[name] = {"methods": rows, "against_best": against}
     return out
 
 
-def against_best(scored: dict[str, Scored], metric: str) -> dict[str, Any]:
+def direction(metric: str) -> int:
+    """1 where more is better, else -1."""
+    return 1 if METRICS[metric].higher_is_better else -1
+
+
+def against_best(scored: dict[str, Explanations], metric: str) -> dict[str, Any]:
     """LAX minus the best other method on the same images, so that more is better, with its bootstrap interval."""
-    sign = 1 if METRICS[metric] else -1
+    sign = direction(metric)
     others = {name: sign * s.values[metric] for name, s in scored.items() if name != "lax"}
     best = max(others, key=lambda name: others[name].mean().item())
     difference = interval(sign * scored["lax"].values[metric] - others[best])
@@ -253,7 +259,7 @@ def main(
     Example: python -m bench.explain --sections truth,quality --record
     """
     chosen = SECTIONS if sections == "all" else tuple(sections.split(","))
-    again = METHODS if methods == "all" else check_methods(methods.split(","))
+    again = list(METHODS) if methods == "all" else check_methods(methods.split(","))
     if "lax" not in again:
         raise SystemExit("--methods: lax is what the others are compared with; name it as well")
     opened = Pack(pack)
@@ -274,7 +280,7 @@ def main(
     if "memory" in chosen:
         payload["memory"] = memory_figures()
     environments |= {section: environment() for section in chosen}
-    for section in {"truth", "quality"} & set(chosen) if again != METHODS else ():
+    for section in {"truth", "quality"} & set(chosen) if len(again) < len(METHODS) else ():
         kept = before.get(section) or {}
         environments[section] |= {"methods": again, "others": kept.get("others", kept)}
     if record:

@@ -29,8 +29,8 @@ from counterlens.engine.images.files import save_png
 from counterlens.engine.packs import Pack
 from counterlens.engine.portable.file import SALIENCY, card_of
 from counterlens.engine.portable.page import web_runtime, write_page
+from counterlens.engine.saliency.explain import pack_adapter
 from counterlens.engine.saliency.one_file import export_saliency
-from counterlens.engine.saliency.packed import pack_adapter
 from counterlens.export.errors import ExportError
 
 SECTIONS = ("parity", "speed", "start", "node", "page")

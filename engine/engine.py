@@ -156,6 +156,8 @@ class Engine(EngineCore):
         adapter: Any = None,
         baseline: Any = None,
         alpha_min: float = 0.5,
+        layer: str | None = None,
+        metrics: Sequence[str] | None = None,
         counterfactual: bool = False,
         targets: Targets = "runner-up",
         seeds: Sequence[int] | None = None,
@@ -166,12 +168,14 @@ class Engine(EngineCore):
         Args:
             images: [B, 3, H, W] in [0, 1] at the model's image size.
             explained: labels whose evidence is shown, as for `counterfactual`; the predictions without it.
-            method: `lax`, or one of `saliency.methods.saliency_methods`.
+            method: `lax`, or one of `saliency.table.METHODS`.
             quantity: `class`, groups of labels (`0,1,2/3,4`), or log-odds as a function of logits and targets; see
                 `metrics.quantities.make_quantity`.
             adapter: of `lax`: one that is open, or its folder; the pack's without it.
-            baseline: what hides pixels, see `metrics.inputs.make_baseline`; the pack's mean colour, else each image's.
+            baseline: what hides pixels, see `metrics.inputs.make_baseline`; the pack's mean colour, else `blur`.
             alpha_min: of MSI.
+            layer: of `gradcam`, see `saliency.methods.explain_with`.
+            metrics: names in `metrics.table.METRICS`; those that cost nothing beside MSI without it.
             counterfactual: compute counterfactuals as well, with `targets`, `seeds` and `config`.
 
         Raises:
@@ -179,13 +183,14 @@ class Engine(EngineCore):
                 another model, or a package is missing.
         """
         from .metrics.inputs import check_finite
-        from .saliency.explain import explain
+        from .saliency.explain import explain_by
 
         self.check_images(images)
         check_finite("images", images)
-        return explain(
+        return explain_by(
             self, images, explained=explained, method=method, quantity=quantity, adapter=adapter, baseline=baseline,
-            alpha_min=alpha_min, counterfactual=counterfactual, targets=targets, seeds=seeds, config=config,
+            alpha_min=alpha_min, layer=layer, metrics=metrics, counterfactual=counterfactual, targets=targets,
+            seeds=seeds, config=config,
         )  # fmt: skip
 
     def audit(
@@ -239,16 +244,15 @@ class Engine(EngineCore):
 
     def _map_writer(self, adapter: Any, say: Callable[[str], None]) -> Callable[[Run], dict[str, Any]] | None:
         """What writes the map's file beside a page, or None where these models have no adapter."""
-        from .saliency.explain import find_adapter
+        from .saliency.explain import find_adapter, hidden_by, pack_adapters
         from .saliency.one_file import write_saliency
-        from .saliency.packed import pack_adapters
 
         pack = Pack(self.source["pack"]) if "pack" in self.source else None
-        if adapter is None and (pack is None or (self.source["classifier"], "class") not in pack_adapters(pack)):
+        name = self.source.get("classifier", "")
+        if adapter is None and (pack is None or (name, "class") not in pack_adapters(pack)):
             return None
-        found = find_adapter(self, adapter, "class")
-        baseline = "blur" if pack is None else pack.mean_colour
-        return lambda run: write_saliency(found, run, baseline=baseline, pack=pack, say=say)
+        found = find_adapter(adapter, self.classifier, "class", pack, name)
+        return lambda run: write_saliency(found, run, baseline=hidden_by(pack), pack=pack, say=say)
 
 
 def _device(options: dict[str, Any]) -> str | torch.device:

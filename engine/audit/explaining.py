@@ -196,10 +196,10 @@ class Explainer:
 
     def _saliency(self, items: Sequence[Item], method: str) -> None:
         """Explain each prediction by a saliency map, scored by MSI (`Engine.explain`)."""
-        from ..saliency.explain import explain
+        from ..saliency.explain import explain_by
 
         def run(some: Sequence[Item]) -> list[Tensor]:
-            found = explain(self.engine, _images(some), method=method, config=self.config)
+            found = explain_by(self.engine, _images(some), method=method, config=self.config)
             msi, curves = found.msi, found.msi.curves
             assert curves.keep is not None
             assert curves.remove is not None

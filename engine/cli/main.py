@@ -14,7 +14,7 @@ from counterlens.export.errors import ExportError
 
 from ..errors import CounterlensError, UsageError
 from ..terminal import StreamError, Terminated, safe_streams, stopping
-from . import audit, metrics
+from . import adapter, audit, metrics
 from .counterfactual import counterfactual
 from .export import convert, export
 from .options import (
@@ -25,7 +25,7 @@ from .options import (
 from .pack import demo, info, samples
 from .portable import register as register_portable
 from .profile import profile
-from .saliency import register as register_adapter
+from .saliency import register as register_saliency
 
 # torch, diffusers and everything that needs them are imported inside the commands: --help must answer at once.
 
@@ -63,7 +63,8 @@ for command in (demo, counterfactual, samples, export, convert, info, profile, a
 app.command("audit-merge")(audit.merge)
 app.command("audit-report")(audit.report)
 app.add_typer(metrics.app, name="metrics")
-register_adapter(app)
+app.add_typer(adapter.app, name="adapter")
+register_saliency(app)
 register_portable(app)
 
 

@@ -75,17 +75,19 @@ def export_map(
     image_size: int | None, batch: int | None, storage: Any, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """What `export --what saliency` does: the file and its card."""
+    from ..saliency.explain import hidden_by
     from ..saliency.one_file import export_saliency
-    from .saliency import describe, open_classifier_and_adapter
+    from .saliency import Subject
 
     folder = _folder(out, "a saliency map's file", "where")
-    name = classifier or "clean"
-    opened, trained, size, baseline = open_classifier_and_adapter(pack, name, quantity, adapter, labels, image_size)
+    subject = Subject(pack, classifier or "clean", quantity, labels, image_size)
+    opened = subject.open(adapter, option="--adapter")
+    trained = subject.adapter(opened, adapter)
     with progress_bar("export") as progress:
         task = progress.task_ids[0]
         card = export_saliency(
-            trained, folder, baseline=baseline, pack=opened, batch=batch, storage=storage, overwrite=overwrite,
-            facts=describe(opened, name, trained.classifier, size, quantity, trained, 0, None), option="--{}",
+            trained, folder, baseline=hidden_by(opened.pack), pack=opened.pack, batch=batch, storage=storage,
+            overwrite=overwrite, facts=opened.facts(quantity, trained, 0), option="--{}",
             say=lambda text: progress.update(task, description=text),
         )  # fmt: skip
     parity = card["parity"]

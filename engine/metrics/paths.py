@@ -46,6 +46,11 @@ class Faithfulness:
 
     __repr__ = one_line
 
+    @property
+    def mean(self) -> tuple[list[float], list[float]]:
+        """The shares, and the mean over the maps of the values there."""
+        return self.shares.tolist(), self.values.mean(0).tolist()
+
 
 class PathOptions(TypedDict, total=False):
     """Conventions of a path; what is not given is the metric's, or that of the project named by `compat`.

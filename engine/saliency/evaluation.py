@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,88 +13,14 @@ from torch import Tensor
 
 from ..errors import CounterlensError, install_hint
 from ..files import write_atomically
-from ..metrics.imputation import road
-from ..metrics.inputs import Baseline, said
 from ..metrics.intervals import bootstrap
-from ..metrics.msi_score import MSI, msi
-from ..metrics.paths import Faithfulness, deletion, insertion
-from ..metrics.quantities import LogOdds, Quantity, make_quantity
-from ..models.holding import switched
+from ..metrics.table import METRICS
 from ..models.protocols import Classifier
-from ..showing import one_line
-from .lax import LAX
-from .methods import check_methods, explain_with, predicted
+from .explain import Explanations, explain
+from .table import check_methods
 from .taps import NoMaps
 
-# Metric: whether more is better.
-METRICS = {"msi": True, "base_score_area": True, "insertion": True, "deletion": False, "road": False}
 DRAWS = 2000
-STEPS = 32  # of the insertion and deletion curves
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One method on N images.
-
-    Attributes:
-        saliency: [N, H, W] in [0, 1]. scores: [N, H, W] as the method gives them.
-        target: [N] the explained labels.
-        msi: of `saliency`.
-        inserted, removed: of the ranks of `scores`.
-        values: metric (see `METRICS`, `base_score`, `sufficient_area` and `mask_area`) to [N].
-        seconds: for one image.
-    """
-
-    saliency: Tensor
-    scores: Tensor
-    target: Tensor
-    msi: MSI
-    inserted: Faithfulness
-    removed: Faithfulness
-    values: dict[str, Tensor]
-    seconds: float
-
-    __repr__ = one_line
-
-
-def score_maps(
-    classifier: Classifier,
-    images: Tensor,  # [N, 3, H, W]
-    saliency: Tensor,  # [N, H, W]
-    scores: Tensor,  # [N, H, W]
-    target: Tensor,  # [N]
-    quantity: Quantity,
-    *,
-    alpha_min: float = 0.5,
-    baseline: Baseline = "mean",
-    seeds: int | Sequence[int] = 0,
-    seconds: float = 0.0,
-    batch: int = 64,
-) -> Scored:
-    """Every metric of maps that are there; `saliency` is compared by value, `scores` by rank.
-
-    Raises:
-        UsageError: sizes do not fit, or a map holds NaN.
-    """
-    given: dict[str, Any] = {"quantity": quantity, "baseline": baseline, "seeds": seeds, "batch_size": batch}
-    by_value = msi(classifier, images, saliency, target, alpha_min=alpha_min, area=False, **given)
-    imputed = {k: v for k, v in given.items() if k != "baseline"}
-    with switched(said, True):  # once, of the values
-        by_area = msi(classifier, images, scores, target, alpha_min=alpha_min, **given)
-        inserted = insertion(classifier, images, scores, target, steps=STEPS, **given)
-        removed = deletion(classifier, images, scores, target, steps=STEPS, **given)
-        replaced = road(classifier, images, scores, target, **imputed)
-    values = {
-        "msi": by_value.score,
-        "base_score": by_value.base_score,
-        "base_score_area": by_area.base_score_area,
-        "insertion": inserted.score,
-        "deletion": removed.score,
-        "road": replaced.score,
-        "sufficient_area": by_area.sufficient_area,
-        "mask_area": by_value.curves.areas[:, 0],
-    }
-    return Scored(saliency, scores, target, by_value, inserted, removed, values, seconds)
 
 
 def evaluate(
@@ -104,67 +29,34 @@ def evaluate(
     methods: Sequence[str],
     target: Tensor | None = None,  # [N]
     *,
-    quantity: str | LogOdds | Quantity = "class",
-    adapter: LAX | None = None,
-    forward: Classifier | None = None,
-    alpha_min: float = 0.5,
-    baseline: Baseline = "mean",
-    layer: str | None = None,
-    seed: int = 0,
-    seeds: int | Sequence[int] = 0,
-    batch: int = 64,
     on_method: Callable[[str], None] = lambda _: None,
-) -> dict[str, Scored]:
-    """Explain the same images with several methods and score all of them alike.
+    **options: Any,
+) -> dict[str, Explanations]:
+    """Explain the same images with several methods and score all of them alike, by every metric.
 
     Args:
-        methods: names in `methods.saliency_methods`.
+        methods: names in `table.METHODS`.
         target: explained labels; the predictions without it.
-        forward: the classifier as `runtime.forward.compile_classifier` made it, for the metrics; the same without it.
-        alpha_min: of MSI, frozen before methods are compared.
-        seeds: of ties, one per image.
         on_method: told the name of each method before it runs.
-        classifier, images, quantity, adapter, baseline, layer, seed, batch: see `methods.explain_with`.
+        classifier, images, options: see `explain.explain`.
 
     Returns:
-        Scores by method; one that has nothing to look at in this classifier is left out, with a warning.
+        Explanations by method; one that has nothing to look at in this classifier is left out, with a warning.
 
     Raises:
         UsageError: an argument does not fit. NotFinite: the classifier or a method gives NaN or infinity for an image.
     """
-    explained = make_quantity(classifier, quantity)
-    if target is None:
-        parts = [predicted(classifier, part, i * batch) for i, part in enumerate(images.split(batch))]
-        target = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=images.device)
-    out = {}
+    out: dict[str, Explanations] = {}
     chosen = check_methods(methods)
     for name in chosen:
         on_method(name)
-        _wait(images)
-        started = time.perf_counter()
         try:
-            saliency, scores = explain_with(
-                name, classifier, images, target, quantity=explained, baseline=baseline, adapter=adapter, layer=layer,
-                seed=seed, batch=batch,
-            )  # fmt: skip
+            out[name] = explain(classifier, images, name, target, metrics=list(METRICS), **options)
         except NoMaps as error:
             if len(chosen) == 1:
                 raise
             warnings.warn(f"{name} is left out: {error}", stacklevel=2)
-            continue
-        _wait(images)
-        seconds = (time.perf_counter() - started) / max(1, len(images))
-        out[name] = score_maps(
-            classifier if forward is None else forward, images, saliency, scores, target, explained,
-            alpha_min=alpha_min, baseline=baseline, seeds=seeds, seconds=seconds, batch=batch,
-        )  # fmt: skip
     return out
-
-
-def _wait(images: Tensor) -> None:
-    """For the images' device, whose work goes on behind Python's back."""
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
 
 
 def interval(values: Tensor) -> dict[str, float]:
@@ -174,7 +66,7 @@ def interval(values: Tensor) -> dict[str, float]:
     return asdict(bootstrap(values, draws=DRAWS))
 
 
-def summarise(scored: dict[str, Scored]) -> dict[str, dict[str, Any]]:
+def summarise(scored: dict[str, Explanations]) -> dict[str, dict[str, Any]]:
     """Method to metric to mean and interval, and milliseconds per image."""
     return {
         name: {metric: interval(v) for metric, v in s.values.items()} | {"ms_per_image": 1e3 * s.seconds}
@@ -183,7 +75,7 @@ def summarise(scored: dict[str, Scored]) -> dict[str, dict[str, Any]]:
 
 
 def write_parquet(
-    scored: dict[str, Scored],
+    scored: dict[str, Explanations],
     names: Sequence[str],
     labels: Sequence[str],
     path: Path,

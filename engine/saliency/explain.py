@@ -1,7 +1,8 @@
-"""What `Engine.explain` does: a saliency map, how good it is, and asked for, the counterfactual."""
+"""One way from images to a saliency map and how good it is: `Engine.explain`, the commands and audits all take it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..metrics.inputs import Baseline
-from ..metrics.msi_score import MSI, msi
-from ..metrics.quantities import LogOdds, Quantity, make_quantity
+from ..core.result import image_seed
+from ..errors import UsageError
+from ..labels import distinct_names
+from ..metrics.inputs import Baseline, make_baseline
+from ..metrics.msi_score import MSI
+from ..metrics.quantities import LogOdds, Quantity, check_labels, make_quantity
+from ..metrics.scoring import Curve, Scoring
+from ..metrics.table import check_metrics
+from ..models.files import read_json
 from ..models.placing import computing_on
+from ..models.protocols import Classifier
 from ..packs import Pack
 from ..showing import one_line
-from .lax import LAX, open_adapter
-from .methods import check_methods, explain_with
-from .packed import pack_adapter
+from .lax import DESCRIPTION, LAX, open_adapter
+from .methods import explain_with, predicted
+from .table import METHODS, check_methods
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -26,10 +34,12 @@ if TYPE_CHECKING:
     from ..core.result import Counterfactuals
     from ..core.targets import Targets
 
+FOLDER = "adapters"  # of a pack
+
 
 @dataclass
 class Explanations:
-    """Saliency of B images, and what was asked for beside it.
+    """Saliency of B images by one method, and what was asked for beside it.
 
     Attributes:
         images: [B, 3, H, W] in [0, 1].
@@ -38,9 +48,12 @@ class Explanations:
         target: [B] the explained label.
         probability: [B] of the explained quantity for the whole image.
         msi: scores and curves, see `engine.metrics.MSI`.
+        values: metric (see `metrics.table.METRICS`) to [B].
+        curves: of the metrics that bring one, the mean over the images, x and y.
         counterfactuals: of the same images, or None.
         labels: names of the classifier's labels.
         method: its name.
+        seconds: of the map, for one image.
     """
 
     images: Tensor
@@ -49,9 +62,12 @@ class Explanations:
     target: Tensor
     probability: Tensor
     msi: MSI
+    values: dict[str, Tensor]
+    curves: dict[str, Curve]
     counterfactuals: Counterfactuals | None
     labels: list[str]
     method: str
+    seconds: float
 
     __repr__ = one_line
 
@@ -59,48 +75,153 @@ class Explanations:
         return len(self.images)
 
     def record(self, i: int) -> dict[str, Any]:
-        """One image as plain values: method, target, probability, MSI with its terms and curves, counterfactual."""
-        scores = self.msi
-        assert scores.curves.keep is not None
-        assert scores.curves.remove is not None
+        """One image as plain values: method, target, probability, every metric, MSI's curves, counterfactual."""
+        curves = self.msi.curves
+        assert curves.keep is not None
+        assert curves.remove is not None
         record: dict[str, Any] = {
             "method": self.method,
             "target": self.labels[int(self.target[i])],
-            "probability": round(self.probability[i].item(), 6),
-            "msi": round(scores.score[i].item(), 6),
-            "base_score": round(scores.base_score[i].item(), 6),
-            "base_score_area": round(scores.base_score_area[i].item(), 6),
-            "sufficient_area": round(scores.sufficient_area[i].item(), 6),
-            "mask_area": round(scores.curves.areas[i, 0].item(), 6),
-            "thresholds": [round(v, 6) for v in scores.curves.abscissae[i].tolist()],
-            "keep": [round(v, 6) for v in scores.curves.keep[i].tolist()],
-            "remove": [round(v, 6) for v in scores.curves.remove[i].tolist()],
+            "probability": round(curves.full[i].item(), 6),
+            **{name: round(values[i].item(), 6) for name, values in self.values.items()},
+            "thresholds": [round(v, 6) for v in curves.abscissae[i].tolist()],
+            "keep": [round(v, 6) for v in curves.keep[i].tolist()],
+            "remove": [round(v, 6) for v in curves.remove[i].tolist()],
         }
         if self.counterfactuals is not None:
             record["counterfactual"] = self.counterfactuals.record(i)
         return record
 
 
-def find_adapter(engine: EngineCore, adapter: LAX | str | Path | None, quantity: str | LogOdds | Quantity) -> LAX:
-    """The adapter that is given, opened from a folder, or the pack's.
+def hidden_by(pack: Pack | None) -> Baseline:
+    """What hides pixels where nothing else is asked for: the pack's training mean colour, else each image's blur."""
+    return "blur" if pack is None else pack.mean_colour
+
+
+def find_adapter(
+    given: LAX | str | Path | None,
+    classifier: Classifier,
+    quantity: str | LogOdds | Quantity = "class",
+    pack: Pack | None = None,
+    name: str = "",
+) -> LAX:
+    """The adapter that is given, opened from a folder, or the pack's for its classifier of that name.
 
     Raises:
-        UsageError: the engine's pack has none, or the engine has no pack. CounterlensError: it is another model's.
+        UsageError: none is given, and the pack has none or there is no pack. CounterlensError: it is another model's.
     """
-    from ..errors import UsageError
-
-    if isinstance(adapter, LAX):
-        for module in (adapter.head, adapter.classifier.module):
-            module.to(engine.device)
-        return adapter
-    if adapter is not None:
-        return open_adapter(adapter, engine.classifier, None if isinstance(quantity, str) else quantity)
-    if "pack" not in engine.source:
+    if isinstance(given, LAX):
+        parameter = next(classifier.module.parameters(), torch.empty(0))
+        for module in (given.head, given.classifier.module):
+            module.to(parameter.device)
+        return given
+    if given is not None:
+        return open_adapter(given, classifier, None if isinstance(quantity, str) else quantity)
+    if pack is None:
         raise UsageError("adapter: this classifier is not a pack's; train one (counterlens adapter train) and give it")
-    return pack_adapter(Pack(engine.source["pack"]), engine.source["classifier"], engine.classifier, quantity)
+    return pack_adapter(pack, name, classifier, quantity)
+
+
+def pack_adapters(pack: Pack) -> dict[tuple[str, str], Path]:
+    """Folders of the pack's adapters, by classifier and quantity."""
+    found = {}
+    for path in sorted((pack.folder / FOLDER).glob(f"*/{DESCRIPTION}")):
+        description = read_json(path)
+        named = (description.get("training", {}).get("classifier"), description.get("quantity"))
+        found[str(named[0]), str(named[1])] = path.parent
+    return found
+
+
+def pack_adapter(pack: Pack, name: str, classifier: Classifier, quantity: str | LogOdds | Quantity = "class") -> LAX:
+    """The pack's adapter for one of its classifiers and a quantity.
+
+    Raises:
+        UsageError: the pack has none; the message says what it has. CounterlensError: it does not fit the weights.
+    """
+    wanted = make_quantity(classifier, quantity).name
+    there = pack_adapters(pack)
+    if (name, wanted) in there:
+        return open_adapter(there[name, wanted], classifier)
+    others = ", ".join(f"{own} ({explained})" for own, explained in there) or "none"
+    raise UsageError(
+        f"adapter: pack {pack.name!r} has none for {name!r} and quantity {wanted!r}, only {others}; "
+        "counterlens adapter train makes one"
+    )
 
 
 def explain(
+    classifier: Classifier,
+    images: Tensor,  # [B, 3, H, W] in [0, 1]
+    method: str = "lax",
+    target: int | Sequence[int] | Tensor | None = None,
+    *,
+    pack: Pack | None = None,
+    quantity: str | LogOdds | Quantity = "class",
+    adapter: LAX | None = None,
+    baseline: Baseline | None = None,
+    alpha_min: float = 0.5,
+    layer: str | None = None,
+    metrics: Sequence[str] | None = None,
+    forward: Classifier | None = None,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    batch: int = 64,
+) -> Explanations:
+    """Saliency of images by one method, scored: the same image gives the same answer from every front.
+
+    Args:
+        classifier: see `engine.models.protocols.Classifier`; on the images' device, and left as it was.
+        method: in `table.METHODS`.
+        target: labels to explain, one for all or one per image; the predictions without it.
+        pack: whose classifier it is; its mean colour hides pixels.
+        quantity, adapter, layer: see `methods.explain_with`.
+        baseline: what hides pixels, see `metrics.inputs.make_baseline`; `hidden_by` decides without it.
+        alpha_min: of MSI, frozen before methods are compared.
+        metrics: names in `metrics.table.METRICS`; those that cost nothing beside MSI without it.
+        forward: the classifier as `runtime.forward.compile_classifier` made it, for the metrics; the same without it.
+        seed: of noise and masks, which are the same for every image.
+        seeds: of what is each image's own, such as ties; made of its pixels and `seed` without them.
+        batch: images at once.
+
+    Raises:
+        UsageError: an argument does not fit. NotFinite: the classifier or the method gives NaN or infinity.
+    """
+    check_methods([method])
+    names = check_metrics(metrics)
+    question = make_quantity(classifier, quantity)
+    if target is None:
+        parts = [predicted(classifier, part, i * batch) for i, part in enumerate(images.split(batch))]
+        wanted = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long, device=images.device)
+    else:
+        wanted = check_labels(target, len(images), len(classifier.labels), images.device)
+    own = [image_seed(image, seed) for image in images] if seeds is None else list(seeds)
+    hidden = make_baseline(hidden_by(pack) if baseline is None else baseline, images, own)
+    _wait(images)
+    started = time.perf_counter()
+    saliency, scores = explain_with(
+        method, classifier, images, wanted, quantity=question, baseline=hidden, adapter=adapter, layer=layer, seed=seed,
+        batch=batch,
+    )  # fmt: skip
+    _wait(images)
+    seconds = (time.perf_counter() - started) / max(1, len(images))
+    scoring = Scoring(
+        classifier if forward is None else forward, images, saliency, scores, wanted, question, hidden, alpha_min, own,
+        batch,
+    )  # fmt: skip
+    values, full = scoring.values(names), scoring.msi.curves.full.float()
+    return Explanations(
+        images.cpu(), saliency.cpu(), scores.cpu(), wanted.cpu(), full, scoring.msi, values, scoring.curves(names),
+        None, distinct_names(classifier.labels), method, seconds,
+    )  # fmt: skip
+
+
+def _wait(images: Tensor) -> None:
+    """For the images' device, whose work goes on behind Python's back."""
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+
+
+def explain_by(
     engine: EngineCore,
     images: Tensor,  # [B, 3, H, W] in [0, 1]
     *,
@@ -108,35 +229,26 @@ def explain(
     method: str = "lax",
     quantity: str | LogOdds | Quantity = "class",
     adapter: LAX | str | Path | None = None,
-    baseline: Baseline | None = None,
-    alpha_min: float = 0.5,
     counterfactual: bool = False,
     targets: Targets = "runner-up",
     seeds: Sequence[int] | None = None,
     config: Config | None = None,
+    **options: Any,
 ) -> Explanations:
-    """See `Engine.explain`."""
-    from ..core.result import noise_seed
-
+    """See `Engine.explain`; `options` are those of `explain`."""
     check_methods([method])
     config = config or engine.config
+    pack = Pack(engine.source["pack"]) if "pack" in engine.source else None
     question = make_quantity(engine.classifier, quantity)
-    found = find_adapter(engine, adapter, question) if method == "lax" else None
-    if baseline is None:
-        baseline = Pack(engine.source["pack"]).mean_colour if "pack" in engine.source else "mean"
-    before = engine.probabilities(images)
-    wanted = before.argmax(1) if explained is None else engine.resolve_targets(explained, before)
-    own = [noise_seed(image, config) for image in images] if seeds is None else list(seeds)
-    there = images.to(engine.device)
+    found = None
+    if METHODS[method].adapter:
+        found = find_adapter(adapter, engine.classifier, question, pack, engine.source.get("classifier", ""))
+    wanted = None if explained is None else engine.resolve_targets(explained, engine.probabilities(images))
     with computing_on(engine.device):
-        saliency, scores = explain_with(
-            method, engine.classifier, there, wanted, quantity=question, baseline=baseline, adapter=found,
-            seed=config.seed,
+        result = explain(
+            engine.classifier, images.to(engine.device), method, wanted, pack=pack, quantity=question, adapter=found,
+            seed=config.seed, seeds=seeds, **options,
         )  # fmt: skip
-        value = msi(
-            engine.classifier, there, saliency, wanted, alpha_min=alpha_min, scores=scores, quantity=question,
-            baseline=baseline, seeds=own,
-        )  # fmt: skip
-    changed = engine.counterfactual(images, targets, seeds, config) if counterfactual else None
-    whole, maps = value.curves.full.to(torch.float32), (saliency.cpu(), scores.cpu())
-    return Explanations(images, *maps, wanted, whole, value, changed, engine.labels, method)
+    if counterfactual:
+        result.counterfactuals = engine.counterfactual(images, targets, seeds, config)
+    return result

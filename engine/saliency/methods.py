@@ -1,8 +1,8 @@
-"""Established saliency methods beside LAX, behind one table: gradients and ablations through captum, and RISE."""
+"""What the methods of `table` do: LAX, gradients and ablations through captum, Grad-CAM and RISE."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -16,6 +16,7 @@ from ..metrics.quantities import LogOdds, Quantity, check_labels, make_quantity,
 from ..models.freezing import frozen
 from ..models.protocols import Classifier
 from .lax import LAX
+from .table import METHODS, check_methods
 from .taps import Tap, choose_layer, tapped_edges
 
 IG_STEPS = 32
@@ -51,9 +52,6 @@ class Question:
         return self.quantity.log_odds(self.classifier.logits(images), target)
 
 
-Method = Callable[[Question, Tensor], Tensor]  # images [B, 3, H, W] to a map [B, H, W]
-
-
 def _captum() -> ModuleType:
     try:
         import captum.attr
@@ -65,11 +63,13 @@ def _captum() -> ModuleType:
     return captum.attr
 
 
-def _gradient_x_input(q: Question, x: Tensor) -> Tensor:
+def gradient_x_input(q: Question, x: Tensor) -> Tensor:
+    """The gradient of the explained log-odds times the input, summed over channels."""
     return _captum().InputXGradient(q.log_odds).attribute(x.requires_grad_(), additional_forward_args=q.target).sum(1)
 
 
-def _integrated_gradients(q: Question, x: Tensor) -> Tensor:
+def integrated_gradients(q: Question, x: Tensor) -> Tensor:
+    """Gradients averaged from what hides pixels to the image, times that difference."""
     method = _captum().IntegratedGradients(q.log_odds)
     return (
         method.attribute(
@@ -84,7 +84,8 @@ def _integrated_gradients(q: Question, x: Tensor) -> Tensor:
     )
 
 
-def _smoothgrad(q: Question, x: Tensor) -> Tensor:
+def smoothgrad(q: Question, x: Tensor) -> Tensor:
+    """Mean absolute gradient of noisy copies, the largest over channels."""
     copies, deviation = NOISE
     # captum's NoiseTunnel draws for the whole batch at once: an image's map would depend on its place.
     noise = torch.randn((copies, *x.shape[1:]), generator=torch.Generator().manual_seed(q.seed)).to(x)
@@ -95,7 +96,8 @@ def _smoothgrad(q: Question, x: Tensor) -> Tensor:
     return total.amax(1) / copies
 
 
-def _grad_cam(q: Question, x: Tensor) -> Tensor:
+def grad_cam(q: Question, x: Tensor) -> Tensor:
+    """A layer's maps, weighted by their mean gradients; what speaks against the target is cut."""
     tap = Tap.parse(q.layer or choose_layer(q.classifier, x[:1]))
     with tapped_edges(q.classifier.module, [tap]) as held, torch.enable_grad():
         odds = q.log_odds(x.detach().requires_grad_(), q.target)
@@ -111,7 +113,8 @@ def _grad_cam(q: Question, x: Tensor) -> Tensor:
     return F.interpolate(cam, size=x.shape[2:], mode="bilinear")[:, 0].to(x.dtype)
 
 
-def _occlusion(q: Question, x: Tensor) -> Tensor:
+def occlusion(q: Question, x: Tensor) -> Tensor:
+    """What a window that is hidden takes from the log-odds; windows overlap by half."""
     h, w = (max(1, s // CELLS) for s in x.shape[2:])
     return _captum().Occlusion(q.log_odds).attribute(
         x, (3, h, w), strides=(3, max(1, h // 2), max(1, w // 2)), baselines=q.hidden,
@@ -119,7 +122,8 @@ def _occlusion(q: Question, x: Tensor) -> Tensor:
     ).mean(1)  # fmt: skip
 
 
-def _feature_ablation(q: Question, x: Tensor) -> Tensor:
+def feature_ablation(q: Question, x: Tensor) -> Tensor:
+    """What a cell that is hidden takes from the log-odds."""
     h, w = x.shape[2:]
     rows, columns = torch.arange(h) * min(CELLS, h) // h, torch.arange(w) * min(CELLS, w) // w
     cells = (rows[:, None] * min(CELLS, w) + columns[None, :])[None, None].to(x.device)
@@ -144,45 +148,23 @@ def rise(q: Question, images: Tensor) -> Tensor:
     tops = torch.randint(step_h, (count,), generator=g).tolist()
     lefts = torch.randint(step_w, (count,), generator=g).tolist()
     masks = torch.stack([m[:, t : t + h, c : c + w] for m, t, c in zip(large, tops, lefts, strict=True)]).to(images)
-    total = torch.zeros((b, h, w), dtype=images.dtype, device=images.device)
+    # In float64: how many masks share a pass depends on the batch, and an image's map must not.
+    total = torch.zeros((b, h, w), dtype=torch.float64, device=images.device)
     per_pass = max(1, 256 // max(1, b))
     hidden = q.hidden[:, None]
     for part in masks.split(per_pass):
         shown = part[None] * images[:, None] + (1 - part[None]) * hidden  # [B, k, 3, H, W]
         logits = q.classifier.logits(shown.flatten(0, 1))
         p = q.quantity(logits, q.target.repeat_interleave(len(part))).reshape(b, -1)
-        total += torch.einsum("bk,khw->bhw", p, part[:, 0])
-    return total / masks.sum(0).clamp(min=1e-6)
+        total += torch.einsum("bk,khw->bhw", p.double(), part[:, 0].double())
+    return (total / masks.double().sum(0).clamp(min=1e-6)).to(images)
 
 
-def _lax(q: Question, x: Tensor) -> Tensor:
+def lax(q: Question, x: Tensor) -> Tensor:
+    """Of a trained adapter, its scores."""
     if q.adapter is None:
         raise UsageError("adapter: method lax needs a trained one (counterlens adapter train)")
     return q.adapter.explain(x, q.target).scores
-
-
-saliency_methods: dict[str, Method] = {
-    "lax": _lax,
-    "gradxinput": _gradient_x_input,
-    "ig": _integrated_gradients,
-    "smoothgrad": _smoothgrad,
-    "gradcam": _grad_cam,
-    "occlusion": _occlusion,
-    "ablation": _feature_ablation,
-    "rise": rise,
-}
-
-
-def check_methods(names: Sequence[str]) -> list[str]:
-    """Names of methods, none twice.
-
-    Raises:
-        UsageError: a method is not in `saliency_methods`.
-    """
-    for name in names:
-        if name not in saliency_methods:
-            raise UsageError(f"method: expected one of {', '.join(saliency_methods)}, got {name!r}")
-    return list(dict.fromkeys(names))
 
 
 def minmax(maps: Tensor) -> Tensor:
@@ -202,7 +184,8 @@ def predicted(
     Raises:
         NotFinite: a logit is NaN or endless; images are counted from `first`.
     """
-    logits = classifier.logits(images)
+    with frozen(classifier.module):
+        logits = classifier.logits(images)
     bad = undefined(logits).nonzero().flatten()
     if len(bad):
         raise NotFinite("classifier", (first + bad).tolist())
@@ -216,7 +199,7 @@ def explain_with(
     target: int | Sequence[int] | Tensor | None = None,
     *,
     quantity: str | LogOdds | Quantity = "class",
-    baseline: Baseline = "mean",
+    baseline: Baseline = "blur",
     adapter: LAX | None = None,
     layer: str | None = None,
     seed: int = 0,
@@ -227,7 +210,7 @@ def explain_with(
     Values are compared by `saliency`, ranks by `scores`, which for LAX are its logits: a saturated map has only ties.
 
     Args:
-        name: in `saliency_methods`.
+        name: in `table.METHODS`.
         classifier: see `engine.models.protocols.Classifier`; left as it was.
         images: [B, 3, H, W] in [0, 1].
         target: labels to explain; the predictions without it.
@@ -243,8 +226,8 @@ def explain_with(
             method gives NaN or infinity, such as the gradient of a square root at 0; `samples` says for which images.
     """
     check_methods([name])
-    explained = make_quantity(classifier, quantity)
-    if name == "lax" and adapter is not None and adapter.quantity.name != explained.name:
+    method, explained = METHODS[name], make_quantity(classifier, quantity)
+    if method.adapter and adapter is not None and adapter.quantity.name != explained.name:
         raise UsageError(f"quantity: the adapter explains {adapter.quantity.name!r}, not {explained.name!r}")
     everyone = None
     if target is not None:
@@ -252,15 +235,15 @@ def explain_with(
     filled = make_baseline(baseline, images, [seed] * len(images))
     filled = torch.full((1,), filled).to(images) if not isinstance(filled, Tensor) else filled
     hidden = (filled if filled.ndim == 4 else filled.reshape(1, -1, 1, 1)).expand_as(images)
-    scores = []
-    if name == "gradcam" and len(images):
+    run, scores = method.load(), []
+    if method.layer and len(images):
         layer = choose_layer(classifier, images[:1], layer)
     with frozen(classifier.module):
         for start in range(0, len(images), batch):
             x = images[start : start + batch].detach().clone()
             wanted = predicted(classifier, x, start) if everyone is None else everyone[start : start + batch]
             question = Question(classifier, explained, wanted, hidden[start : start + batch], seed, layer, adapter)
-            scores.append(saliency_methods[name](question, x).detach())
+            scores.append(run(question, x).detach())
     joined = torch.cat(scores) if scores else images.new_zeros((0, *images.shape[2:]))
     check_computed(name, joined)
-    return (torch.sigmoid(joined) if name == "lax" else minmax(joined)), joined
+    return (torch.sigmoid(joined) if method.logits else minmax(joined)), joined

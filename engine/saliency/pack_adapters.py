@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..models.placing import choose_device
 from ..packs import Pack
 from ..packs.train import list_files
+from .explain import FOLDER
 from .lax import DESCRIPTION, WEIGHTS
-from .packed import FOLDER
 from .recipes import HALVES, pack_images, schedule_for, taps_for, train_adapter
 
 ADAPTERS = {

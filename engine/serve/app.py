@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.core import EngineCore
 from ..errors import CounterlensError
-from ..saliency.methods import saliency_methods
+from ..saliency.table import METHODS
 from .guard import Guard, Keys, Limits
 from .kserve import add_routes
 from .server import Server, Task
@@ -243,7 +243,7 @@ def make_app(
         """What is served."""
         facts = {"image_size": engine.image_size, "labels": engine.labels, "slots": list(engine.slots)}
         return {"models": [{"name": server.name, **engine.names, **facts, "speeds": sorted(engine.speeds),
-                            "methods": list(saliency_methods)}]}  # fmt: skip
+                            "methods": list(METHODS)}]}  # fmt: skip
 
     @app.get("/healthz", tags=["server"])
     async def healthz() -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import Config
 from ..core.result import Counterfactual
 from ..images.files import as_saved
-from ..saliency.explain import explain
+from ..saliency.explain import explain_by
 from .server import Server
 from .wire import Problem, from_base64, parse_json, png, to_base64
 
@@ -205,7 +205,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         if "probabilities" in names:
             arrays["probabilities"] = (await server.call(lambda: server.engine.probabilities(made))).numpy()
         if "saliency" in names:
-            maps = await server.call(lambda: explain(server.engine, images).saliency)
+            maps = await server.call(lambda: explain_by(server.engine, images).saliency)
             arrays["saliency"] = maps.numpy()
         if wrong := [name for name in names if name not in arrays]:
             raise Problem(400, f"outputs: {wrong[0][:40]!r} is none; expected some of {', '.join(arrays)}", "outputs")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.core import EngineCore
 from ..core.result import Counterfactual
-from ..saliency.explain import explain
+from ..saliency.explain import explain_by
 from .guard import Limits
 from .telemetry import Metrics
 from .wire import CounterfactualRequest, Problem, SaliencyRequest, answer_of, config_of, png, read_image, to_base64
@@ -102,7 +102,7 @@ class Server:
     async def saliency(self, image: Tensor, asked: SaliencyRequest) -> dict[str, Any]:
         """A saliency map with MSI and its curve."""
         made = await self.call(
-            lambda: explain(
+            lambda: explain_by(
                 self.engine, image[None], explained=asked.target, method=asked.method, quantity=asked.quantity
             )
         )

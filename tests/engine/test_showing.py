@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from counterlens.engine.metrics import calibrate, counterfactual_quality, cout, insertion, msi, perturbation_curve, road
-from counterlens.engine.saliency.evaluation import evaluate
+from counterlens.engine.metrics.quantities import make_quantity
+from counterlens.engine.metrics.scoring import Scoring
 from counterlens.engine.saliency.lax import new_adapter
 from tests.engine.audit.test_audit import make_engine
 
@@ -19,7 +20,9 @@ RESULTS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
     "Explanations": lambda e, x, s: e.explain(x, method="rise"),
     "LAX": lambda e, x, s: new_adapter(e.classifier, 16),
     "Maps": lambda e, x, s: new_adapter(e.classifier, 16).explain(x),
-    "Scored": lambda e, x, s: evaluate(e.classifier, x, ["rise"])["rise"],
+    "Scoring": lambda e, x, s: Scoring(
+        e.classifier, x, s, s, torch.zeros(len(x)).long(), make_quantity(e.classifier), 0.5, 0.5, [0] * len(x)
+    ),
     "MSI": lambda e, x, s: msi(e.classifier, x, s),
     "Curves": lambda e, x, s: perturbation_curve(e.classifier, x, s),
     "Faithfulness": lambda e, x, s: (insertion(e.classifier, x, s), road(e.classifier, x, s))[1],

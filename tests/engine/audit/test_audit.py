@@ -436,10 +436,10 @@ def test_saliency_and_its_scores(tiny, source: Path, tmp_path: Path, method: str
         assert rows["1/4.png"]["error"] == "saliency: gradxinput: NaN or infinity for this image"
         assert not rows["0/0.png"]["retried"]
     done = {name: r for name, r in rows.items() if r["status"] == "done"}
-    for name, row in done.items():
-        image = load_image(folder / name, 16)[None]
-        saliency = explain_with(method, engine.classifier, image)[0]
-        expected = msi(engine.classifier, image, saliency)
+    images = torch.stack([load_image(folder / name, 16) for name in done])
+    maps = explain_with(method, engine.classifier, images)[0]
+    for image, saliency, row in zip(images.split(1), maps.split(1), done.values(), strict=True):
+        expected = msi(engine.classifier, image, saliency, baseline="blur")
         assert row["msi"] == pytest.approx(expected.score.item(), abs=1e-4)
         assert row["sufficient_area"] == pytest.approx(expected.sufficient_area.item(), abs=1e-6)
         assert row["deletion_curve"] == pytest.approx(expected.curves.remove[0].tolist(), abs=1e-4)
@@ -476,7 +476,7 @@ def test_nan_of_classifier_or_judge_is_that_row_s(tiny, source: Path, tmp_path: 
 def test_every_row_of_an_audit_with_lax_has_its_area(source: Path, tmp_path: Path) -> None:
     """By the ranks of the logits: LAX's maps are saturated, and a saturated map has only ties."""
     from counterlens.engine.packs import Pack
-    from counterlens.engine.saliency.packed import pack_adapter
+    from counterlens.engine.saliency.explain import pack_adapter
 
     pack = Pack("digits")
     engine = Engine.from_pack("digits", runtime="eager", device="cpu")

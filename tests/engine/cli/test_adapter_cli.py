@@ -15,8 +15,8 @@ from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.metrics.quantities import make_quantity
 from counterlens.engine.packs import Pack, find_pack
+from counterlens.engine.saliency.explain import pack_adapter
 from counterlens.engine.saliency.lax import new_adapter, open_adapter
-from counterlens.engine.saliency.packed import pack_adapter
 from counterlens.engine.saliency.recipes import HALVES
 from tests.engine.cli.test_cli import one_line_error, run
 

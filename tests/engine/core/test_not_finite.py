@@ -38,7 +38,8 @@ from counterlens.engine.metrics import (
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.saliency.evaluation import evaluate
 from counterlens.engine.saliency.lax import new_adapter
-from counterlens.engine.saliency.methods import explain_with, saliency_methods
+from counterlens.engine.saliency.methods import explain_with
+from counterlens.engine.saliency.table import METHODS
 from counterlens.engine.saliency.training import Schedule, train
 
 SIZE, BAD = 16, 2
@@ -88,7 +89,7 @@ def maps() -> Tensor:
 
 @pytest.mark.parametrize("wrong", VALUES)
 @pytest.mark.parametrize(
-    ("method", "target"), [*((m, None) for m in saliency_methods), *((m, 1) for m in (*GRADIENTS, "ablation"))]
+    ("method", "target"), [*((m, None) for m in METHODS), *((m, 1) for m in (*GRADIENTS, "ablation"))]
 )
 def test_every_method_names_the_image(method: str, target: int | None, wrong: str, images: Tensor) -> None:
     classifier = of(wrong)
@@ -179,6 +180,9 @@ def test_a_class_that_is_ruled_out_is_none(images: Tensor, maps: Tensor) -> None
     assert msi(classifier, images, maps, 1).score.isfinite().all()
 
 
+OPTIONS = {"subject": cli.Subject(), "how": cli.Explaining(device="cpu", as_json=True), "command": "counterlens"}
+
+
 @pytest.fixture
 def folder(images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Images in a folder, and commands that open a classifier whose gradient is NaN on one of them."""
@@ -186,13 +190,13 @@ def folder(images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     for i, image in enumerate(images):
         save_png(image, tmp_path / "in" / f"{i}.png")
     classifier = of("the gradient of a root at 0")
-    monkeypatch.setattr(cli, "_open", lambda *_, **__: (None, classifier, SIZE, "mean"))
+    monkeypatch.setattr(cli.Subject, "open", lambda *_, **__: cli.Opened(None, "of the test", classifier, SIZE))
     return tmp_path / "in"
 
 
 def test_the_command_goes_on_with_the_others(folder: Path, tmp_path: Path, capsys) -> None:
     with pytest.raises(CounterlensError, match="1 of 4 images failed; the others are in"):
-        cli.saliency([folder], method="gradxinput", out=tmp_path / "out", device="cpu", as_json=True)
+        cli.explain_images([folder], "gradxinput", tmp_path / "out", **OPTIONS)
     records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [r.get("error") for r in records] == [None, None, "gradxinput: NaN or infinity for this image", None]
     assert not (tmp_path / "out" / f"{BAD}.png").exists()
@@ -202,7 +206,7 @@ def test_the_command_goes_on_with_the_others(folder: Path, tmp_path: Path, capsy
 def test_methods_are_compared_on_the_others(folder: Path, tmp_path: Path, capsys) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     with pytest.raises(CounterlensError, match="1 of 4 images failed; the others are compared"):
-        cli.evaluate("rise,gradxinput", tmp_path / "out", images=folder, device="cpu", as_json=True)
+        cli.evaluate_methods("rise,gradxinput", tmp_path / "out", images=folder, **OPTIONS)
     assert f"{BAD}.png: gradxinput: NaN or infinity" in capsys.readouterr().err
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["rise"]["msi"]["n"] == summary["gradxinput"]["msi"]["n"] == 3

@@ -28,8 +28,8 @@ from counterlens.engine.images.files import as_saved, save_png
 from counterlens.engine.packs import Pack
 from counterlens.engine.portable.file import SALIENCY, CounterfactualFile, _noise, card_of
 from counterlens.engine.portable.page import HOW, VERSION, web_runtime, write_page
+from counterlens.engine.saliency.explain import pack_adapter
 from counterlens.engine.saliency.one_file import export_saliency
-from counterlens.engine.saliency.packed import pack_adapter
 from counterlens.export.program import run
 from tests.tiny import LABELS, save_dit, save_ldm, save_stable_diffusion
 

@@ -15,7 +15,7 @@ from counterlens.engine.packs import Pack
 from counterlens.engine.runtime.choice import StepRunner
 from counterlens.engine.runtime.cudagraphs import record
 from counterlens.engine.runtime.spec import Spec
-from counterlens.engine.saliency.packed import pack_adapter
+from counterlens.engine.saliency.explain import pack_adapter
 from counterlens.export.errors import ExportError
 from counterlens.export.store import Store
 

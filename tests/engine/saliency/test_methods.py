@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from counterlens.engine.errors import CounterlensError, UsageError
+from counterlens.engine.metrics.table import METRICS
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs.architectures import StridedClassifier
-from counterlens.engine.saliency.evaluation import METRICS, evaluate, summarise, write_parquet
+from counterlens.engine.saliency.evaluation import evaluate, summarise, write_parquet
 from counterlens.engine.saliency.lax import new_adapter
-from counterlens.engine.saliency.methods import CELLS, check_methods, explain_with, saliency_methods
+from counterlens.engine.saliency.methods import CELLS, explain_with
+from counterlens.engine.saliency.table import METHODS, check_methods
 
 SIZE = 16
-PLAIN = [name for name in saliency_methods if name != "lax"]
+PLAIN = [name for name in METHODS if name != "lax"]
 
 
 class Linear(nn.Module):
