@@ -76,11 +76,11 @@ def settings() -> str:
     from counterlens.engine.config import Config
 
     lines = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in Config.model_fields.items():
-        kind = re.sub(r"typing\.|<class '|'>|NoneType|\bOptional\b", "", str(field.annotation))
-        kind = ", ".join(re.findall(r"'([^']+)'", kind)) or kind.replace(" | None", "")
-        default = "" if field.default is None else f"`{field.default}`"
-        lines.append(f"| `{name}` | {kind} | {default} | {field.description or ''} |")
+    for name, said in Config.model_json_schema()["properties"].items():
+        kinds = [kind for kind in said.get("anyOf", [said]) if kind.get("type") != "null"]
+        kind = ", ".join(", ".join(map(str, kind["enum"])) if "enum" in kind else kind["type"] for kind in kinds)
+        default = "" if said.get("default") is None else f"`{said['default']}`"
+        lines.append(f"| `{name}` | {kind} | {default} | {said.get('description', '')} |")
     return "\n".join(lines)
 
 
