@@ -202,10 +202,7 @@ def test_folders_that_are_no_audit_or_an_older_one(tiny, source: Path, unbroken:
     old.mkdir()
     for schema, words in (
         (0, "made as version 0 of the format, this is version 1; nothing was changed"),
-        (
-            3,
-            r"manifest\.json: written by a newer counterlens \(schema 3; this one knows 1\): update.*nothing was changed",
-        ),
+        (3, r"manifest\.json: written by a newer counterlens \(schema 3; this one knows 1\): update.*; nothing was"),
     ):
         manifest = json.dumps(unbroken.manifest | {"schema_version": schema})
         (old / "manifest.json").write_text(manifest)
