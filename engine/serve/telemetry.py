@@ -35,6 +35,7 @@ class Metrics:
             ("batch_occupancy", "Share of the slots of all ticks that held a sample.",
              lambda: worker.steps / worker.places if worker.places else 0.0),
             ("samples_per_second", "Measured lately, while there was work.", lambda: worker.rate),
+            ("tick_seconds", "Of a step in the slowest slots.", lambda: worker.tick_s),
             ("ready", "1 once warm-up is over and until draining.",
              lambda: float(worker.ready and not worker.draining)),
         ):  # fmt: skip

@@ -161,6 +161,11 @@ class Worker:
         """Requests in lanes."""
         return sum(len(lane.requests) for _, lane in self._lanes)
 
+    @property
+    def tick_s(self) -> float:
+        """Seconds that a step of the slowest lane takes."""
+        return max((lane.tick_s for _, lane in list(self._lanes)), default=0.0)
+
     def submit(
         self,
         image: Tensor,  # [3, H, W] in [0, 1]

@@ -20,9 +20,9 @@ from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 from counterlens.engine.packs.architectures import StridedClassifier
 from counterlens.engine.portable.file import SALIENCY, CounterfactualFile, SaliencyFile, card_of
+from counterlens.engine.saliency.explain import pack_adapter
 from counterlens.engine.saliency.lax import LAX, new_adapter
 from counterlens.engine.saliency.one_file import CURVES, export_saliency, saliency_program
-from counterlens.engine.saliency.explain import pack_adapter
 from counterlens.export.program import Values, run
 
 pytest.importorskip("onnxruntime", reason="needs onnxruntime")
