@@ -3,7 +3,7 @@
 Every entry of a fixed list is exported with its gradient with respect to the first input, as a user would; the file is
 loaded by ONNX Runtime and compared with eager at batches 1, 3 and 8. Each entry runs in a process of its own.
 
-Eager is PyTorch in float32 with the gradients of its batch norms mended (`engine/guidance/norms.py`): on a CPU they are
+Eager is PyTorch in float32 with the gradients of its batch norms mended (`engine/models/norms.py`): on a CPU they are
 noise for a single image. One rule holds for all entries: a file is within the tolerance of eager, or off from eager in
 float64 by at most twice what eager in float32 is; never by more than ten times the tolerance.
 """
@@ -32,7 +32,7 @@ from bench.coverage_list import ENTRIES, Entry
 from bench.record import write_result
 from counterlens.engine.models.norms import PlainNorms
 from counterlens.export import ExportError, export_onnx
-from counterlens.export.trace import trace
+from counterlens.export.tracing import trace
 from counterlens.export.versions import versions
 
 BATCHES = (1, 3, 8)

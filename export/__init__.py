@@ -10,13 +10,15 @@ from counterlens.export.errors import ExportError
 if TYPE_CHECKING:
     from counterlens.export.onnx import export_onnx
     from counterlens.export.store import Store
+    from counterlens.export.tracing import trace
 
-__all__ = ["ExportError", "Store", "export_onnx"]
+__all__ = ["ExportError", "Store", "export_onnx", "trace"]
 
 # From 1.29 on onnxruntime writes a device id and events into the user's cache and sends them as soon as it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-_HOMES = {"export_onnx": ".onnx", "Store": ".store"}
+# No module may have the name of one of these: importing it would put it in the function's place.
+_HOMES = {"export_onnx": ".onnx", "Store": ".store", "trace": ".tracing"}
 
 
 def __getattr__(name: str) -> Any:

@@ -27,11 +27,6 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def pair_of(v: Sequence[int] | int) -> tuple[int, int]:
-    values = (v,) if isinstance(v, int) else tuple(v)
-    return (values[0], values[-1]) if values else (0, 0)
-
-
 def derived(
     forward: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, *others: Tensor
 ) -> tuple[Tensor, ...]:

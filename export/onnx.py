@@ -22,7 +22,7 @@ from counterlens.export.errors import ExportError, NodeError
 from counterlens.export.files import cannot_write
 from counterlens.export.lowering import LOWERINGS, Value
 from counterlens.export.simplify import Size, aten
-from counterlens.export.trace import located, trace
+from counterlens.export.tracing import located, trace
 from counterlens.export.verify import SMALL, check_file, check_structure
 
 OPSET = 18
@@ -67,7 +67,7 @@ def export_onnx(
         example_inputs: tensors of the right shapes and dtypes with values that `fn` can take.
         path: of the file.
         input_names, output_names: default to the parameters' names and `output_0`, ...
-        dynamic_batch: leave the batch open, see `counterlens.export.trace`.
+        dynamic_batch: leave the batch open, see `counterlens.export.tracing.trace`.
         opset: 18 (the default) to 21.
         metadata: strings to keep in the file.
         memory: bytes of activations that the comparison may take (half of what is free without it); batches beyond it

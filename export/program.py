@@ -21,7 +21,7 @@ from torch import Tensor
 from counterlens.export.errors import ExportError, NodeError
 from counterlens.export.onnx import OPSET, TYPES, OnnxBuilder, appearing, tensor_bytes, write_model
 from counterlens.export.store import tensors_digest
-from counterlens.export.trace import located, trace
+from counterlens.export.tracing import located, trace
 
 Storage = Literal["lossless", "float16", "float32"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)

@@ -19,7 +19,7 @@ from counterlens.export.capture import explain, shapes_of
 from counterlens.export.check import BATCHES, Comparison, call, compare, fitting, free_memory, sample, tolerance_of
 from counterlens.export.errors import ExportError, NodeError
 from counterlens.export.state import preserved
-from counterlens.export.trace import batch_dependence, batched_inputs, devices_of, traced_alone
+from counterlens.export.tracing import batch_dependence, batched_inputs, devices_of, traced_alone
 from counterlens.export.versions import versions
 
 MISFITS: tuple[type[Exception], ...] = (

@@ -1,6 +1,6 @@
 """What TensorRT documents of ONNX operators, as far as our lowerings use them.
 
-Source: onnx-tensorrt, docs/operators.md, "TensorRT 10.15 supports operators in the inclusive range of opset 9 to
+Source: onnx-tensorrt, operators.md in its docs, "TensorRT 10.15 supports operators in the inclusive range of opset 9 to
 opset 24". Only full-precision and half-precision, integer and boolean columns are kept; DOUBLE is cast down there and
 counts as unsupported here. TensorRT itself was not run.
 """

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +26,33 @@ def test_kernels_folder_does_not_disturb_other_libraries() -> None:
     body = ast.parse((ROOT / "kernels" / "__init__.py").read_text()).body
     assert len(body) == 1
     assert isinstance(body[0], ast.Expr)
+
+
+@pytest.mark.parametrize("package", ["engine", "engine.images", "engine.metrics", "engine.saliency", "export"])
+def test_public_names_are_what_they_say_whatever_was_imported_before(package: str) -> None:
+    """A module of a function's name would take the function's place in its package as soon as it is imported."""
+    home = importlib.import_module(f"counterlens.{package}")
+    for module in pkgutil.iter_modules(home.__path__):
+        if not module.name.startswith("_") and not module.ispkg:
+            importlib.import_module(f"counterlens.{package}.{module.name}")
+    assert home.__all__
+    for name in home.__all__:
+        assert not isinstance(getattr(home, name), ModuleType), name
+
+
+def test_files_named_in_comments_are_there() -> None:
+    named = re.compile(
+        r"\b(?:tests|bench(?!/results)|engine|export|kernels|docs)/[\w/.-]+\.(?:py|md|json|png|html|cpp)\b"
+    )
+    sources = [p for part in ("engine", "export", "kernels", "bench", "tests") for p in (ROOT / part).rglob("*")]
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sources
+        if path.suffix in (".py", ".cpp", ".h", ".md")
+        for name in named.findall(path.read_text())
+        if not (ROOT / name).exists()
+    ]
+    assert missing == []
 
 
 def test_engine_attributes_are_lazy() -> None:

@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from ..core.core import EngineCore
 
 
-# Columns that a picture's file says itself.
-SAID = ("id", "file", "label", "prediction", "target", "seed", "number", "part")
-
-
 class Auditor:
     """One audit of one source by one engine, without its folder: what is chosen, and the rows of each part.
 

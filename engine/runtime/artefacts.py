@@ -73,7 +73,7 @@ def _build(spec: Spec, target: str, folder: Path, say: Say) -> dict[str, Any]:
         return out
 
     from counterlens.export.check import BATCHES, fitting, free_memory
-    from counterlens.export.trace import trace
+    from counterlens.export.tracing import trace
 
     graph = timed(f"tracing the {spec.what}", "trace", lambda: trace(spec.function(), example))
     nodes = sum(n.op == "call_function" for n in graph.graph.nodes)

@@ -21,7 +21,7 @@ class Inductor(Runtime):
     name = "inductor"
 
     def prepare(self, spec: Spec, eager: Callable[..., Any]) -> Callable[[int], Callable[..., tuple[Tensor, ...]]]:
-        from counterlens.export.trace import trace
+        from counterlens.export.tracing import trace
 
         options: dict[str, Any] = dict(OPTIONS)
         if spec.device.type == "cuda":

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 ZERO = tl.constexpr(0)
-PROJECT = tl.constexpr(1)
 GLOBAL = tl.constexpr(2)
 OFF = tl.constexpr(3)
 MODE_CODES = {"zero": 0, "project": 1, "global": 2, "off": 3}
@@ -36,55 +35,55 @@ def cosine(ss, rr, sr):
 
 
 @triton.jit
+def total(x, WHOLE: tl.constexpr):
+    """The sum of every column [1, P], or of the whole tile."""
+    if WHOLE:
+        return tl.sum(tl.sum(x, 1), 0)
+    else:
+        return tl.sum(x, 0, keep_dims=True)
+
+
+@triton.jit
+def over_largest(x, WHOLE: tl.constexpr):
+    """x over its largest magnitude in every column [1, P], or in the whole tile; and that magnitude."""
+    largest = or_one(tl.max(tl.max(tl.abs(x), 1), 0)) if WHOLE else or_one(tl.max(tl.abs(x), 0, keep_dims=True))
+    return tl.div_rn(x, largest), largest
+
+
+@triton.jit
 def filter_tile(
-    s,  # [D, P] float32: a column per chunk; rows beyond the chunk's size hold 0
+    s,  # [D, P] float32: a column per chunk, rows beyond the chunk's size hold 0; in mode global a whole sample
     r,  # [D, P]
     cos_limit,
     tan_limit,
     MODE: tl.constexpr,
 ):
-    """The filter in modes zero, project and off: filtered [D, P], kept [1, P]."""
-    s_largest = or_one(tl.max(tl.abs(s), 0, keep_dims=True))  # [1, P]
-    r_largest = or_one(tl.max(tl.abs(r), 0, keep_dims=True))
-    s_scaled, r_scaled = tl.div_rn(s, s_largest), tl.div_rn(r, r_largest)
-    ss = tl.sum(s_scaled * s_scaled, 0, keep_dims=True)
-    rr = tl.sum(r_scaled * r_scaled, 0, keep_dims=True)
-    drop = outside(cosine(ss, rr, tl.sum(s_scaled * r_scaled, 0, keep_dims=True)), cos_limit)  # [1, P]
+    """Filtered [D, P], in mode global at unit norm; and which chunks were kept: [1, P], there one answer for all."""
+    WHOLE: tl.constexpr = MODE == GLOBAL
+    s_scaled, s_largest = over_largest(s, WHOLE)
+    r_scaled, _ = over_largest(r, WHOLE)
+    ss, rr = total(s_scaled * s_scaled, WHOLE), total(r_scaled * r_scaled, WHOLE)
+    sr = total(s_scaled * r_scaled, WHOLE)
+    drop = outside(cosine(ss, rr, sr), cos_limit)
     if MODE == OFF:
         drop = drop & False
         filtered = s
     elif MODE == ZERO:
         filtered = tl.where(drop, 0.0, s)
     else:
-        s_norm, r_norm = tl.sqrt_rn(ss), tl.sqrt_rn(rr)
+        s_norm = tl.sqrt_rn(ss)
+        if WHOLE:
+            s_norm = or_one(s_norm)
         s_hat = s_scaled / s_norm
-        n = r_scaled - tl.sum(r_scaled * s_hat, 0, keep_dims=True) * s_hat
-        n_norm = tl.sqrt_rn(tl.sum(n * n, 0, keep_dims=True))
-        turned = (s_scaled + s_norm * tan_limit * n / n_norm) * s_largest
-        filtered = tl.where(drop & (n_norm > r_norm * NOTHING), turned, s)
+        along = sr / s_norm if WHOLE else total(r_scaled * s_hat, WHOLE)
+        n = r_scaled - along * s_hat
+        n_norm = tl.sqrt_rn(total(n * n, WHOLE))
+        turn = drop & (n_norm > tl.sqrt_rn(rr) * NOTHING)
+        if WHOLE:
+            filtered = tl.where(turn, s_hat + tan_limit * n / n_norm, s_hat)
+        else:
+            filtered = tl.where(turn, (s_scaled + s_norm * tan_limit * n / n_norm) * s_largest, s)
     return filtered, drop == 0
-
-
-@triton.jit
-def filter_whole_tile(
-    s,  # [D, P] float32: a whole sample
-    r,  # [D, P]
-    cos_limit,
-    tan_limit,
-):
-    """The filter in mode global: filtered [D, P] at unit norm, and 1 or 0 for within the limit or not."""
-    s_scaled = tl.div_rn(s, or_one(tl.max(tl.max(tl.abs(s), 1), 0)))
-    r_scaled = tl.div_rn(r, or_one(tl.max(tl.max(tl.abs(r), 1), 0)))
-    ss = tl.sum(tl.sum(s_scaled * s_scaled, 1), 0)
-    rr = tl.sum(tl.sum(r_scaled * r_scaled, 1), 0)
-    sr = tl.sum(tl.sum(s_scaled * r_scaled, 1), 0)
-    drop = outside(cosine(ss, rr, sr), cos_limit)
-    s_norm = or_one(tl.sqrt_rn(ss))
-    s_hat = s_scaled / s_norm
-    n = r_scaled - sr / s_norm * s_hat
-    n_norm = tl.sqrt_rn(tl.sum(tl.sum(n * n, 1), 0))
-    turn = drop & (n_norm > tl.sqrt_rn(rr) * NOTHING)
-    return tl.where(turn, s_hat + tan_limit * n / n_norm, s_hat), 1.0 - drop.to(tl.float32)
 
 
 @triton.jit
@@ -128,6 +127,13 @@ def filter_kernel(
 
 
 @triton.jit
+def load_numbers(sample, stride_c, stride_h, stride_w, height, width, i, n):
+    """The i-th numbers of a sample as float32, 0 from n on."""
+    c, y, x = (i // (height * width)).to(tl.int64), (i // width % height).to(tl.int64), (i % width).to(tl.int64)
+    return tl.load(sample + c * stride_c + y * stride_h + x * stride_w, mask=i < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def global_kernel(
     score, reference, cos_limit, tan_limit, filtered, kept,
     score_b, score_c, score_h, score_w,
@@ -143,11 +149,10 @@ def global_kernel(
     r_largest = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        c, y, x = (i // (height * width)).to(tl.int64), (i // width % height).to(tl.int64), (i % width).to(tl.int64)
-        s = tl.load(score + c * score_c + y * score_h + x * score_w, mask=i < n, other=0.0).to(tl.float32)
-        r = tl.load(reference + c * reference_c + y * reference_h + x * reference_w, mask=i < n, other=0.0)
+        s = load_numbers(score, score_c, score_h, score_w, height, width, i, n)
+        r = load_numbers(reference, reference_c, reference_h, reference_w, height, width, i, n)
         s_largest = tl.maximum(s_largest, tl.abs(s))
-        r_largest = tl.maximum(r_largest, tl.abs(r.to(tl.float32)))
+        r_largest = tl.maximum(r_largest, tl.abs(r))
     s_max, r_max = or_one(tl.max(s_largest, 0)), or_one(tl.max(r_largest, 0))
 
     ss = tl.zeros([BLOCK], tl.float32)
@@ -155,10 +160,9 @@ def global_kernel(
     sr = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        c, y, x = (i // (height * width)).to(tl.int64), (i // width % height).to(tl.int64), (i % width).to(tl.int64)
-        s = tl.load(score + c * score_c + y * score_h + x * score_w, mask=i < n, other=0.0).to(tl.float32)
-        r = tl.load(reference + c * reference_c + y * reference_h + x * reference_w, mask=i < n, other=0.0)
-        s, r = tl.div_rn(s, s_max), tl.div_rn(r.to(tl.float32), r_max)
+        s = load_numbers(score, score_c, score_h, score_w, height, width, i, n)
+        r = load_numbers(reference, reference_c, reference_h, reference_w, height, width, i, n)
+        s, r = tl.div_rn(s, s_max), tl.div_rn(r, r_max)
         ss += s * s
         rr += r * r
         sr += s * r
@@ -170,10 +174,9 @@ def global_kernel(
     nn = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        c, y, x = (i // (height * width)).to(tl.int64), (i // width % height).to(tl.int64), (i % width).to(tl.int64)
-        s = tl.load(score + c * score_c + y * score_h + x * score_w, mask=i < n, other=0.0).to(tl.float32)
-        r = tl.load(reference + c * reference_c + y * reference_h + x * reference_w, mask=i < n, other=0.0)
-        orthogonal = tl.div_rn(r.to(tl.float32), r_max) - along * (tl.div_rn(s, s_max) / s_norm)
+        s = load_numbers(score, score_c, score_h, score_w, height, width, i, n)
+        r = load_numbers(reference, reference_c, reference_h, reference_w, height, width, i, n)
+        orthogonal = tl.div_rn(r, r_max) - along * (tl.div_rn(s, s_max) / s_norm)
         nn += orthogonal * orthogonal
     n_norm = tl.sqrt_rn(tl.sum(nn, 0))
     turn = drop & (n_norm > tl.sqrt_rn(r_square) * NOTHING)
@@ -181,11 +184,10 @@ def global_kernel(
 
     for first in range(0, n, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        c, y, x = (i // (height * width)).to(tl.int64), (i // width % height).to(tl.int64), (i % width).to(tl.int64)
-        s = tl.load(score + c * score_c + y * score_h + x * score_w, mask=i < n, other=0.0).to(tl.float32)
-        r = tl.load(reference + c * reference_c + y * reference_h + x * reference_w, mask=i < n, other=0.0)
+        s = load_numbers(score, score_c, score_h, score_w, height, width, i, n)
+        r = load_numbers(reference, reference_c, reference_h, reference_w, height, width, i, n)
         s_hat = tl.div_rn(s, s_max) / s_norm
-        orthogonal = tl.div_rn(r.to(tl.float32), r_max) - along * s_hat
+        orthogonal = tl.div_rn(r, r_max) - along * s_hat
         result = tl.where(turn, s_hat + tan * orthogonal / n_norm, s_hat)
         tl.store(filtered + b * n + i, result.to(filtered.dtype.element_ty), mask=i < n)
     tl.store(kept + b, (drop == 0).to(tl.int8))

@@ -11,12 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from counterlens.kernels.consensus.triton import (
-    GLOBAL,
     MODE_CODES,
     chunk_places,
     consensus_filter,
     filter_tile,
-    filter_whole_tile,
     or_one,
 )
 
@@ -133,12 +131,7 @@ def one_launch_kernel(
     uncond = load_tile(eps_uncond, u_b, u_c, u_h, u_w, b, channel, y, x, valid)
     direction = load_tile(eps_cond, c_b, c_c, c_h, c_w, b, channel, y, x, valid) - uncond
     score = -noise_level * load_tile(grad_class, g_b, g_c, g_h, g_w, b, channel, y, x, valid)
-    cos, tan = scalar(cos_limit, b, T_COS), scalar(tan_limit, b, T_TAN)
-    if MODE == GLOBAL:
-        score, within = filter_whole_tile(score, direction, cos, tan)
-        kept = tl.zeros_like(chunk).to(tl.float32) + within
-    else:
-        score, kept = filter_tile(score, direction, cos, tan, MODE)
+    score, kept = filter_tile(score, direction, scalar(cos_limit, b, T_COS), scalar(tan_limit, b, T_TAN), MODE)
     kept = tl.where(chunk < rows * columns, kept.to(tl.float32), 0.0)
     distance = noise_level * load_tile(grad_distance, d_b, d_c, d_h, d_w, b, channel, y, x, valid)
     latents = load_tile(z, z_b, z_c, z_h, z_w, b, channel, y, x, valid)  # on its way while the norms are made

@@ -100,7 +100,7 @@ def soft_kernel(
 
 @triton.jit
 def soft_backward_kernel(
-    grad, image, baseline, saliency, limits, mean, std, grad_saliency, grad_image, sharpness,
+    grad, image, baseline, saliency, limits, std, grad_saliency, grad_image, sharpness,
     image_n, image_c, image_h, image_w,
     baseline_n, baseline_c, baseline_h, baseline_w,
     saliency_n, saliency_h, saliency_w,
@@ -210,9 +210,8 @@ def soft_perturb_backward(
     grad_saliency = torch.empty((n, h, w), dtype=saliency.dtype, device=image.device)
     grad_image = torch.empty((n, c, h, w) if image_wanted else 0, dtype=image.dtype, device=image.device)
     soft_backward_kernel[(n, triton.cdiv(h * w, block))](
-        grad, image, baseline, saliency, thresholds, constants(tuple(mean), image.device),
-        constants(tuple(std), image.device), grad_saliency, grad_image, 1 / temperature, *image.stride(),
-        *baseline.stride(), *saliency.stride(), *grad.stride()[:4], c, w, h * w, thresholds.shape[1],
-        NORMALISE=len(mean) > 0, IMAGE=image_wanted, BLOCK=block, num_warps=4,
+        grad, image, baseline, saliency, thresholds, constants(tuple(std), image.device), grad_saliency, grad_image,
+        1 / temperature, *image.stride(), *baseline.stride(), *saliency.stride(), *grad.stride()[:4], c, w, h * w,
+        thresholds.shape[1], NORMALISE=len(mean) > 0, IMAGE=image_wanted, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return grad_saliency, grad_image

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from counterlens.export.errors import ExportError
-from counterlens.export.trace import Size, trace
+from counterlens.export.tracing import Size, trace
 
 aten = torch.ops.aten
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from counterlens.export import ExportError, export_onnx
-from counterlens.export.trace import trace
+from counterlens.export.tracing import trace
 from tests.export.test_onnx import run
 
 SHARED: dict[Any, Tensor] = {}
