@@ -5,15 +5,13 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from ..errors import CounterlensError, UsageError
+from .backbone import Backbone
 from .files import WEIGHTS, check_dtype, find_folder, read_json, weight_files
-
-if TYPE_CHECKING:
-    from .backbone import Backbone
 
 GROUP = "counterlens.backbones"  # of entry points: names as below, and `module:Class`
 # Each family by what tells its folders: the class that model_index.json names, the one that the config of its denoiser
@@ -40,8 +38,10 @@ def register(name: str, backbone: type[Backbone]) -> None:
         backbone: the family's class.
 
     Raises:
-        UsageError: the name is another family's.
+        UsageError: the name is another family's, or this is none.
     """
+    if not _is_family(backbone):
+        raise UsageError(f"backbones: {name}: expected a subclass of Backbone, got {backbone!r:.80}")
     if BACKBONES.setdefault(name, backbone) is not backbone:
         raise UsageError(f"backbones: {name} is the name of {BACKBONES[name]}")
 
@@ -50,7 +50,7 @@ def find_backbone(folder: Path) -> type[Backbone] | None:
     """The family that a folder's model is of; None where nothing tells.
 
     Raises:
-        CounterlensError: a config cannot be read, or an installed package's family cannot be imported.
+        CounterlensError: a config cannot be read, or an installed package's family cannot be imported or is none.
     """
     installed = {point.name: point for point in entry_points(group=GROUP)}
     index, parts = _class_of(folder / "model_index.json"), _classes(folder)
@@ -58,15 +58,22 @@ def find_backbone(folder: Path) -> type[Backbone] | None:
     for told in ([index], parts.values(), unnamed):
         name = next((n for n in reversed([*BACKBONES, *installed]) if n in told), None)
         if name in installed:
+            said = f"{GROUP}: {name} = {installed[name].value}"
             try:
-                return installed[name].load()
+                family = installed[name].load()
             except (ImportError, AttributeError) as error:
-                said = f"{GROUP}: {name} = {installed[name].value}"
                 raise CounterlensError(f"{said}: cannot be imported ({error})") from error
+            if not _is_family(family):
+                raise CounterlensError(f"{said}: expected a subclass of Backbone, got {family!r:.80}")
+            return family
         if name is not None:
             found = BACKBONES[name]
             return resolve_name(f"{__package__}.{found}") if isinstance(found, str) else found
     return None
+
+
+def _is_family(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, Backbone)
 
 
 def _class_of(config: Path) -> str | None:

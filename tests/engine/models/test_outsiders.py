@@ -105,12 +105,18 @@ def test_families_that_cannot_be_found_or_clash_are_named(
         load.open_diffusion(folder)
     with pytest.raises(UsageError, match=r"^backbones: VQModel is the name of ldm:"):
         load.register("VQModel", ToyDiffusion)
+    with pytest.raises(UsageError, match=r"^backbones: New: expected a subclass of Backbone, got <class"):
+        load.register("New", ToyDenoiser)  # type: ignore[arg-type]
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[counterlens.backbones]\nToyDenoiser = not_there_at_all:Toy\n")
     monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "no_family.py").write_text("Toy = 1")
     with pytest.raises(CounterlensError, match=r"^counterlens\.backbones: ToyDenoiser = not_there_at_all:Toy"):
+        load.open_diffusion(folder)
+    (info / "entry_points.txt").write_text("[counterlens.backbones]\nToyDenoiser = no_family:Toy\n")
+    with pytest.raises(CounterlensError, match=r"no_family:Toy: expected a subclass of Backbone, got 1$"):
         load.open_diffusion(folder)
 
 
