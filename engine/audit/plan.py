@@ -13,6 +13,7 @@ from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..images.sources import Sample, Source, need
 from ..labels import find_label, is_label
+from ..saliency.table import check_methods
 from .results import FORMATS, GOES_ON, PLAN
 
 
@@ -63,6 +64,8 @@ class Options:
             raise UsageError(f"budget_s: expected more than 0 seconds, got {self.budget_s:g}")
         if self.image_format not in FORMATS:
             raise UsageError(f"image_format: expected one of {', '.join(FORMATS)}, got {self.image_format!r}")
+        if self.saliency is not None:
+            check_methods([self.saliency])
         if not (self.counterfactuals or self.saliency):
             raise UsageError("counterfactuals: without them and without saliency there is nothing to do")
 

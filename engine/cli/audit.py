@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from ..errors import CounterlensError, UsageError
 from .options import (
+    METHOD_NAMES,
     RUNTIMES,
     ClassesOption,
     ClassifierOption,
@@ -59,7 +60,9 @@ def audit(
         str, typer.Option(help="Label, runner-up, opposite or neighbour, where the source names none.")
     ] = "runner-up",
     counterfactuals: Annotated[bool, typer.Option(help="Make counterfactuals.")] = True,
-    saliency: Annotated[str | None, typer.Option(help="Saliency method as well, such as lax; scored by MSI.")] = None,
+    saliency: Annotated[
+        str | None, typer.Option(help=f"A saliency map as well, scored by MSI, of {METHOD_NAMES}.")
+    ] = None,
     insight: Annotated[bool, typer.Option(help="More counterfactuals for wrong predictions.")] = True,
     shortcuts: Annotated[int, typer.Option(help="Samples for the disagreement map; 0: none.", min=0)] = 128,
     recursive: RecursiveOption = False,

@@ -22,6 +22,7 @@ from rich.progress import (
 
 from ..errors import MAX_SEED, CounterlensError, UsageError
 from ..runtime.registry import choices, formats
+from ..saliency.table import METHODS
 from ..terminal import Terminal
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvisi
 ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Remove what an earlier run wrote into --out.")]
 ResumeFlag = Annotated[bool, typer.Option("--resume", help="Add images to the run in --out; settings must be its own.")]
-RUNTIMES, FORMATS = "{runtimes}", "{formats}"  # in help texts: what the registry holds when they are read
+# In help texts: what the tables hold when they are read.
+RUNTIMES, FORMATS, METHOD_NAMES = "{runtimes}", "{formats}", "{methods}"
 ForwardOption = Annotated[
     str, typer.Option(help="Of the metrics' forward passes: eager, or onnxruntime (compiled for the CPU).")
 ]
@@ -84,8 +86,8 @@ COUNTERFACTUAL_COLUMNS = ["image", "from", "target", "now", "confidence", "flipp
 
 
 def filled(text: str) -> str:
-    """A help text with the names of the runtimes or formats that there are."""
-    for mark, table in ((RUNTIMES, choices), (FORMATS, formats)):
+    """A help text with the names of the runtimes, formats or saliency methods that there are."""
+    for mark, table in ((RUNTIMES, choices), (FORMATS, formats), (METHOD_NAMES, lambda: list(METHODS))):
         if mark in text:
             *names, last = table()
             text = text.replace(mark, f"{', '.join(names)} or {last}")

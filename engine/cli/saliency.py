@@ -16,6 +16,7 @@ from ..saliency.table import METHODS, check_methods
 from .grouped import grouped
 from .options import (
     MAP_COLUMNS,
+    METHOD_NAMES,
     DeviceOption,
     ForwardOption,
     ImagesArgument,
@@ -174,7 +175,7 @@ def load(source: Path, size: int, recursive: bool) -> tuple[list[str], Tensor, i
 
 def explain_images(
     images: Annotated[list[Path], ImagesArgument],
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "lax",
+    method: Annotated[str, typer.Option(help=f"{METHOD_NAMES}.")] = "lax",
     out: Annotated[Path, typer.Option(help="Folder for overlays (.png) and arrays (.safetensors).")] = Path("saliency"),
     target: Annotated[str | None, typer.Option(help="Label to explain; the prediction without it.")] = None,
     *,
@@ -253,7 +254,7 @@ def explain_images(
 
 
 def evaluate_methods(
-    methods: Annotated[str, typer.Option(help=f"Some of {', '.join(METHODS)}.")] = "lax,ig,gradcam",
+    methods: Annotated[str, typer.Option(help=f"Names, such as a,b: {METHOD_NAMES}.")] = "lax,ig,gradcam",
     out: Annotated[Path, typer.Option(help="Folder for table, curves and pictures.")] = Path("evaluation"),
     *,
     subject: Subject,
