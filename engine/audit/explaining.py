@@ -16,6 +16,7 @@ from ..images.files import as_saved
 from ..metrics.inputs import check_computed
 from ..models.freezing import frozen
 from ..models.protocols import Classifier, probabilities
+from ..runtime.spec import SLOTS
 from .plan import Chosen, Options
 from .rows import Row, changes
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..core.result import Counterfactual
 
 AWAY = 2  # likeliest other labels that are tried for the smallest change away from a wrong prediction
-JUDGED = 16  # images that a judge sees at once: always as many, so that its answer does not depend on the others
+JUDGED = SLOTS[-1]  # images that a judge sees at once: always as many, so that its answer depends on no other
 # What a user's model may raise on a batch; anything else is a mistake of ours and stops the run.
 FAILURES = (RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError)
 OnStep = Callable[[int, int], None]

@@ -16,6 +16,7 @@ from counterlens.kernels.consensus import consensus_filter
 from ..config import Config, Settings
 from ..errors import CounterlensError
 from ..guidance.step import unit_largest
+from ..runtime.spec import SLOTS
 from ..showing import one_line
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 CELLS = 16  # places a side at most; finer latents are pooled
-BATCH = 16
+BATCH = SLOTS[-1]
 
 
 @dataclass

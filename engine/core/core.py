@@ -21,7 +21,7 @@ from ..guidance.pullback import PullbackMode
 from ..guidance.sampler import Observer, Sampler
 from ..guidance.spans import span
 from ..labels import distinct_names
-from ..models.attention import ATTENTIONS, memory_efficient_attention, not_supported_reasons
+from ..models.attention import memory_efficient_attention
 from ..models.freezing import frozen
 from ..models.gradient_check import check_gradient
 from ..models.placing import choose_device, computing_on, place
@@ -29,11 +29,12 @@ from ..models.protocols import Classifier, Diffusion, probabilities
 from ..models.tiny import TinyDecoder, check_decoder, open_decoder
 from ..provenance import digest, models_digest, models_numbers, session
 from ..runtime.choice import Choice
-from ..runtime.registry import AUTO, EAGER, check
+from ..runtime.registry import AUTO, EAGER
 from ..runtime.runners import REAL_IMAGES, Runners
 from ..runtime.spec import SLOTS, Spec
+from .checks import check_images, check_models, check_running
 from .result import Counterfactual, Counterfactuals
-from .session import Session
+from .session import Session, padded_batches
 from .targets import TargetLabels, Targets, one_each
 
 _OPENING = RLock()  # what runs is opened or recorded once, by the first thread that needs it
@@ -93,19 +94,7 @@ class EngineCore:
         guidance_decoder: TinyDecoder | str | Path | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        if isinstance(classifier, nn.Module) and not hasattr(classifier, "log_prob"):
-            raise UsageError(
-                f"classifier: {type(classifier).__name__} is a plain module; Engine.from_pretrained(model, module, "
-                "labels=...) or models.image_classifiers.wrap_classifier(module, labels, image_size=...) wraps it"
-            )
-        if list(diffusion.labels) != list(classifier.labels):
-            raise UsageError(
-                f"classifier: its {len(classifier.labels)} labels are not the diffusion model's "
-                f"{len(diffusion.labels)}; diffusion.describe(labels) names them"
-            )
-        levels = diffusion.alphas_cumprod
-        if not ((levels > 0) & (levels < 1)).all() or not (levels[1:] < levels[:-1]).all():
-            raise UsageError("diffusion: alphas_cumprod must fall from below 1 and end above 0")
+        check_models(diffusion, classifier)
         self.diffusion = diffusion
         self.classifier = classifier
         self.config = config or Config()
@@ -123,20 +112,11 @@ class EngineCore:
         if device is not None:
             there = choose_device(device)
             place(diffusion, there)
-            for module in (classifier.module, *([] if guidance_decoder is None else [guidance_decoder.module])):
+            for module in self.modules():
                 module.to(there)
         if not self.source:  # a pack's own classifiers are known
             check_gradient(classifier, diffusion.image_size)
-        check(runtime)
-        if checkpointing and runtime not in (AUTO, EAGER):
-            raise UsageError(f"checkpointing: recomputes in eager; runtime {runtime!r} cannot")
-        if attention not in ATTENTIONS:
-            raise UsageError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
-        if attention == "xformers":
-            if runtime not in (AUTO, EAGER):
-                raise UsageError(f"attention: xformers runs in eager; runtime {runtime!r} cannot")
-            if reasons := not_supported_reasons(diffusion.modules()):
-                raise UsageError(f"attention: xformers cannot be used: {'; '.join(reasons)}")
+        check_running(diffusion, runtime, checkpointing, attention)
         self.checkpointing, self.attention = checkpointing, attention
         differentiated_by_autograd = checkpointing or attention == "xformers"
         self.runtime = EAGER if differentiated_by_autograd else runtime
@@ -160,20 +140,20 @@ class EngineCore:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Hold all models in eval mode without parameter gradients: for a `sampler` and whatever runs beside it."""
-        own = [] if self.guidance_decoder is None else [self.guidance_decoder.module]
-        modules = (*self.diffusion.modules(), self.classifier.module, *own)
-        with computing_on(self.device), frozen(*modules), self._prepared():
+        with computing_on(self.device), frozen(*self.modules()), self._prepared():
             yield
 
-    def sampler(self, config: Config | None = None, slots: int = 16) -> Sampler:
+    def modules(self) -> list[nn.Module]:
+        """Every module that takes part."""
+        own = [] if self.guidance_decoder is None else [self.guidance_decoder.module]
+        return [*self.diffusion.modules(), self.classifier.module, *own]
+
+    def sampler(self, config: Config | None = None, slots: int = SLOTS[-1], observe: Observer | None = None) -> Sampler:
         """Slots for samples that come and go, at the step of this config; use it inside `frozen`.
 
-        Results are bit-identical to those of `counterfactual` where that uses as many slots.
+        Results are bit-identical to those of `counterfactual` where that uses as many slots. `observe`: see there.
         """
-        return self.open_sampler(self.settings(config or self.config), slots)
-
-    def open_sampler(self, settings: Settings, slots: int, observe: Observer | None = None) -> Sampler:
-        """See `sampler`; `observe`: see `counterfactual`."""
+        settings = self.settings(config or self.config)
         if observe is not None:
             return Sampler(
                 self.diffusion, slots, self.runners.step(settings).observed(), settings.graph,
@@ -230,9 +210,7 @@ class EngineCore:
 
     def digest(self) -> str:
         """A short hash of the models: made again only when one of their tensors is another or was written to."""
-        modules = [*self.diffusion.modules(), self.classifier.module]
-        if self.guidance_decoder is not None:
-            modules.append(self.guidance_decoder.module)
+        modules = self.modules()
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         state = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if self._digest is None or self._digest[0] != state:
@@ -313,7 +291,7 @@ class EngineCore:
         sizes: Sequence[int] | None = None,
     ) -> Tensor:
         """The classifier's probabilities: [B, labels] on the CPU, in batches padded to `sizes` (`slots` without it)."""
-        batches = _batches(len(images), sizes or self.slots)
+        batches = padded_batches(len(images), sizes or self.slots)
         with span("predictions"), computing_on(self.device), frozen(self.classifier.module):
             parts = [probabilities(self.classifier, images[rows].to(self.device))[:n].cpu() for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
@@ -423,26 +401,5 @@ class EngineCore:
             self.runners.real_images = images[:REAL_IMAGES].detach().clone()
 
     def check_images(self, images: Tensor) -> None:
-        """Refuse what is no batch of images [B, 3, H, W] in [0, 1] of the model's size; NaN passes.
-
-        Raises:
-            UsageError: says what does not fit.
-        """
-        size = self.image_size
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1:] != (3, size, size):
-            shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise UsageError(f"images: expected [B, 3, {size}, {size}], got {shape}; load_image resizes files")
-        if not images.is_floating_point():
-            raise UsageError(f"images: expected floating point in [0, 1], got {images.dtype}")
-        if images.numel() and (images.min() < 0 or images.max() > 1):
-            raise UsageError(f"images: expected [0, 1], got {images.min().item():g} to {images.max().item():g}")
-
-
-def _batches(count: int, slots: Sequence[int] = SLOTS) -> list[tuple[list[int], int]]:
-    """Rows of each batch, padded to a slot count with its first row, and how many of them are real."""
-    batches = []
-    for start in range(0, count, slots[-1]):
-        rows = list(range(start, min(start + slots[-1], count)))
-        size = next(s for s in slots if s >= len(rows))
-        batches.append((rows + rows[:1] * (size - len(rows)), len(rows)))
-    return batches
+        """See `checks.check_images`."""
+        check_images(images, self.image_size)

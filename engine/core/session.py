@@ -17,6 +17,7 @@ from ..guidance.schedule import schedule_of
 from ..images.files import as_saved
 from ..models.protocols import Diffusion
 from ..runtime.runners import REAL_IMAGES
+from ..runtime.spec import SLOTS
 from .result import ALREADY, Counterfactual, noise_seed
 from .targets import TargetLabels
 
@@ -34,7 +35,7 @@ class Models(Protocol):
     def settings(self, config: Config) -> Settings: ...
     def probabilities(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor: ...
     def slots_for(self, batch: int) -> int: ...
-    def open_sampler(self, settings: Settings, slots: int, observe: Observer | None = None) -> Sampler: ...
+    def sampler(self, config: Config | None, slots: int, observe: Observer | None = None) -> Sampler: ...
     def facts(self, config: Config, batch: int = 1) -> dict[str, Any]: ...
 
 
@@ -204,7 +205,7 @@ class Session:
         self._done += [sample for sample in new if sample.error is not None]
         if todo and self.sampler is None:
             slots = self.slots or self.models.slots_for(len(todo))
-            self.sampler = self.models.open_sampler(self.settings[self.config], slots, self._watch())
+            self.sampler = self.models.sampler(self.config, slots, self._watch())
             self.sampler.live = self.slots is not None
             self.total = count_ticks([self._steps[sample.settings] for sample in todo], slots)
         for sample in todo:
@@ -294,3 +295,13 @@ class Session:
             labels=self.models.targets.labels,
             provenance=made,
         )
+
+
+def padded_batches(count: int, slots: Sequence[int] = SLOTS) -> list[tuple[list[int], int]]:
+    """Rows of each batch, padded to a slot count with its first row, and how many of them are real."""
+    batches = []
+    for start in range(0, count, slots[-1]):
+        rows = list(range(start, min(start + slots[-1], count)))
+        size = next(s for s in slots if s >= len(rows))
+        batches.append((rows + rows[:1] * (size - len(rows)), len(rows)))
+    return batches

@@ -31,6 +31,7 @@ from ..packs import Pack
 from ..portable.file import COUNTERFACTUAL, SALIENCY, SCHEMA_VERSION, card_of
 from ..portable.page import page_files, web_runtime, write_page
 from ..runtime import onnxruntime
+from ..runtime.spec import SLOTS
 
 if TYPE_CHECKING:
     from .core import EngineCore
@@ -421,7 +422,7 @@ def check_counterfactual(
     say(f"comparing it with the eager run on {PARITY_IMAGES} images")
     check_file(path)
     run_file = onnxruntime.load(path)
-    at_once = batch or 16
+    at_once = batch or SLOTS[-1]
     equal, close, count, worst = 0, 0, 0, 0.0
     got: Values = {}
     for start in range(0, len(images), at_once):

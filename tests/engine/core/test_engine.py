@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from counterlens.engine.config import Config, Settings
-from counterlens.engine.core.core import _batches
 from counterlens.engine.core.result import image_seed
+from counterlens.engine.core.session import padded_batches
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.sampler import invert, sample, seeded_noise
@@ -75,7 +75,7 @@ def test_padding_keeps_the_bits(tiny) -> None:
 
 def test_batches_cover_every_row_once() -> None:
     for count in (0, 1, 2, 3, 5, 15, 16, 17, 40):
-        batches = _batches(count)
+        batches = padded_batches(count)
         assert [r for rows, n in batches for r in rows[:n]] == list(range(count))
         assert {len(rows) for rows, _ in batches} <= {1, 2, 4, 8, 16}
 

@@ -1,0 +1,64 @@
+"""What an engine refuses before anything runs: models, ways of running and images that do not fit."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..models.attention import ATTENTIONS, not_supported_reasons
+from ..models.protocols import Classifier, Diffusion
+from ..runtime.registry import AUTO, EAGER, check
+
+
+def check_models(diffusion: Diffusion, classifier: Classifier) -> None:
+    """Refuse models that do not belong together.
+
+    Raises:
+        UsageError: the classifier is a plain module, labels differ, or the noise levels are none.
+    """
+    if isinstance(classifier, nn.Module) and not hasattr(classifier, "log_prob"):
+        raise UsageError(
+            f"classifier: {type(classifier).__name__} is a plain module; Engine.from_pretrained(model, module, "
+            "labels=...) or models.image_classifiers.wrap_classifier(module, labels, image_size=...) wraps it"
+        )
+    if list(diffusion.labels) != list(classifier.labels):
+        raise UsageError(
+            f"classifier: its {len(classifier.labels)} labels are not the diffusion model's "
+            f"{len(diffusion.labels)}; diffusion.describe(labels) names them"
+        )
+    levels = diffusion.alphas_cumprod
+    if not ((levels > 0) & (levels < 1)).all() or not (levels[1:] < levels[:-1]).all():
+        raise UsageError("diffusion: alphas_cumprod must fall from below 1 and end above 0")
+
+
+def check_running(diffusion: Diffusion, runtime: str, checkpointing: bool, attention: str) -> None:
+    """Refuse ways of running that there are not, or that exclude each other.
+
+    Raises:
+        UsageError: names the option.
+    """
+    check(runtime)
+    if checkpointing and runtime not in (AUTO, EAGER):
+        raise UsageError(f"checkpointing: recomputes in eager; runtime {runtime!r} cannot")
+    if attention not in ATTENTIONS:
+        raise UsageError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {attention!r}")
+    if attention == "xformers":
+        if runtime not in (AUTO, EAGER):
+            raise UsageError(f"attention: xformers runs in eager; runtime {runtime!r} cannot")
+        if reasons := not_supported_reasons(diffusion.modules()):
+            raise UsageError(f"attention: xformers cannot be used: {'; '.join(reasons)}")
+
+
+def check_images(images: Tensor, size: int) -> None:
+    """Refuse what is no batch of images [B, 3, size, size] in [0, 1]; NaN passes.
+
+    Raises:
+        UsageError: says what does not fit.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1:] != (3, size, size):
+        shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise UsageError(f"images: expected [B, 3, {size}, {size}], got {shape}; load_image resizes files")
+    if not images.is_floating_point():
+        raise UsageError(f"images: expected floating point in [0, 1], got {images.dtype}")
+    if images.numel() and (images.min() < 0 or images.max() > 1):
+        raise UsageError(f"images: expected [0, 1], got {images.min().item():g} to {images.max().item():g}")
