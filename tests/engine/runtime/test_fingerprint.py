@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from counterlens.engine.models.image_classifiers import wrap_classifier
 from counterlens.engine.models.tiny import LatentResolutionDecoder, TinyDecoder
+from counterlens.engine.packs.architectures import StridedClassifier
 from counterlens.engine.runtime.artefacts import key_of
 from counterlens.engine.runtime.fingerprint import fingerprint
 from counterlens.engine.runtime.spec import Spec
@@ -243,6 +244,24 @@ def test_what_decides_nothing_is_not_in_it() -> None:
     here = fingerprint(unet, hashed=[unet])
     unet.register_to_config(_name_or_path="/another/folder")
     assert fingerprint(unet, hashed=[unet]) == here
+
+
+def test_the_code_of_a_packs_classifier_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands beside the pack, outside of what `code_version` hashes."""
+    net = StridedClassifier(width=8)
+    before = fingerprint(net, hashed=[net])
+    monkeypatch.setattr(StridedClassifier, "forward", lambda self, image: self.head(self.features(image).mean((2, 3))))
+    assert fingerprint(net, hashed=[net]) != before
+
+
+def test_copying_a_model_of_ones_own_class_leaves_it_alone() -> None:
+    class Own(nn.Module):
+        pass
+
+    net = Own()
+    before = fingerprint(net, hashed=[net])
+    copied = copy.deepcopy(net)
+    assert fingerprint(net, hashed=[net]) == fingerprint(copied, hashed=[copied]) == before
 
 
 def test_locks_cycles_and_shared_objects() -> None:
