@@ -24,8 +24,8 @@ from counterlens.export.lowering import LOWERINGS, Value
 from counterlens.export.simplify import Size, aten
 from counterlens.export.tracing import located, trace
 from counterlens.export.verify import SMALL, check_file, check_structure
+from counterlens.export.versions import OPSET
 
-OPSET = 18
 OPSETS = range(18, 22)  # what the lowerings are right for, and TensorRT 10 reads
 EXTERNAL_ABOVE = 2_000_000_000  # bytes of weights that a protobuf still holds
 TYPES = {

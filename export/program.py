@@ -19,9 +19,10 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from counterlens.export.errors import ExportError, NodeError
-from counterlens.export.onnx import OPSET, TYPES, OnnxBuilder, appearing, tensor_bytes, write_model
+from counterlens.export.onnx import TYPES, OnnxBuilder, appearing, tensor_bytes, write_model
 from counterlens.export.store import tensors_digest
 from counterlens.export.tracing import located, trace
+from counterlens.export.versions import OPSET
 
 Storage = Literal["lossless", "float16", "float32"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)

@@ -1,4 +1,4 @@
-"""Versions of the packages that made something, or that it runs with."""
+"""Versions of the packages that made something or that it runs with, and of ONNX's operators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 NONE = "not installed"
+OPSET = 18  # of the ONNX files that are written
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from counterlens.export.errors import ExportError
 from counterlens.export.store import Store, weights_digest
+from counterlens.export.versions import OPSET
 
 from ..errors import UsageError
 from ..models.freezing import frozen
@@ -66,7 +67,7 @@ def compile_classifier(
     """
     module = classifier.module
     require_onnx(module)
-    from counterlens.export.onnx import OPSET, export_onnx
+    from counterlens.export.onnx import export_onnx
 
     key = {
         "what": "forward", "target": "onnx", "opset": OPSET, "code": code_version(), "image": image_size,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from counterlens.export.errors import ExportError
+from counterlens.export.versions import OPSET
 
 from ..errors import install_hint
 from .registry import Runtime, Timed
@@ -49,8 +50,6 @@ class OnnxRuntime(Runtime):
         return missing(provider_for(device))
 
     def key(self, spec: Spec) -> dict[str, Any]:
-        from counterlens.export.onnx import OPSET
-
         return {"opset": OPSET}
 
     def build(self, graph: GraphModule, spec: Spec, path: Path, timed: Timed) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from counterlens.export import export_onnx
-from counterlens.export.onnx import OPSET
 from counterlens.export.store import Artefact, Store, sources_digest, weights_digest
+from counterlens.export.versions import OPSET
 from counterlens.kernels.perturb.reference import perturb
 
 from ..metrics.msi_score import threshold_grid
