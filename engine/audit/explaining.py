@@ -96,6 +96,7 @@ class Explainer:
     ) -> tuple[list[Counterfactual | str], bool]:
         """A counterfactual, or what went wrong, for each image; and whether they had to be run singly."""
         options: dict[str, Any] = {"config": self.config, "on_step": on_step, "budget_s": self.options.budget_s}
+        options["whole"] = False  # the runtimes of an audit are pinned step by step
         try:
             return list(self.engine.counterfactual(images, targets, **options)), False
         except UsageError:

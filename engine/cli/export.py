@@ -145,7 +145,7 @@ def export(
 
         return export_whole(
             engine, config, out, rows, storage, share, inputs == "scales", page, single_page, ort_web, adapter,
-            overwrite, as_json,
+            overwrite, measure, as_json,
         )  # fmt: skip
     for part in ALL if what == "all" else (what,):
         with progress_bar("export") as progress:

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 def export_whole(
     engine: Engine, config: Config, out: Path | None, batch: int | None, storage: Any, share: Any, scales: bool,
-    page: bool, single_page: bool, ort_web: Path | None, adapter: Path | None, overwrite: bool, as_json: bool,
+    page: bool, single_page: bool, ort_web: Path | None, adapter: Path | None, overwrite: bool, measure: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """What `export --what counterfactual` does: the file, its card, and pages that run it."""
     from ..portable.file import SALIENCY, card_of
@@ -54,7 +55,7 @@ def export_whole(
         task = progress.task_ids[0]
         card = engine.export_counterfactual(
             folder, config, adapter=adapter, batch=batch, storage=storage, share=share, scales=scales, pages=pages,
-            ort_web=ort_web, overwrite=overwrite, option="--{}",
+            ort_web=ort_web, overwrite=overwrite, option="--{}", measure=measure,
             say=lambda text: progress.update(task, description=text),
         )  # fmt: skip
     files = [name for single in pages for name in page_files(single)]

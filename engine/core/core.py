@@ -36,6 +36,7 @@ from .checks import check_images, check_models, check_running
 from .result import Counterfactual, Counterfactuals
 from .session import Session, padded_batches
 from .targets import TargetLabels, Targets, one_each
+from .whole_runs import WholeRuns, WholeSampler
 
 _OPENING = RLock()  # what runs is opened or recorded once, by the first thread that needs it
 
@@ -126,6 +127,7 @@ class EngineCore:
             diffusion, classifier, guidance_decoder, runtime=self.runtime, store=self.store, backend=backend,
             pullback=self.pullback,
         )  # fmt: skip
+        self.whole_runs = WholeRuns(self.runners)
         self.targets = TargetLabels(self.labels, neighbours)
         self.slots: tuple[int, ...] = SLOTS
         self._check_source(self.config)
@@ -166,6 +168,16 @@ class EngineCore:
             predict_noise=parts["predict_noise"], encode=parts["encode"], decode=parts["decode"],
         )  # fmt: skip
 
+    def open_whole(self, settings: Settings, slots: int) -> WholeSampler | None:
+        """A whole run's file for batches of this size, under `auto` where the store has one that was measured to be
+        faster; its images are those of the steps within 1/255.
+        """
+        if self.whole_runs.choose(settings, slots) is None:
+            return None
+        with _OPENING:
+            run = self.whole_runs.open(settings)
+        return WholeSampler(run, settings, slots, self.diffusion.latent_shape)
+
     @property
     def device(self) -> torch.device:
         """Where the diffusion model is."""
@@ -184,7 +196,12 @@ class EngineCore:
         return self.runners.spec(settings, **fields)
 
     def runtime_choice(self, batch: int = 1, config: Config | None = None) -> Choice:
-        """Which runtime runs the guided steps of a batch of this size, and why."""
+        """Which runtime runs the guided steps of a batch of this size, or all of it as a `whole-run`, and why."""
+        settings, slots = self.settings(config or self.config), self.slots_for(batch)
+        return self.whole_runs.choose(settings, slots) or self.step_choice(batch, config)
+
+    def step_choice(self, batch: int = 1, config: Config | None = None) -> Choice:
+        """Which runtime runs the guided steps where they are taken one by one, and why."""
         return self.runners.step(self.settings(config or self.config)).choose(self.slots_for(batch))
 
     def warmup(
@@ -239,7 +256,7 @@ class EngineCore:
             "checkpointing": self.checkpointing,
             "kernels": self.backend,
             "runtime_option": self.runtime,
-            "runtime": self.runtime_choice(batch, config).runtime,
+            "runtime": self.step_choice(batch, config).runtime,
             **session(self.device),
         }
 
@@ -334,6 +351,7 @@ class EngineCore:
         on_step: Callable[[int, int], None] | None = None,
         budget_s: float | None = None,
         observe: Observer | None = None,
+        whole: bool = True,
     ) -> Counterfactuals:
         """Change each image as little as needed for the classifier to say its target.
 
@@ -357,6 +375,9 @@ class EngineCore:
                 the consensus filter compared: the classifier's score, up to a factor for each sample, and the
                 generator's class direction, [n, C, h, w] each. Such a run is eager under every runtime; in eager,
                 pixels are the same with and without.
+            whole: under the runtime `auto`, images that share their settings may run by a file of the whole run
+                (`counterlens export --what counterfactual`) where that was measured to be faster, if nothing is asked
+                of single steps; pixels then agree within 1/255. False takes the steps.
 
         Returns:
             Counterfactuals; samples that fail are reported in `.errors` and do not stop the others.
@@ -378,7 +399,8 @@ class EngineCore:
             raise UsageError(f"seeds: expected {len(images)}, one per image, got {len(given)}")
         samples: list[Counterfactual] = []
         with self.frozen():
-            session = Session(self, configs[0] if configs else None, observe=observe)
+            whole = whole and (progress, on_step, budget_s, observe) == (None,) * 4
+            session = Session(self, configs[0] if configs else None, observe=observe, whole=whole)
             for one in zip(images, asked, given, configs, strict=True):
                 session.submit(*one, budget_s)
             while session.busy:

@@ -20,6 +20,7 @@ from ..runtime.runners import REAL_IMAGES
 from ..runtime.spec import SLOTS
 from .result import ALREADY, Counterfactual, noise_seed
 from .targets import TargetLabels
+from .whole_runs import NAME, WholeSampler
 
 
 class Models(Protocol):
@@ -36,6 +37,7 @@ class Models(Protocol):
     def probabilities(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor: ...
     def slots_for(self, batch: int) -> int: ...
     def sampler(self, config: Config | None, slots: int, observe: Observer | None = None) -> Sampler: ...
+    def open_whole(self, settings: Settings, slots: int) -> WholeSampler | None: ...
     def facts(self, config: Config, batch: int = 1) -> dict[str, Any]: ...
 
 
@@ -68,6 +70,7 @@ class Session:
             result then has the same bits whatever is beside it. Without it all that is submitted before the first tick
             is one batch: it takes the slots that it needs, and the results come together at the end.
         observe: see `EngineCore.counterfactual`; told the samples' ids.
+        whole: the batch may run by a whole run's file, see `EngineCore.open_whole`.
     """
 
     def __init__(
@@ -76,10 +79,12 @@ class Session:
         config: Config | None = None,
         slots: int | None = None,
         observe: Observer | None = None,
+        whole: bool = False,
     ) -> None:
         self.models, self.config, self.slots, self.observe = models, config or models.config, slots, observe
+        self.whole = whole
         self.settings = {self.config: models.settings(self.config)}
-        self.sampler: Sampler | None = None
+        self.sampler: Sampler | WholeSampler | None = None
         self.total = 0  # ticks that the first batch needs, if no sample ends early
         self._steps: dict[Settings, int] = {}
         self._facts: dict[tuple[Config, float | None], dict[str, Any]] = {}
@@ -205,13 +210,21 @@ class Session:
         self._done += [sample for sample in new if sample.error is not None]
         if todo and self.sampler is None:
             slots = self.slots or self.models.slots_for(len(todo))
-            self.sampler = self.models.sampler(self.config, slots, self._watch())
+            self.sampler = self._whole_sampler(todo, slots)
+            if self.sampler is None:
+                self.sampler = self.models.sampler(self.config, slots, self._watch())
             self.sampler.live = self.slots is not None
             self.total = count_ticks([self._steps[sample.settings] for sample in todo], slots)
         for sample in todo:
             assert self.sampler is not None
             job = Job(sample.image, sample.wanted, sample.seed, sample.settings, sample.budget_s)
             self._running[self.sampler.submit(job)] = sample
+
+    def _whole_sampler(self, samples: Sequence[_Sample], slots: int) -> WholeSampler | None:
+        """A whole run's file for a batch whose samples share their settings and end together."""
+        settings = samples[0].settings
+        alike = all(s.settings == settings and s.budget_s is None and not s.config.match_official for s in samples)
+        return self.models.open_whole(settings, slots) if self.whole and alike else None
 
     def _predict(self, samples: Sequence[_Sample]) -> None:
         probabilities = self._probabilities(torch.stack([sample.image for sample in samples]))
@@ -274,6 +287,7 @@ class Session:
         if made is None:
             slots = 1 if self.sampler is None else self.sampler.slots
             made = self.models.facts(sample.config, slots) | {"budget_s": sample.budget_s}
+            made |= {"runtime": NAME} if isinstance(self.sampler, WholeSampler) else {}
             self._facts[sample.config, sample.budget_s] = made
         return Counterfactual(
             id=sample.id,

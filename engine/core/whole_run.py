@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,9 @@ from ..packs import Pack
 from ..portable.file import COUNTERFACTUAL, SALIENCY, SCHEMA_VERSION, card_of
 from ..portable.page import page_files, web_runtime, write_page
 from ..runtime import onnxruntime
+from ..runtime.registry import AUTO
 from ..runtime.spec import SLOTS
+from .whole_runs import NAME, STEPS
 
 if TYPE_CHECKING:
     from .core import EngineCore
@@ -60,6 +63,7 @@ OUTPUTS = {
     "kept": "share of latent locations that the consensus filter kept, for each step; NaN where it did not run",
 }
 PARITY_IMAGES = 64
+LONG = 5.0  # seconds of a run, from which on larger batches are not measured
 EQUAL_PREDICTIONS = 63 / 64
 WITHIN_ONE = {"detached": 0.98, "exact": 0.90}  # one location at the angle limit rescales its sample
 REMEMBERED: dict[str, tuple[str, ...]] = {  # what each solver reads of its own past, see `solvers.History`
@@ -238,6 +242,7 @@ def export_counterfactual(
     ort_web: Path | None = None,
     overwrite: bool = False,
     option: str = "{}=True",
+    measure: bool = True,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write a whole counterfactual as `counterfactual.onnx`, and `counterfactual.json` that says how to use it.
@@ -257,6 +262,8 @@ def export_counterfactual(
         ort_web: onnxruntime-web for them, see `portable.page.web_runtime`.
         overwrite: remove what an earlier run wrote into the folder.
         option: how a person says `overwrite`.
+        measure: an engine under `auto` also puts a file that it could use (batch open, nothing left as an input) into
+            its store, and times it against the steps.
         say: told what is being done.
 
     Returns:
@@ -309,7 +316,44 @@ def export_counterfactual(
         for single in pages:
             assert web is not None
             write_page(folder, cards, web, single=single)
+    if measure and engine.runtime == AUTO and (batch, scales, storage) == (None, False, "lossless"):
+        engine.whole_runs.keep(settings, folder / MODEL, parity)
+        measure_whole(engine, config, say)
     return card
+
+
+def measure_whole(engine: EngineCore, config: Config, say: Callable[[str], None] = lambda _: None) -> None:
+    """Time a whole run that the engine's store has against its steps, at every batch size that takes seconds."""
+    settings = engine.settings(config)
+    whole = engine.whole_runs.open(settings)
+    given = list(example_inputs(engine, settings, engine.slots[-1]).values())
+    images = given[0]
+    for slots in engine.slots:
+        say(f"measuring batch {slots}")
+
+        def steps(rows: Tensor = images[:slots]) -> None:
+            engine.counterfactual(rows, config=config, whole=False)
+
+        def at_once(slots: int = slots) -> None:  # a session predicts before and after
+            rows = images[:slots]
+            engine.probabilities(rows)
+            whole(*(x[:slots] for x in given))
+            engine.probabilities(rows)
+
+        times = {STEPS: median_time(steps), NAME: median_time(at_once)}
+        engine.whole_runs.remember(settings, slots, times)
+        if max(times.values()) > LONG:
+            return
+
+
+def median_time(call: Callable[[], object], rounds: int = 3) -> float:
+    """Seconds that a call takes, after one that does not count."""
+    times = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
 
 
 def write_card(folder: Path, name: str, card: dict[str, Any]) -> None:

@@ -126,7 +126,7 @@ def profile(
 
     def run(rows: range) -> None:
         engine.counterfactual(
-            images[list(rows)], targets if chosen is None else [chosen[i] for i in rows], None, config
+            images[list(rows)], targets if chosen is None else [chosen[i] for i in rows], None, config, whole=False
         )
 
     say("warming up")
@@ -139,7 +139,7 @@ def profile(
             run(rows)
     spans = recorder.spans()
     children = _children(spans)
-    choice = engine.runtime_choice(batch, config)
+    choice = engine.step_choice(batch, config)
 
     steps = [s for s in spans if s.name == "guided step"]
     if not steps:

@@ -20,7 +20,15 @@ import torch
 from PIL import Image
 
 from counterlens.engine.config import Config
-from counterlens.engine.core.whole_run import CARD, MODEL, counterfactual_program, example_inputs, scale_names
+from counterlens.engine.core.whole_run import (
+    CARD,
+    MODEL,
+    counterfactual_program,
+    example_inputs,
+    measure_whole,
+    scale_names,
+)
+from counterlens.engine.core.whole_runs import NAME, STEPS
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.sampler import seeded_noise
@@ -211,6 +219,42 @@ def test_counterlens_runs_the_file_as_onnxruntime_does(whole: Path) -> None:
     session = onnxruntime.InferenceSession(whole / MODEL, providers=["CPUExecutionProvider"])
     plain = session.run(["counterfactual"], {"image": images, "target": np.array([-1, -1, -1])})[0]
     assert abs(opened.run(images).counterfactual - plain).max() <= 1.5 / 255
+
+
+@pytest.mark.slow
+def test_auto_takes_the_file_where_it_was_measured_faster(engine: Engine, whole: Path, tmp_path: Path) -> None:
+    config = Config(speed="fast")
+    auto = Engine.from_pack("digits", config=config, store=tmp_path, device="cpu")
+    assert auto.runtime_choice(1).runtime == "eager"
+    settings = auto.settings(config)
+    auto.whole_runs.keep(settings, whole / MODEL, {"predictions_equal": 1.0})
+    assert auto.runtime_choice(1).runtime == "eager"  # there, and not measured
+    measure_whole(auto, config)
+    assert auto.whole_runs.measurements(settings).keys() >= {"1", "2", "4"}
+    auto.whole_runs.remember(settings, 4, {STEPS: 0.4, NAME: 0.1})
+    auto.whole_runs.remember(settings, 8, {STEPS: 0.4, NAME: 0.5})
+    assert auto.runtime_choice(3).runtime == NAME
+    assert "steps 400.0 ms, whole-run 100.0 ms" in auto.runtime_choice(3).why
+    assert auto.runtime_choice(7).runtime == "eager"
+
+    images = Pack("digits").samples("test", count=3).images
+    targets = ["runner-up", int(engine.probabilities(images[1:2]).argmax()), 7]
+    by_steps = engine.counterfactual(images, targets, config=config)
+    got = Engine.from_pack("digits", config=config, store=tmp_path, device="cpu").counterfactual(images, targets)
+    assert [p["runtime"] for p in got.provenance] == [NAME] * 3
+    assert got.errors == by_steps.errors
+    assert torch.equal(got.flipped, by_steps.flipped)
+    assert torch.equal(got.prediction, by_steps.prediction)
+    assert (got.images - as_saved(by_steps.images)).abs().max() < 1.5 / 255
+    assert (got.kept_fraction - by_steps.kept_fraction).abs().nan_to_num().max() < 0.02
+    for options in ({"whole": False}, {"on_step": lambda *_: None}, {"budget_s": 100.0}):
+        stepwise = auto.counterfactual(images, targets, **options)
+        assert stepwise.provenance[0]["runtime"] == "eager"
+        assert torch.equal(stepwise.images, by_steps.images)
+    named = Engine.from_pack("digits", config=config, store=tmp_path, runtime="eager", device="cpu")
+    assert torch.equal(named.counterfactual(images, targets).images, by_steps.images)
+    other = auto.counterfactual(images, targets, config=[config, config, Config(speed="fast", class_scale=3.0)])
+    assert other.provenance[0]["runtime"] == "eager"
 
 
 # The page
