@@ -19,7 +19,7 @@ from tests.docs.blocks import PAGES, ROOT, Block, blocks, execute, parse_only
 pytest.importorskip("transformers", reason="needs transformers (the extra `models`)")
 pytest.importorskip("captum", reason="needs captum (the extra `explain`)")
 
-PARTS = [(load, "BACKBONES"), (registry, "_registered"), (METHODS, "_own"), (METRICS, "_own")]
+PARTS: list[dict[str, Any]] = [load.BACKBONES, registry._registered, METHODS._own, METRICS._own]
 BLOCKS = {page: list(blocks(page)) for page in PAGES}
 RUN = {page: [b for b in found if b.one("not-run") is None] for page, found in BLOCKS.items()}
 NOT_RUN = [block for found in BLOCKS.values() for block in found if block.one("not-run")]
@@ -36,13 +36,15 @@ def run_page(
     monkeypatch.setenv("COUNTERLENS_STORE", str(tmp_path / "store"))
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "docs").symlink_to(ROOT / "docs")
-    for module, table in PARTS:  # what a page registers is gone after it
-        monkeypatch.setattr(module, table, dict(getattr(module, table)))
+    before = [dict(table) for table in PARTS]
     namespace: dict[str, Any] = {}
     try:
         for block in chosen:
             execute(block, namespace, capsys)
     finally:
+        for table, entries in zip(PARTS, before, strict=True):  # what a page registers is gone after it
+            table.clear()
+            table.update(entries)
         for module in [m for m in sys.modules if m.startswith("my_")]:
             del sys.modules[module]
 
