@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..metrics.intervals import DRAWS, bootstrap
 from .results import Results
 
-DRAWS = 2000
 # Enough for every number; images, grids and curves stay in the files.
 COLUMNS = [
     "number", "id", "slices", "label", "prediction", "confidence", "correct", "status", "target",
@@ -39,33 +40,16 @@ def _rounded(value: float | None) -> float | None:
 
 
 def interval(values: Iterable[float | bool | None]) -> Interval:
-    """The mean of the values that are there, with its 95 % bootstrap interval (percentiles, 2,000 draws, seeded)."""
+    """The mean of the values that are there, with its 95 % bootstrap interval, see `metrics.intervals.bootstrap`."""
     v = np.array([float(x) for x in values if x is not None and x == x])
     if len(v) == 0:
         return Interval(None, None, None, 0)
     if len(v) == 1:
         return Interval(float(v[0]), None, None, 1)
-    if (v == v[0]).all() and not set(v) <= {0.0, 1.0}:
-        return Interval(float(v.mean()), float(v.min()), float(v.max()), len(v))
-    if set(v) <= {0.0, 1.0}:
-        # The mean of n draws from zeros and ones is binomial. All equal: the rule of three instead of no width.
-        if v.min() == v.max():
-            edge = 1 - 0.05 ** (1 / len(v))
-            return Interval(float(v[0]), 0.0 if v[0] == 0 else 1 - edge, edge if v[0] == 0 else 1.0, len(v))
-        means = np.random.default_rng(0).binomial(len(v), v.mean(), DRAWS) / len(v)
-    else:
-        rng = np.random.default_rng(0)
-        means = np.concatenate(
-            [v[rng.integers(0, len(v), (some, len(v)))].mean(axis=1) for some in _chunks(DRAWS, len(v))]
-        )
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(v.mean()), float(low), float(high), len(v))
-
-
-def _chunks(draws: int, n: int) -> list[int]:
-    """Draws at a time, so that large audits need little memory."""
-    size = max(1, min(draws, 2_000_000 // n))
-    return [min(size, draws - i) for i in range(0, draws, size)]
+    if v.min() == v.max() and v[0] in (0.0, 1.0):  # the rule of three instead of no width
+        edge = 1 - 0.05 ** (1 / len(v))
+        return Interval(float(v[0]), 0.0 if v[0] == 0 else 1 - edge, edge if v[0] == 0 else 1.0, len(v))
+    return Interval(**asdict(bootstrap(torch.from_numpy(v), draws=DRAWS)))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import UsageError
 
 CHUNK = 1 << 22  # resampled values held at once
+DRAWS = 2000  # in summaries of many intervals
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,13 @@ def bootstrap(
     if n == 0:
         return Interval(torch.nan, torch.nan, torch.nan, 0)
     g = torch.Generator().manual_seed(seed)
-    rows = max(1, CHUNK // n)
-    parts = [torch.randint(n, (min(rows, draws - i), n), generator=g) for i in range(0, draws, rows)]
-    means = torch.cat([values[part].mean(1) for part in parts])
+    if bool(((values == 0) | (values == 1)).all()):  # how many ones n draws hold is binomial
+        count = torch.full((draws,), n, dtype=torch.float64)
+        means = torch.binomial(count, values.mean().expand(draws), generator=g) / n
+    else:
+        rows = max(1, CHUNK // n)
+        parts = (torch.randint(n, (min(rows, draws - i), n), generator=g) for i in range(0, draws, rows))
+        means = torch.cat([values[part].mean(1) for part in parts])
     tail = (1 - confidence) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(values.mean().item(), low, high, n)

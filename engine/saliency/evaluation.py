@@ -13,14 +13,12 @@ from torch import Tensor
 
 from ..errors import CounterlensError, install_hint
 from ..files import write_atomically
-from ..metrics.intervals import bootstrap
+from ..metrics.intervals import DRAWS, bootstrap
 from ..metrics.table import METRICS
 from ..models.protocols import Classifier
 from .explain import Explanations, explain
 from .table import check_methods
 from .taps import NoMaps
-
-DRAWS = 2000
 
 
 def evaluate(

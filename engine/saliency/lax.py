@@ -336,7 +336,7 @@ class LAX:
         write_atomically(folder / WEIGHTS, save(head))
         description = {
             "format": FORMAT,
-            "version": VERSION,
+            "schema_version": VERSION,
             "model": weights_digest([self.classifier.module]),
             "labels": len(self.classifier.labels),
             "quantity": self.quantity.name,
@@ -413,12 +413,13 @@ def open_adapter(folder: str | Path, classifier: Classifier, quantity: LogOdds |
     description = read_json(folder / DESCRIPTION)
     if description.get("format") != FORMAT:
         raise CounterlensError(f"{folder / DESCRIPTION}: expected {FORMAT}, got {description.get('format')!r}")
-    if problem := newer(description.get("version"), VERSION):
+    version = description.get("schema_version", description.get("version"))  # the pack's adapters say `version`
+    if problem := newer(version, VERSION):
         raise CounterlensError(f"{folder / DESCRIPTION}: {problem}, or train it again: counterlens adapter train")
-    if description.get("version") != VERSION:
+    if version != VERSION:
         raise CounterlensError(
-            f"{folder / DESCRIPTION}: version {description.get('version')}, this counterlens reads {VERSION}; train it "
-            "again: counterlens adapter train"
+            f"{folder / DESCRIPTION}: version {version}, this counterlens reads {VERSION}; train it again: "
+            "counterlens adapter train"
         )
     try:
         model, name, taps = description["model"], description["quantity"], list(description["taps"])

@@ -371,9 +371,19 @@ def test_files(classifier, images, tmp_path: Path) -> None:
     with pytest.raises(CounterlensError, match=r"adapter\.safetensors: missing, or not"):
         open_adapter(tmp_path, classifier)
     description = json.loads((tmp_path / "adapter.json").read_text())
-    (tmp_path / "adapter.json").write_text(json.dumps(description | {"version": 99}))
-    with pytest.raises(CounterlensError, match=r"adapter\.json: written by a newer counterlens \(schema 99; .*update"):
+    version = description.pop("schema_version")
+    for key in ("schema_version", "version"):  # the second in older files
+        (tmp_path / "adapter.json").write_text(json.dumps(description | {key: 99}))
+        with pytest.raises(
+            CounterlensError, match=r"adapter\.json: written by a newer counterlens \(schema 99; .*update"
+        ):
+            open_adapter(tmp_path, classifier)
+    (tmp_path / "adapter.json").write_text(json.dumps(description | {"schema_version": version - 1}))
+    with pytest.raises(
+        CounterlensError, match=rf"adapter\.json: version {version - 1}, this counterlens reads {version}"
+    ):
         open_adapter(tmp_path, classifier)
+    description["version"] = version
     del description["taps"]
     (tmp_path / "adapter.json").write_text(json.dumps(description))
     with pytest.raises(CounterlensError, match=r"adapter\.json: not an adapter"):
