@@ -8,7 +8,7 @@ What compiling the classifier (ONNX Runtime) adds is recorded apart.
 from __future__ import annotations
 
 import json
-import time
+import statistics
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,10 +18,10 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from bench.record import keep_memory, write_result
+from bench.record import in_turns, keep_memory, timed, write_result
 from counterlens.engine.metrics import deletion, gradient_maps, insertion, msi
 from counterlens.engine.packs import Pack
-from counterlens.engine.runtime.artefacts import missing
+from counterlens.engine.runtime import onnxruntime
 from counterlens.engine.runtime.forward import compile_classifier
 
 BATCHES = (1, 7, 64)
@@ -32,14 +32,9 @@ def median_seconds(
     functions: dict[str, Callable[[], Tensor]], rounds: int
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Median wall time of each function, taken in turns so that a busy moment hits all of them, and their results."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
     results = {name: fn() for name, fn in functions.items()}
-    for _ in range(rounds):
-        for name, fn in functions.items():
-            start = time.perf_counter()
-            fn()
-            times[name].append(time.perf_counter() - start)
-    return {name: torch.tensor(t, dtype=torch.float64).median().item() for name, t in times.items()}, results
+    times = in_turns(functions, rounds, warm=0)
+    return {name: statistics.median_low(t) for name, t in times.items()}, results
 
 
 @torch.no_grad()
@@ -95,7 +90,7 @@ def speed(pack: Pack, count: int, per_step: int, rounds: int, device: str, batch
         "ours": lambda: ours(module),
         "plain loop": lambda: plain_loop(module, images, saliency, targets, per_step),
     }
-    without = missing("onnx") if device == "cpu" else ["measured on a CPU only"]
+    without = onnxruntime.RUNTIME.missing(torch.device("cpu")) if device == "cpu" else ["measured on a CPU only"]
     if not without:
         compiled = compile_classifier(classifier, images.shape[2])
         functions["ours, onnxruntime"] = lambda: ours(compiled)
@@ -137,9 +132,7 @@ def perturbation_share(device: str, count: int = 2, steps: int = 4) -> dict[str,
         return x.new_zeros(len(x), 1000)
 
     def run(model: Callable[[Tensor], Any], batch_size: int = 16) -> float:
-        start = time.perf_counter()
-        msi(model, images, saliency, 0, steps=steps, batch_size=batch_size)
-        return time.perf_counter() - start
+        return timed(lambda: msi(model, images, saliency, 0, steps=steps, batch_size=batch_size))
 
     run(free)
     forwards = 0

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ import onnxruntime
 import torch
 import typer
 
-from bench.record import quantiles, say, write_result
+from bench.record import in_turns, quantiles, say, spread, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.core.whole_run import CARD, MODEL
 from counterlens.engine.images.files import save_png
@@ -84,14 +84,9 @@ def speed(work: Path, rounds: int) -> dict[str, Any]:
     def stepwise() -> None:
         engine.counterfactual(image, config=config)
 
-    times: dict[str, list[float]] = {"whole": [], "engine": []}
-    for i in range(rounds + 2):
-        for name, call in (("whole", whole), ("engine", stepwise)):
-            seconds = _timed(call)
-            if i >= 2:
-                times[name].append(seconds)
+    times = in_turns({"whole": whole, "engine": stepwise}, rounds, warm=2)
     ratio = statistics.median(a / b for a, b in zip(times["whole"], times["engine"], strict=True))
-    return {name: quantiles(values) for name, values in times.items()} | {"whole / engine": ratio, "rounds": rounds}
+    return spread(times) | {"whole / engine": ratio, "rounds": rounds}
 
 
 def start(work: Path, rounds: int) -> dict[str, Any]:
@@ -99,13 +94,9 @@ def start(work: Path, rounds: int) -> dict[str, Any]:
     run = [sys.executable, "-c", "from counterlens.engine.cli.main import main; main()", "run", str(work / MODEL)]
     run += [str(work / "digit.png"), "--out", str(work / "run"), "--overwrite", "--threads", "1"]
     plain = [sys.executable, "-c", "import torch"]
-    times: dict[str, list[float]] = {"counterlens run": [], "import torch": []}
-    for i in range(rounds + 1):
-        for name, command in (("counterlens run", run), ("import torch", plain)):
-            seconds = _timed(lambda c=command: subprocess.run(c, check=True, capture_output=True))  # type: ignore[misc]
-            if i:
-                times[name].append(seconds)
-    return {name: quantiles(values) for name, values in times.items()}
+    commands = {"counterlens run": run, "import torch": plain}
+    calls = {name: partial(subprocess.run, c, check=True, capture_output=True) for name, c in commands.items()}
+    return spread(in_turns(calls, rounds))
 
 
 def node(work: Path, rounds: int) -> dict[str, Any]:
@@ -169,12 +160,6 @@ def page(work: Path, rounds: int) -> dict[str, Any]:
         "bytes": path.stat().st_size, "first answer": quantiles(first), "first map": quantiles(maps),
         "next answers": quantiles(following), "console": said,
     }  # fmt: skip
-
-
-def _timed(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def main(

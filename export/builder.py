@@ -41,6 +41,8 @@ class Builder(Protocol):
 
 
 def lowers(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function as the lowering of these operators: (builder, node, *values) to a value of the file."""
+
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for operator in operators:
             LOWERINGS[operator] = function
@@ -102,6 +104,7 @@ def operands(g: Builder, node: Node, dtype: torch.dtype, values: Sequence[Any]) 
 
 
 def axes_of(node: Node, dim: Any) -> list[int]:
+    """The axes, from 0, that an operator's `dim` means for its first argument: all of them where it names none."""
     rank = meta(node.args[0]).ndim
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return list(range(rank))

@@ -14,6 +14,8 @@ OWN: dict[Any, Callable[..., Any]] = {}
 
 
 def decomposes(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function, with the operators' own arguments, as what they are made of."""
+
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for operator in operators:
             OWN[operator] = function

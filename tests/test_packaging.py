@@ -116,3 +116,13 @@ def test_recipe_makes_a_pack_that_opens(tmp_path: Path) -> None:
     engine = Engine.from_pack(str(folder))
     result = engine.counterfactual(shipped.samples("test", count=2).images)
     assert result.images.isfinite().all()
+
+
+BENCHMARKS = [path.stem for path in sorted((ROOT / "bench").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_can_be_started(name: str) -> None:
+    """What it imports is there."""
+    module = importlib.import_module(f"bench.{name}")
+    assert module.main if hasattr(module, "main") else module.app
