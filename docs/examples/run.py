@@ -12,20 +12,22 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 model, picture = map(Path, sys.argv[1:3])
 target = int(sys.argv[3]) if len(sys.argv) > 3 else -1  # -1: the runner-up
 out = Path(sys.argv[4] if len(sys.argv) > 4 else "changed.png")
-card = json.loads(model.with_name("counterfactual.json").read_text())
+card = json.loads(model.with_suffix(".json").read_text())
 image = Image.open(picture).convert("RGB").resize((card["image_size"],) * 2)
 pixels = (np.asarray(image, dtype=np.float32) / 255).transpose(2, 0, 1)[None]  # [1, 3, S, S] in [0, 1]
 
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1
 session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-names = [output.name for output in session.get_outputs()]
+scales = {i["name"]: np.float32([i["default"]]) for i in card["inputs"] if "default" in i}
+feeds = {"image": pixels, "target": np.array([target])} | scales
 began = time.perf_counter()
-results = session.run(None, {"image": pixels, "target": np.array([target])})
-answer = dict(zip(names, results, strict=True))
+answer = dict(zip([output.name for output in session.get_outputs()], session.run(None, feeds), strict=True))
 seconds = time.perf_counter() - began
 
 source, wanted, said = (int(answer[k][0]) for k in ("source", "resolved_target", "prediction"))
