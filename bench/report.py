@@ -479,6 +479,15 @@ def one_file_table() -> str:
     return f"{table(['whole-run file, one thread', 'p50'], rows)}\n\n{provenance(speed, 'portable-speed')}"
 
 
+def startup_table() -> str:
+    """What a command waits for before and after it computes."""
+    result = load("startup")
+    ratios = result["times_import_torch"]
+    rows = [[name, f"{t['p50']:.2f} s", f"{ratios[name]:.2f}"] for name, t in result["seconds"].items()]
+    header = ["process, start to end", "p50", "times `import torch`"]
+    return f"{table(header, rows)}\n\n{provenance(result, 'startup')}"
+
+
 def coverage_table() -> str:
     """What the exporter was tried on."""
     result = load("coverage")
@@ -492,6 +501,7 @@ def coverage_table() -> str:
 TABLES = {
     "headline": headline_table,
     "onefile": one_file_table,
+    "startup": startup_table,
     "coverage": coverage_table,
     "metrics": metrics_table,
     "pointing": pointing_table,
