@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from counterlens.export.store import tensors_digest, weights_digest
+from counterlens.export.store import module_digest, tensors_digest, weights_digest
 from counterlens.export.versions import installed
 
 from .models.protocols import Classifier, Diffusion
@@ -70,7 +70,27 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def models_digest(modules: Sequence[nn.Module], labels: Sequence[str]) -> str:
+class WeightHashes:
+    """Hashes of modules' weights, each made again only when one of its tensors is another or was written to.
+
+    One for each engine: what is written into a tensor's `.data` is not seen, but by the next engine.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[nn.Module, tuple[list[Any], str]] = {}
+
+    def __call__(self, module: nn.Module) -> str:
+        tensors = (*module.parameters(), *module.buffers())
+        state = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        known = self._known.get(module)
+        if known is None or known[0] != state:
+            known = self._known[module] = state, module_digest(module)
+        return known[1]
+
+
+def models_digest(
+    modules: Sequence[nn.Module], labels: Sequence[str], of: Callable[[nn.Module], str] = module_digest
+) -> str:
     """A short hash of weights, structure and labels."""
     shapes = hashlib.sha256("".join(map(str, modules)).encode()).hexdigest()
-    return digest([weights_digest(modules), shapes, list(labels)])
+    return digest([weights_digest(modules, of), shapes, list(labels)])

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from counterlens.export.errors import ExportError
 from counterlens.export.files import newer
-from counterlens.export.hashing import file_digest
+from counterlens.export.hashing import file_digest, known_digest
 
 SCHEMA_VERSION = 1
 MANIFEST = "artefact.json"
+HASHED = "hashed.json"  # what its files were when they were hashed last
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,19 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "counterlens"
 
 
-def weights_digest(modules: Iterable[nn.Module]) -> str:
+def module_digest(module: nn.Module) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, those of no state dict too."""
     digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in (module.state_dict() | dict(module.named_buffers())).items():
-            if isinstance(tensor, Tensor):  # a module may save other things
-                _add(digest, name, tensor)
+    for name, tensor in (module.state_dict() | dict(module.named_buffers())).items():
+        if isinstance(tensor, Tensor):  # a module may save other things
+            _add(digest, name, tensor)
     return digest.hexdigest()
+
+
+def weights_digest(modules: Iterable[nn.Module], of: Callable[[nn.Module], str] = module_digest) -> str:
+    """One hash of several modules' own, as `of` makes them; of a single one its own."""
+    first, *more = [of(module) for module in modules]
+    return hashlib.sha256(" ".join([first, *more]).encode()).hexdigest() if more else first
 
 
 def tensors_digest(*tensors: Tensor) -> str:
@@ -189,7 +195,7 @@ def open_artefact(folder: Path) -> Artefact:
             raise ExportError(f"{folder / MANIFEST}: {problem}, or {advice}")
         for name, expected in manifest["files"].items():
             path = folder / name
-            if path.stat().st_size != expected["bytes"] or file_digest(path) != expected["sha256"]:
+            if path.stat().st_size != expected["bytes"] or known_digest(path, folder / HASHED) != expected["sha256"]:
                 raise ExportError(f"{path}: not the file that was built (size or SHA-256 differs); {advice}")
         hashes = {name: file["sha256"] for name, file in manifest["files"].items()}
         return Artefact(folder, manifest["key"], manifest["report"], hashes)

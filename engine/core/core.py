@@ -103,8 +103,8 @@ class EngineCore:
         self.speeds = speeds or SPEEDS
         self.backend = backend
         self.source = source or {}
+        self._digest: tuple[list[str], str] | None = None
         self.names = dict(self.source)  # of the models, as results say them
-        self._digest: tuple[Any, str] | None = None
         if isinstance(guidance_decoder, str | Path):
             guidance_decoder = open_decoder(guidance_decoder)
         if guidance_decoder is not None:
@@ -227,11 +227,10 @@ class EngineCore:
 
     def digest(self) -> str:
         """A short hash of the models: made again only when one of their tensors is another or was written to."""
-        modules = self.modules()
-        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        state = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        modules, known = self.modules(), self.runners.hashes
+        state = [known(module) for module in modules]
         if self._digest is None or self._digest[0] != state:
-            self._digest = (state, models_digest(modules, self.labels))
+            self._digest = (state, models_digest(modules, self.labels, known))
         return self._digest[1]
 
     def facts(self, config: Config, batch: int = 1) -> dict[str, Any]:

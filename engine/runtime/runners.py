@@ -15,6 +15,7 @@ from ..config import Settings
 from ..guidance.pullback import PullbackMode
 from ..models.protocols import Classifier, Diffusion
 from ..models.tiny import TinyDecoder
+from ..provenance import WeightHashes
 from .choice import Choice, StepRunner
 from .registry import AUTO, EAGER
 from .spec import STEP, Spec, flat
@@ -53,6 +54,7 @@ class Runners:
         self._parts: dict[str, StepRunner] = {}
         self._pins: Mapping[str, Mapping[str, str]] = {}
         self._weights_hashes: dict[int, str] = {}
+        self.hashes = WeightHashes()
 
     def decoder(self, settings: Settings) -> TinyDecoder | None:
         """What guidance differentiates through in place of the full decoder, where the settings ask for it."""
@@ -80,7 +82,7 @@ class Runners:
         """Hash of all weights, made once; None while there is no store, which is all that asks for it."""
         if len(more) not in self._weights_hashes and self.store.folder.exists():
             modules = [*self.diffusion.modules(), self.classifier.module, *more]
-            self._weights_hashes[len(more)] = weights_digest(modules)
+            self._weights_hashes[len(more)] = weights_digest(modules, self.hashes)
         return self._weights_hashes.get(len(more))
 
     def step(self, settings: Settings) -> StepRunner:

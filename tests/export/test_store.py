@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,25 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert default_folder() == tmp_path / "counterlens"
     monkeypatch.setenv("COUNTERLENS_STORE", str(tmp_path / "mine"))
     assert default_folder() == tmp_path / "mine"
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    entry = store.get(KEY, lambda folder: {"size": (folder / "model.onnx").write_bytes(b"a" * 100)})
+    path, memory = entry.file("model.onnx"), entry.folder / "hashed.json"
+    assert store.find(KEY) is not None
+    assert not memory.exists()  # it is too young: it could change again under the same time stamp
+    time.sleep(2.1)
+    assert store.find(KEY) is not None
+    known = json.loads(memory.read_text())
+    memory.write_text(json.dumps({"model.onnx": [known["model.onnx"][0], "0" * 64]}))
+    with pytest.raises(ExportError, match="SHA-256 differs"):  # so it was the memory that was asked
+        store.find(KEY)
+    memory.write_text("{")
+    assert store.find(KEY) is not None
+    assert json.loads(memory.read_text()) == known
+    times = path.stat()
+    path.write_bytes(b"a" * 99 + b"b")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # nothing but the inode's own time says it
+    with pytest.raises(ExportError, match="SHA-256 differs"):
+        store.find(KEY)
