@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.baselines.literal import filter_angles, literal_loop, literal_step
 from bench.record import RESULTS, write_result
-from counterlens.engine.config import PRESETS
+from counterlens.engine.config import PRESETS, StepOptions
 from counterlens.engine.core.result import image_seed
 from counterlens.engine.guidance.pullback import PULLBACK_MODES
 from counterlens.engine.guidance.sampler import sample, seeded_noise
@@ -70,7 +70,10 @@ def one_step(
             timestep = torch.full((count,), t)
             for pull in PULLBACK_MODES:
                 step = GuidedStep(
-                    diffusion, classifier, filter_mode=mode, gradient="detached" if detached else "exact", mode=pull
+                    diffusion,
+                    classifier,
+                    StepOptions(filter=mode, gradient="detached" if detached else "exact"),
+                    mode=pull,
                 )
                 got, _, _ = step(
                     z, timestep, timestep - 20, target, image, target, **SCALES, angle_deg=angle

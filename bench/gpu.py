@@ -22,7 +22,7 @@ from bench.baselines.literal import literal_step
 from bench.real_models import IMAGE_SIZE, LABELS, build
 from bench.record import environment, in_turns, quantiles, say, spread, timed, write_result
 from counterlens.engine import Config, Engine
-from counterlens.engine.config import PRESETS
+from counterlens.engine.config import PRESETS, StepOptions
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.models.attention import memory_efficient_attention, not_supported_reasons
 from counterlens.engine.models.freezing import frozen
@@ -57,8 +57,11 @@ def step_suite(dtype: str, batches: list[int], rounds: int, inductor: bool) -> d
     rows: list[dict[str, Any]] = []
     kinds: dict[str, dict[str, Any]] = {
         "exact": {},
-        "detached": {"gradient": "detached"},
-        "detached, tiny decoder": {"gradient": "detached", "decoder": tiny},
+        "detached": {"options": StepOptions(gradient="detached")},
+        "detached, tiny decoder": {
+            "options": StepOptions(gradient="detached", guidance_decoder="tiny"),
+            "decoder": tiny,
+        },
     }
     modules = [*diffusion.modules(), classifier.module, tiny.module]
     with frozen(*modules), full_precision():

@@ -29,7 +29,7 @@ from bench.measure import predictions, two_targets
 from bench.pareto import judge_features, literal_settings, not_inferior
 from bench.record import RESULTS, environment, in_turns, interval, quantiles, say, spread, timed, write_result
 from counterlens.engine import Config, Engine
-from counterlens.engine.config import Settings
+from counterlens.engine.config import Settings, StepOptions
 from counterlens.engine.guidance.sampler import Job, Outcome, Sampler, seeded_noise
 from counterlens.engine.guidance.schedule import make_schedule
 from counterlens.engine.guidance.step import GuidedStep
@@ -318,9 +318,8 @@ def step_fidelity(engine: Engine, images: Tensor, targets: Tensor, settings: Set
     diffusion = engine.diffusion
     steps = {
         name: GuidedStep(
-            diffusion, engine.classifier, gradient=fields.get("gradient", "exact"), with_guidance=True,
+            diffusion, engine.classifier, StepOptions(**fields, guidance_every=2),
             decoder=engine.guidance_decoder if "guidance_decoder" in fields else None,
-            distance=fields.get("distance", "image"),
         )
         for name, fields in KINDS.items()
     }  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor
 from bench.baselines.literal import literal_step
 from bench.record import RESULTS, in_turns, spread, write_result
 from counterlens.engine import Config, Engine
+from counterlens.engine.config import StepOptions
 from counterlens.engine.models.freezing import frozen
 from counterlens.engine.runtime import artefacts
 from counterlens.engine.runtime.registry import of_format
@@ -62,7 +63,7 @@ def two_pulls_or_one(spec: Spec, inputs: tuple[Tensor, ...]) -> dict[str, Callab
 
 def measure(engine: Engine, store: Store, gradient: str, targets: list[str], rounds: int) -> list[dict[str, Any]]:
     """One row per batch size for one gradient: seconds, ratios, parity of each artefact."""
-    spec = Spec(engine.diffusion, engine.classifier, gradient=gradient)  # type: ignore[arg-type]
+    spec = Spec(engine.diffusion, engine.classifier, options=StepOptions(gradient=gradient))
     rows = []
     with frozen(*spec.modules):
         built = {t: artefacts.build(spec, t, store, say=print) for t in targets}

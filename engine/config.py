@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import PydanticCustomError
 
 from .errors import MAX_SEED, UsageError
+from .multistep import SOLVERS
 
 ModeName = Literal["official", "realistic", "audit"]
 SpeedName = Literal["exact", "balanced", "fast"]
@@ -17,38 +20,98 @@ PresetName = Literal[
 ]
 
 
-class Settings(BaseModel):
-    """Every number of a run, decided."""
+def _known_solver(name: str) -> str:
+    if name not in SOLVERS:
+        raise PydanticCustomError("solver", "Input should be {names}", {"names": _one_of(map(repr, SOLVERS))})
+    return name
+
+
+def _one_of(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
+
+
+def declared(model: type[BaseModel]) -> list[str]:
+    """A model's fields: its own, then those that it inherits."""
+    return sorted(model.model_fields, key=lambda name: name not in model.__annotations__)
+
+
+class Options(BaseModel):
+    """Fields that somebody chose, checked.
+
+    Raises:
+        UsageError: naming the field that does not fit, or that there is none of this name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int
-    strength: float
-    guidance_scale: float
-    class_scale: float
-    distance_scale: float
-    angle: float
-    filter: Literal["zero", "project", "global", "off"] = "zero"
-    gradient: Literal["exact", "detached"] = "exact"
-    noise: Literal["random", "inversion"] = "random"
-    solver: Literal["ddim", "dpm++", "unipc"] = "ddim"
-    spacing: Literal["official", "leading", "trailing", "linspace", "logsnr"] = "official"
-    guidance_decoder: Literal["full", "tiny"] = "full"
-    distance: Literal["image", "latent"] = "image"
-    guidance_start: float = 0.0
-    guidance_end: float = 1.0
-    guidance_every: int = 1
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(p) for p in first["loc"]) or type(self).__name__
+            if first["type"] == "extra_forbidden":
+                raise UsageError(
+                    f"{field}: no field of {type(self).__name__}; expected some of {', '.join(declared(type(self)))}"
+                ) from None
+            raise UsageError(f"{field}: {first['msg']}, got {first.get('input')!r}") from None
+
+
+class StepOptions(Options):
+    """What decides the guided step's graph: the options of `GuidedStep`, of what is compiled and of its key."""
+
+    filter: Literal["zero", "project", "global", "off"] = Field("zero", description="zero, project, global or off.")
+    gradient: Literal["exact", "detached"] = Field("exact", description="exact or detached.")
+    guidance_decoder: Literal["full", "tiny"] = Field(
+        "full", description="full, or tiny: a small one, for gradients only."
+    )
+    distance: Literal["image", "latent"] = Field("image", description="To the input, over image (pixels) or latent.")
+    guidance_every: int = Field(1, ge=1, description="Every n-th step asks, the others reuse it.")
 
     @property
-    def graph(self) -> dict[str, Any]:
+    def with_guidance(self) -> bool:
+        """Whether the step also returns what it added, for steps that reuse it."""
+        return self.guidance_every > 1
+
+
+class Settings(StepOptions):
+    """Every number of a run, decided. A run option is declared once: here, with help text and range, or in `Config`."""
+
+    steps: int = Field(ge=1, description="DDIM steps over the whole process.")
+    strength: float = Field(gt=0, le=1, description="Share of the process that is noised, in (0, 1].")
+    guidance_scale: float = Field(ge=0, description="Scale of the whole guidance.")
+    class_scale: float = Field(ge=0, description="Scale of the classifier's score.")
+    distance_scale: float = Field(ge=0, description="Scale of the pull towards the input.")
+    angle: float = Field(ge=0, le=180, description="Angle limit of the filter in degrees.")
+    noise: Literal["random", "inversion"] = Field("random", description="random or inversion.")
+    solver: Annotated[str, AfterValidator(_known_solver)] = Field(
+        "ddim", description=f"{_one_of(solver.about for solver in SOLVERS.values())}."
+    )
+    spacing: Literal["official", "leading", "trailing", "linspace", "logsnr"] = Field(
+        "official", description="official, or over the noised part: leading, trailing, linspace, logsnr."
+    )
+    guidance_start: float = Field(0.0, ge=0, lt=1, description="Share of the run from which steps are guided.")
+    guidance_end: float = Field(1.0, gt=0, le=1, description="Share of the run up to which steps are guided.")
+
+    @property
+    def graph(self) -> StepOptions:
         """What decides the guided step's graph; samples can share a batch where this is the same."""
-        return {
-            "filter": self.filter,
-            "gradient": self.gradient,
-            "guidance_decoder": self.guidance_decoder,
-            "distance": self.distance,
-            "guidance_every": self.guidance_every > 1,
-        }
+        fields = {name: getattr(self, name) for name in StepOptions.model_fields}
+        return StepOptions(**fields | {"guidance_every": min(self.guidance_every, 2)})  # more often is the same graph
+
+
+if TYPE_CHECKING:
+    Overrides = Options
+else:  # the fields of `Settings`; None where the mode decides
+    Overrides = create_model(
+        "Overrides",
+        __base__=Options,
+        **{
+            name: (Annotated[Settings.model_fields[name].annotation | None, Settings.model_fields[name]], None)
+            for name in declared(Settings)
+        },
+    )
 
 
 def _published(strength: float, class_scale: float, distance_scale: float, angle: float) -> Settings:
@@ -129,52 +192,26 @@ def preset_misfit(preset: str, conditioning: str, labels: int) -> str | None:
     return None
 
 
-class Config(BaseModel):
-    """A run as asked for; what is left out comes from the mode, and the mode's numbers from the pack.
+class Config(Overrides):
+    """A run as asked for: the fields of `Settings` and these; what is left out comes from the mode.
 
     `official` is the paper's algorithm with a published preset; `realistic` (45 degrees) and `audit` (90 degrees) are
     the pack's tuned settings: realistic counterfactuals hide part of a non-semantic cause, an audit shows it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(title="Run")
 
-    mode: ModeName | None = Field(None, description="official, realistic (the default) or audit.")
+    mode: ModeName | None = Field(None, description="official, realistic (default) or audit.")
     pack: str = Field("digits", description="An embedded pack or a pack's folder.")
     classifier: str = Field("clean", description="The pack's classifier to explain.")
-    preset: PresetName | None = Field(None, description="A published setting; implies mode official.")
-    speed: SpeedName | None = Field(None, description="How it is computed: exact, balanced or fast; see SPEEDS.")
-    steps: int | None = Field(None, ge=1, description="Over the whole process; those in the noised part run.")
-    strength: float | None = Field(None, gt=0, le=1, description="Share of the process that is noised, in (0, 1].")
-    guidance_scale: float | None = Field(None, ge=0, description="Scale of the whole guidance.")
-    class_scale: float | None = Field(None, ge=0, description="Scale of the classifier's score.")
-    distance_scale: float | None = Field(None, ge=0, description="Scale of the pull towards the input.")
-    angle: float | None = Field(None, ge=0, le=180, description="Angle limit of the consensus filter, degrees.")
-    filter: Literal["zero", "project", "global", "off"] | None = Field(None, description="Consensus filter.")
-    gradient: Literal["exact", "detached"] | None = Field(None, description="detached leaves the UNet's Jacobian out.")
-    noise: Literal["random", "inversion"] | None = Field(None, description="Start: seeded noise or DDIM inversion.")
-    solver: Literal["ddim", "dpm++", "unipc"] | None = Field(None, description="dpm++ is DPM-Solver++(2M).")
-    spacing: Literal["official", "leading", "trailing", "linspace", "logsnr"] | None = Field(
-        None, description="Of timesteps; all but official lay `steps` steps over the noised part alone."
+    preset: PresetName | None = Field(None, description="A published setting, such as pairs-class.")
+    speed: SpeedName | None = Field(None, description="exact, balanced or fast: how the setting is computed.")
+    match_official: bool = Field(
+        False, description="As the authors' code: bilinear resize, one noise, their prompts, ..."
     )
-    guidance_decoder: Literal["full", "tiny"] | None = Field(None, description="tiny: a small one, for gradients only.")
-    distance: Literal["image", "latent"] | None = Field(None, description="To the input, over pixels or over latents.")
-    guidance_start: float | None = Field(None, ge=0, lt=1, description="Share of the run from which steps are guided.")
-    guidance_end: float | None = Field(None, gt=0, le=1, description="Share of the run up to which steps are guided.")
-    guidance_every: int | None = Field(None, ge=1, description="Every n-th step asks; those between reuse its score.")
-    match_official: bool = Field(False, description="Do as the authors' code does; see OFFICIAL_CHOICES.")
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="Combined with each sample's own id.")
-
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(p) for p in first["loc"]) or "config"
-            if first["type"] == "extra_forbidden":
-                raise UsageError(
-                    f"{field}: no field of Config; expected some of {', '.join(Config.model_fields)}"
-                ) from None
-            raise UsageError(f"{field}: {first['msg']}, got {first.get('input')!r}") from None
+    seed: int = Field(
+        0, ge=0, le=MAX_SEED, description="Of everything random; combined with each image's own pixels or id."
+    )
 
     @classmethod
     def make(cls, **fields: Any) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -54,8 +55,8 @@ GALLERY_COLUMNS = [
 ]  # fmt: skip
 
 
-def write_report(results: Results) -> Path:
-    """Write `report.html` into an audit's folder.
+def write_report(results: Results, out: Path | None = None) -> Path:
+    """Write `report.html` into an audit's folder, or into another one that is there.
 
     Returns:
         Its path.
@@ -69,17 +70,17 @@ def write_report(results: Results) -> Path:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"share": _share, "number": _number, "interval": _interval_text}
-    page = environment.get_template("report.html.j2").render(**_content(results))
-    path = results.folder / REPORT
+    page = environment.get_template("report.html.j2").render(**_content(results, out or results.folder))
+    path = (out or results.folder) / REPORT
     write_atomically(path, page, hint=GOES_ON)
     return path
 
 
-def _content(results: Results) -> dict[str, Any]:
-    """Everything that the page says."""
+def _content(results: Results, out: Path) -> dict[str, Any]:
+    """Everything that the page in `out` says."""
     summary = summarise(results)
     rows = [r for r in results.rows(GALLERY_COLUMNS) if r["image"] is not None]
-    cards, shown = _cards(results.folder, rows)
+    cards, shown = _cards(results.folder, rows, out)
     wrong = list(results.rows(INSIGHT_COLUMNS))
     found = patterns(wrong)
     place = _disagreement(results, rows)
@@ -135,7 +136,7 @@ def choose_cards(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [chosen[n] for n in sorted(chosen)][:CARDS]
 
 
-def _cards(folder: Path, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+def _cards(folder: Path, rows: list[dict[str, Any]], out: Path) -> tuple[list[dict[str, Any]], int]:
     chosen = choose_cards(rows)
     explained = [r for r in rows if r["flipped"] is not None]
     place = {
@@ -152,7 +153,8 @@ def _cards(folder: Path, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any
         card |= {"sureNow": _round(r["counterfactual_confidence"]), "l1": _round(r["l1"], 4)}
         card |= {"area": _round(r["changed_area"]), "judges": r["judges"]}
         card["order"] = {name: ranks[r["number"]] for name, ranks in place.items() if r["number"] in ranks}
-        card["files"] = [r["image"], r["counterfactual"], r["saliency"]]
+        files = [r["image"], r["counterfactual"], r["saliency"]]
+        card["files"] = [f and Path(os.path.relpath(real(folder) / f, real(out))).as_posix() for f in files]
         card["pictures"] = _pictures(folder, r, *size)
         cards.append(card)
     return cards, len(chosen)

@@ -13,31 +13,15 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
 from ..errors import CounterlensError, UsageError
+from .generated import with_options
+from .opening import EngineOptions, RunOptions, open_engine
 from .options import (
     METHOD_NAMES,
-    RUNTIMES,
-    ClassesOption,
-    ClassifierOption,
-    DeviceOption,
-    HeadOption,
-    ImageSizeOption,
     JsonFlag,
-    LabelsOption,
-    MatchOfficialFlag,
-    ModelOption,
-    PackOption,
-    PromptsOption,
     RecursiveOption,
-    SeedOption,
-    SpeedOption,
-    UnusedSeedOption,
-    WeightsOption,
     errors,
-    open_engine,
     print_json,
     progress_of,
-    saving_options,
-    source_fields,
     text_column,
     text_console,
 )
@@ -51,7 +35,10 @@ if TYPE_CHECKING:
 # Everything heavy is imported inside the commands: --help must answer at once.
 
 
+@with_options
 def audit(
+    config: RunOptions,
+    opening: EngineOptions,
     source: Annotated[
         Path, typer.Argument(help="Image folder, .csv or .parquet (image,label,target,id), or a datasets folder.")
     ],
@@ -74,30 +61,7 @@ def audit(
     judge: Annotated[
         list[str] | None, typer.Option(help="Independent classifier that confirms flips; the pack's `judge`.")
     ] = None,
-    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
-    match_official: MatchOfficialFlag = False,
-    speed: SpeedOption = None,
-    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
-    steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
-    strength: Annotated[float | None, typer.Option(help="Share of the process that is noised, in (0, 1].")] = None,
-    angle: Annotated[float | None, typer.Option(help="Angle limit of the filter in degrees.")] = None,
-    filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
     budget_s: Annotated[float | None, typer.Option(help="Deadline in seconds for each sample.")] = None,
-    pack: PackOption = "digits",
-    classifier: ClassifierOption = None,
-    model: ModelOption = None,
-    labels: LabelsOption = None,
-    prompts: PromptsOption = None,
-    classes: ClassesOption = None,
-    head: HeadOption = None,
-    weights: WeightsOption = None,
-    neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
-    image_size: ImageSizeOption = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
-    device: DeviceOption = "auto",
-    runtime: Annotated[str, typer.Option(help=f"{RUNTIMES}.")] = "auto",
-    checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
-    memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
     part_size: Annotated[int, typer.Option(help="Samples written at once, the unit of going on.", min=1)] = 64,
     image_format: Annotated[str, typer.Option(help="png, or webp (lossless, smaller).")] = "png",
     shard: Annotated[str | None, typer.Option(help="Only this share of the parts, such as 3/8.")] = None,
@@ -107,7 +71,6 @@ def audit(
     resume: Annotated[bool, typer.Option("--resume", help="Go on in --out, as the same command does anyway.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only estimate time and disk.")] = False,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
-    seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Explain a whole data set: rows in Parquet, images beside them, one report to read.
@@ -121,32 +84,15 @@ def audit(
     started = time.perf_counter()
     from ..audit.auditor import open_auditor
     from ..audit.run import run_audit
-    from ..config import Config
 
-    config = Config.make(
-        mode=mode,
-        **source_fields(pack, classifier, model),
-        speed=speed,
-        preset=preset,
-        steps=steps,
-        strength=strength,
-        angle=angle,
-        filter=filter,
-        match_official=match_official,
-        seed=seed,
-    )
     if overwrite and resume:
         raise UsageError("overwrite: not together with --resume")
     part = _shard(shard)
-    saving = saving_options(checkpointing, memory_budget, neighbours, device=device, runtime=runtime)
-    engine = open_engine(
-        config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
-        weights=weights, image_size=image_size, dtype=dtype,
-    )  # fmt: skip
+    engine = open_engine(config, opening)
     auditor = open_auditor(
-        engine, source, config, _judges(engine, judge, pack if model is None else None, classifier),
+        engine, source, config, _judges(engine, judge, opening),
         target=target, counterfactuals=counterfactuals, saliency=saliency, insight=insight, limit=limit,
-        per_class=per_class, only_misclassified=only_misclassified, only_below=only_below, sample_seed=seed,
+        per_class=per_class, only_misclassified=only_misclassified, only_below=only_below, sample_seed=config.seed,
         budget_s=budget_s, part_size=part_size, image_format=image_format, slices=slice or (),
         recursive=recursive,
     )  # fmt: skip
@@ -195,7 +141,6 @@ def audit(
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="Folders of the shards.")],
     out: Annotated[Path, typer.Option(help="Folder for the whole audit.")],
-    seed: UnusedSeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Put the shards of one audit together; says which are missing.
@@ -215,8 +160,7 @@ def merge(
 
 def report(
     folder: Annotated[Path, typer.Argument(help="An audit's folder.")],
-    out: Annotated[Path | None, typer.Option(help="Taken like everywhere; the report stands in the folder.")] = None,
-    seed: UnusedSeedOption = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html; the audit's own without it.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Write an audit's report.html again, also of an audit that is not finished.
@@ -225,21 +169,23 @@ def report(
     """
     from ..audit.report import write_report
     from ..audit.results import Results
+    from ..images.files import make_folder
 
-    path = write_report(Results.open(folder))
+    results = Results.open(folder)
+    path = write_report(results, None if out is None else make_folder(out))
     if as_json:
         print_json({"report": str(path), "bytes": path.stat().st_size})
     text_console(as_json).print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def _judges(engine: Engine, names: list[str] | None, pack: str | None, classifier: str | None) -> dict[str, Classifier]:
+def _judges(engine: Engine, names: list[str] | None, opening: EngineOptions) -> dict[str, Classifier]:
     """The judges that were named; of a pack with a `judge`, that one."""
-    if pack is not None:
+    if opening.model is None:
         from ..packs import Pack
 
-        opened = Pack(pack)
+        opened = Pack(opening.pack)
         if names is None:
-            names = ["judge"] if "judge" in opened.classifier_names() and classifier != "judge" else []
+            names = ["judge"] if "judge" in opened.classifier_names() and opening.classifier != "judge" else []
         return {name: opened.classifier(name) for name in names}
     from ..models.image_classifiers import open_classifier
 

@@ -10,37 +10,20 @@ import typer
 from rich.progress import Progress
 
 from ..errors import CounterlensError, UsageError
+from .generated import with_options
+from .opening import EngineOptions, RunOptions, open_engine
 from .options import (
     COUNTERFACTUAL_COLUMNS,
-    RUNTIMES,
-    ClassesOption,
-    ClassifierOption,
-    DeviceOption,
-    DistanceOption,
-    GuidanceDecoderOption,
-    HeadOption,
     ImagesArgument,
-    ImageSizeOption,
     JsonFlag,
-    LabelsOption,
-    MatchOfficialFlag,
-    ModelOption,
     OverwriteFlag,
-    PackOption,
-    PromptsOption,
     RecursiveOption,
     ResumeFlag,
-    SeedOption,
-    SpeedOption,
-    WeightsOption,
     counterfactual_row,
     errors,
-    open_engine,
     open_images,
     print_json,
     progress_bar,
-    saving_options,
-    source_fields,
     text_console,
 )
 
@@ -53,57 +36,20 @@ if TYPE_CHECKING:
 BATCH = 16
 
 
+@with_options
 def counterfactual(
+    config: RunOptions,
+    opening: EngineOptions,
     images: Annotated[list[Path] | None, ImagesArgument] = None,
     target: Annotated[
         str, typer.Option(help="Label, runner-up (second choice), opposite (of two) or neighbour (--neighbours).")
     ] = "runner-up",
     out: Annotated[Path, typer.Option(help="Folder for the counterfactuals.")] = Path("counterfactuals"),
-    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
-    pack: PackOption = "digits",
-    classifier: ClassifierOption = None,
-    model: ModelOption = None,
-    labels: LabelsOption = None,
-    prompts: PromptsOption = None,
-    classes: ClassesOption = None,
-    head: HeadOption = None,
-    weights: WeightsOption = None,
     manifest: Annotated[Path | None, typer.Option(help="Table with the columns image and target.")] = None,
     recursive: RecursiveOption = False,
-    neighbours: Annotated[Path | None, typer.Option(help="Nearest labels: JSON, or CSV label,nearest,...")] = None,
-    image_size: ImageSizeOption = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
-    device: DeviceOption = "auto",
-    checkpointing: Annotated[bool, typer.Option(help="Recompute activations: less memory, more time.")] = False,
-    memory_budget: Annotated[float | None, typer.Option(help="GB; the largest batch that fits is used.")] = None,
-    runtime: Annotated[str, typer.Option(help=f"{RUNTIMES}.")] = "auto",
-    attention: Annotated[str, typer.Option(help="Of UNet and VAE: sdpa, or xformers (CUDA).")] = "sdpa",
-    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
-    steps: Annotated[int | None, typer.Option(help="DDIM steps over the whole process.")] = None,
-    strength: Annotated[float | None, typer.Option(help="Share of the process that is noised, in (0, 1].")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Scale of the whole guidance.")] = None,
-    class_scale: Annotated[float | None, typer.Option(help="Scale of the classifier's score.")] = None,
-    distance_scale: Annotated[float | None, typer.Option(help="Scale of the pull towards the input.")] = None,
-    angle: Annotated[float | None, typer.Option(help="Angle limit of the filter in degrees.")] = None,
-    filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
-    gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
-    noise: Annotated[str | None, typer.Option(help="random or inversion.")] = None,
-    match_official: MatchOfficialFlag = False,
-    speed: SpeedOption = None,
-    solver: Annotated[str | None, typer.Option(help="ddim, dpm++ (DPM-Solver++(2M)) or unipc.")] = None,
-    spacing: Annotated[
-        str | None, typer.Option(help="official, or over the noised part: leading, trailing, linspace, logsnr.")
-    ] = None,
-    guidance_decoder: GuidanceDecoderOption = None,
-    tiny_decoder: Annotated[str | None, typer.Option(help="AutoencoderTiny for --guidance-decoder tiny.")] = None,
-    distance: DistanceOption = None,
-    guidance_start: Annotated[float | None, typer.Option(help="Share of the run from which steps are guided.")] = None,
-    guidance_end: Annotated[float | None, typer.Option(help="Share of the run up to which steps are guided.")] = None,
-    guidance_every: Annotated[int | None, typer.Option(help="Every n-th step asks, the others reuse it.")] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds for each image; then what there is.")] = None,
     overwrite: OverwriteFlag = False,
     resume: ResumeFlag = False,
-    seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Change each image as little as needed for the classifier to say the target.
@@ -118,34 +64,17 @@ def counterfactual(
 
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
-    from ..config import Config
     from ..images.files import make_folder
     from ..outputs import Source, open_run
 
     items = open_images(images or [], recursive, manifest, targets=True).samples
-    config = Config.make(
-        mode=mode, **source_fields(pack, classifier, model), preset=preset, steps=steps, strength=strength,
-        guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale, angle=angle,
-        filter=filter, gradient=gradient, noise=noise, speed=speed, solver=solver, spacing=spacing,
-        guidance_decoder=guidance_decoder, distance=distance, guidance_start=guidance_start, guidance_end=guidance_end,
-        guidance_every=guidance_every, match_official=match_official, seed=seed,
-    )  # fmt: skip
     if budget is not None and not budget > 0:
         raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
     out = make_folder(out)
-    saving = saving_options(
-        checkpointing, memory_budget, neighbours, attention=attention, guidance_decoder=tiny_decoder, device=device,
-        runtime=runtime,
-    )  # fmt: skip
-    engine = open_engine(
-        config, pack, classifier, model, saving, labels=labels, prompts=prompts, classes=classes, head=head,
-        weights=weights, image_size=image_size, dtype=dtype,
-    )  # fmt: skip
+    engine = open_engine(config, opening)
     choices: list[str | int] = [item.target or target for item in items]
     for choice in dict.fromkeys(choices):
         engine.check_target(choice)
-    if engine.settings(config).guidance_decoder != "tiny" and tiny_decoder is not None:
-        raise UsageError("tiny_decoder: it is not used; add --guidance-decoder tiny")
     console = text_console(as_json)
     rows = []
     failed = 0

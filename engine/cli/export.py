@@ -7,33 +7,31 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..config import Config, Settings, StepOptions
 from ..errors import UsageError
+from .generated import with_options, without
+from .opening import EngineOptions, open_engine
 from .options import (
     FORMATS,
-    ClassesOption,
-    ClassifierOption,
-    DistanceOption,
-    GuidanceDecoderOption,
-    HeadOption,
-    ImageSizeOption,
     JsonFlag,
-    LabelsOption,
-    ModelOption,
     OverwriteFlag,
-    PackOption,
-    PromptsOption,
-    SpeedOption,
-    UnusedSeedOption,
-    WeightsOption,
-    open_engine,
     print_json,
     progress_bar,
-    source_fields,
     text_console,
 )
 
+# An artefact is the same for every seed; how the engine itself runs is no part of it.
+ExportedRun = Annotated[Config, without("pack", "classifier", "seed")]
+ExportedModels = Annotated[
+    EngineOptions,
+    without("neighbours", "dtype", "device", "runtime", "attention", "checkpointing", "memory_budget"),
+]
 
+
+@with_options
 def export(
+    config: ExportedRun,
+    opening: ExportedModels,
     what: Annotated[
         str,
         typer.Option(
@@ -43,24 +41,7 @@ def export(
     ] = "guided-step",
     format: Annotated[str, typer.Option(help=f"{FORMATS}.")] = "onnx",
     dtype: Annotated[str, typer.Option(help="Of weights and activations: fp32, fp16 or bf16.")] = "fp32",
-    pack: PackOption = "digits",
-    classifier: ClassifierOption = None,
-    model: ModelOption = None,
-    labels: LabelsOption = None,
-    prompts: PromptsOption = None,
-    classes: ClassesOption = None,
-    head: HeadOption = None,
-    weights: WeightsOption = None,
-    image_size: ImageSizeOption = None,
-    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit: filter, gradient.")] = None,
-    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
-    filter: Annotated[str | None, typer.Option(help="zero, project, global or off.")] = None,
-    gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
-    speed: SpeedOption = None,
-    guidance_decoder: GuidanceDecoderOption = None,
-    distance: DistanceOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for a copy of the artefact's files.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
     force: Annotated[bool, typer.Option(help="Build again, even if the store has it.")] = False,
     overwrite: OverwriteFlag = False,
     measure: Annotated[bool, typer.Option(help="Time it against eager, for runtime auto.")] = True,
@@ -88,7 +69,6 @@ def export(
         Path | None, typer.Option(help="Of saliency, and shown by pages: a trained adapter; the pack's own without it.")
     ] = None,
     quantity: Annotated[str, typer.Option(help="Of saliency: class, or groups of labels such as a,b/c,d.")] = "class",
-    seed: UnusedSeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Compile the guided step, its gradients included, or a part of the models, and check it against eager.
@@ -105,10 +85,11 @@ def export(
 
     Example: counterlens export --model ./sd15 --classifier ./resnet-50 --preset imagenet-text --format aoti
     """
-    from ..config import Config
-
     if what in ("adapter", "curve"):
         raise UsageError(f"what: {what} has a command of its own: counterlens adapter export")
+    numbers = config.model_fields_set & (Settings.model_fields.keys() - StepOptions.model_fields.keys())
+    if numbers and what != "counterfactual":
+        raise UsageError(f"{min(numbers)}: of --what counterfactual; a compiled step takes its numbers as inputs")
     if batch != "open" and not (batch.isdecimal() and int(batch) > 0):
         raise UsageError(f"batch: expected open or a number above 0, got {batch!r}")
     rows = None if batch == "open" else int(batch)
@@ -123,23 +104,19 @@ def export(
     if what == "saliency":
         from .portable import export_map
 
-        if model is not None:
+        if opening.model is not None:
             raise UsageError("model: a saliency file holds a classifier and its adapter, no diffusion model")
+        if config.model_fields_set:
+            raise UsageError(f"{min(config.model_fields_set)}: of counterfactuals; a saliency file has none in it")
         return export_map(
-            out, pack, classifier, quantity, adapter, labels, image_size, rows, storage, overwrite, as_json
-        )
-    config = Config.make(
-        mode=mode, **source_fields(pack, classifier, model), preset=preset, filter=filter, gradient=gradient,
-        speed=speed, guidance_decoder=guidance_decoder, distance=distance,
-    )  # fmt: skip
+            out, opening.pack, opening.classifier, quantity, adapter, opening.labels, opening.image_size, rows, storage,
+            overwrite, as_json,
+        )  # fmt: skip
     from ..core.exporting import ALL, export_artefact
     from ..runtime.registry import of_format
 
-    options = {"store": store, "device": "cpu" if of_format(format).portable else "auto"}
-    engine = open_engine(
-        config, pack, classifier, model, options, labels=labels, prompts=prompts, classes=classes, head=head,
-        weights=weights, image_size=image_size,
-    )  # fmt: skip
+    device = "cpu" if of_format(format).portable else "auto"
+    engine = open_engine(config, opening.model_copy(update={"device": device}))
     if what == "counterfactual":
         from .portable import export_whole
 
@@ -187,7 +164,6 @@ def convert(
     prediction: Annotated[str, typer.Option(help="epsilon, v_prediction or sample.")] = "epsilon",
     tokenizer: Annotated[Path | None, typer.Option(help="Folder of a CLIP tokenizer; SD files hold none.")] = None,
     labels: Annotated[str | None, typer.Option(help="Names of the classes: a .txt file, one a line.")] = None,
-    seed: UnusedSeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Convert cin256-v2 or a Stable Diffusion single file to a folder for --model; every tensor is accounted for.

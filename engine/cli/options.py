@@ -1,4 +1,4 @@
-"""What the commands share: options, the engine that they describe, and where text goes."""
+"""What the commands share: options that are of no model, and where text goes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..errors import MAX_SEED, CounterlensError, UsageError
+from ..errors import MAX_SEED, CounterlensError
 from ..runtime.registry import choices, formats
 from ..saliency.table import METHODS
 from ..terminal import Terminal
@@ -28,8 +28,6 @@ from ..terminal import Terminal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config import Config
-    from ..engine import Engine
     from ..images.sources import Sample, Source
 
 errors = Terminal(stderr=True)
@@ -38,28 +36,9 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object per resu
 SeedOption = Annotated[
     int, typer.Option(help="Of everything random; combined with each image's own pixels or id.", min=0, max=MAX_SEED)
 ]
-UnusedSeedOption = Annotated[
-    int, typer.Option(help="Taken like everywhere; nothing here is random.", min=0, max=MAX_SEED)
-]
 PackOption = Annotated[str, typer.Option(help="An embedded pack (digits) or a pack's folder.")]
-ClassifierOption = Annotated[
-    str | None,
-    typer.Option(help="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME."),
-]
-ModelOption = Annotated[
-    str | None, typer.Option(help="Diffusion model instead of the pack's: a diffusers folder or hub id.")
-]
 LabelsOption = Annotated[str | None, typer.Option(help="Names of the logits: a,b,c or a .txt file, one a line.")]
-PromptsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="imagenet, openai-imagenet, pets, flowers, smile, age, a template with {label}, or a .txt file of prompts."
-    ),
-]
-ClassesOption = Annotated[str | None, typer.Option(help="The diffusion model's class of each label: 3,7,...")]
-HeadOption = Annotated[Path | None, typer.Option(help="Safetensors file: linear head on a backbone.")]
-WeightsOption = Annotated[Path | None, typer.Option(help="Weights of a torchvision or timm model.")]
-ImageSizeOption = Annotated[int | None, typer.Option(help="Side in pixels, for Stable Diffusion.")]
+DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
 OverwriteFlag = Annotated[bool, typer.Option("--overwrite", help="Remove what an earlier run wrote into --out.")]
 ResumeFlag = Annotated[bool, typer.Option("--resume", help="Add images to the run in --out; settings must be its own.")]
 # In help texts: what the tables hold when they are read.
@@ -67,14 +46,6 @@ RUNTIMES, FORMATS, METHOD_NAMES = "{runtimes}", "{formats}", "{methods}"
 ForwardOption = Annotated[
     str, typer.Option(help="Of the metrics' forward passes: eager, or onnxruntime (compiled for the CPU).")
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
-MatchOfficialFlag = Annotated[
-    bool, typer.Option("--match-official", help="As the authors' code: bilinear resize, one noise, their prompts, ...")
-]
-SpeedOption = Annotated[str | None, typer.Option(help="exact, balanced or fast: how the setting is computed.")]
-GuidanceDecoderOption = Annotated[str | None, typer.Option(help="full, or tiny: a small one, for gradients only.")]
-DistanceOption = Annotated[str | None, typer.Option(help="To the input, over image (pixels) or latent.")]
-
 
 ImagesArgument = typer.Argument(
     help="Images, folders of them (subfolders are labels), .csv, .parquet or datasets folders.", metavar="IMAGE..."
@@ -152,11 +123,6 @@ def progress_bar(title: str, total: int | None = None) -> Iterator[Progress]:
         yield progress
 
 
-def source_fields(pack: str, classifier: str | None, model: str | None) -> dict[str, Any]:
-    """What a config says of its source: a pack's name and classifier, nothing of --model."""
-    return {} if model else {"pack": pack, "classifier": classifier or "clean"}
-
-
 def open_images(
     paths: Sequence[Path], recursive: bool = False, manifest: Path | None = None, *, targets: bool = False
 ) -> Source:
@@ -193,64 +159,3 @@ def load_all(
     if not images:
         raise CounterlensError(f"images: none of {len(samples)} can be read")
     return names, images, len(samples) - len(images)
-
-
-def saving_options(
-    checkpointing: bool, memory_budget: float | None, neighbours: Path | None, **more: Any
-) -> dict[str, Any]:
-    """Options of `Engine` from those of a command; `more` as they are, those that were not given (None) left out."""
-    from ..images.collect import read_neighbours
-
-    given = {
-        "memory_budget": None if memory_budget is None else memory_budget * 1e9,
-        "neighbours": None if neighbours is None else read_neighbours(neighbours),
-        **more,
-    }
-    return {"checkpointing": checkpointing} | {name: value for name, value in given.items() if value is not None}
-
-
-def open_engine(
-    config: Config, pack: str, classifier: str | None, model: str | None, options: dict[str, Any], **own: Any
-) -> Engine:
-    """The engine of a pack, or of --model and --classifier with what describes them (`own`; None: not given)."""
-    from ..engine import Engine
-    from ..images.collect import read_names
-
-    say_choices(config)
-    own = {name: value for name, value in own.items() if value is not None}
-    if model is None:
-        if own:
-            raise UsageError(f"{next(iter(own))}: needs --model; the pack's models have their own")
-        return Engine.from_pack(pack, classifier or "clean", config, **options)
-    if classifier is None:
-        raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
-    if "labels" in own:
-        own["labels"] = read_names(own["labels"])
-    if own.get("prompts", "").endswith(".txt"):
-        own["prompts"] = _lines(Path(own["prompts"]))
-    if "classes" in own:
-        own["classes"] = _numbers(own["classes"])
-    return Engine.from_pretrained(model, classifier, config, **own, **options)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"prompts: {path} cannot be read ({error})") from error
-
-
-def say_choices(config: Config) -> None:
-    """Say what --match-official sets."""
-    from ..config import OFFICIAL_CHOICES
-
-    if config.match_official:
-        for choice in OFFICIAL_CHOICES:
-            errors.print(f"note: match-official: {choice}")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"classes: expected numbers separated by commas, got {text!r}") from error

@@ -12,23 +12,26 @@ import typer
 
 from ..errors import CounterlensError
 from ..files import write_atomically
+from .generated import only, with_options
+from .opening import EngineOptions
 from .options import (
     JsonFlag,
     OverwriteFlag,
-    PackOption,
     SeedOption,
-    UnusedSeedOption,
     print_json,
     progress_bar,
     text_console,
 )
 
+PackAlone = Annotated[EngineOptions, only("pack")]
 
+
+@with_options
 def demo(
+    opening: PackAlone,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("counterlens-demo"),
     count: Annotated[int, typer.Option(help="How many test digits.", min=1, max=20)] = 10,
     seed: SeedOption = 0,
-    pack: PackOption = "digits",
     overwrite: OverwriteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -45,13 +48,13 @@ def demo(
     from ..packs import pack_facts
 
     path = out / "counterfactuals.png"
-    facts = {"command": "counterlens demo", "count": count, "seed": seed, **pack_facts(pack)}
+    facts = {"command": "counterlens demo", "count": count, "seed": seed, **pack_facts(opening.pack)}
     with open_run(out, facts, files=[path.name], overwrite=overwrite):
         from .demo import run_demo
 
         with progress_bar("demo") as progress:
             task = progress.task_ids[0]
-            parts = run_demo(pack, count, seed, lambda i, n: progress.update(task, completed=i, total=n))
+            parts = run_demo(opening.pack, count, seed, lambda i, n: progress.update(task, completed=i, total=n))
         write_png(draw_strips([p.strip for p in parts]), path, facts)
     console = text_console(as_json)
     rows = []
@@ -82,14 +85,15 @@ def demo(
         raise CounterlensError(f"{failed} counterfactuals failed; --json names them")
 
 
+@with_options
 def samples(
+    opening: PackAlone,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     count: Annotated[int, typer.Option(help="How many, spread evenly over the digits.", min=1)] = 20,
     marker: Annotated[str, typer.Option(help="none, random, matching or conflicting.")] = "none",
     out: Annotated[Path, typer.Option(help="Folder for the images and labels.csv.")] = Path("samples"),
     overwrite: OverwriteFlag = False,
     seed: SeedOption = 0,
-    pack: PackOption = "digits",
     as_json: JsonFlag = False,
 ) -> None:
     """Write real handwritten digits of the pack as PNG files, with a labels.csv (file,label,marker).
@@ -103,10 +107,10 @@ def samples(
     from ..outputs import open_run
     from ..packs import Pack, pack_facts
 
-    drawn = Pack(pack).samples(split, count=count, marker=marker, seed=seed)
+    drawn = Pack(opening.pack).samples(split, count=count, marker=marker, seed=seed)
     names = [f"{split}-{number:04d}-{label}.png" for number, label in zip(drawn.ids, drawn.labels, strict=True)]
     facts = {"command": "counterlens samples", "split": split, "count": count, "marker": marker, "seed": seed}
-    facts |= pack_facts(pack)
+    facts |= pack_facts(opening.pack)
     rows = []
     with open_run(out, facts, files=[*names, "labels.csv"], overwrite=overwrite):
         for image, label, planted, name in zip(drawn.images, drawn.labels, drawn.markers, names, strict=True):
@@ -122,10 +126,10 @@ def samples(
     text_console(as_json).print(f"{len(rows)} images and labels.csv in {out}")
 
 
+@with_options
 def info(
+    opening: PackAlone,
     out: Annotated[Path | None, typer.Option(help="Folder to write info.json to as well.")] = None,
-    seed: UnusedSeedOption = 0,
-    pack: PackOption = "digits",
     as_json: JsonFlag = False,
 ) -> None:
     """Say what is installed, which kernel backends run here and why others do not, and what the pack holds.
@@ -134,7 +138,7 @@ def info(
     """
     from .info import describe
 
-    facts = describe(pack)
+    facts = describe(opening.pack)
     if out is not None:
         from ..images.files import make_folder
 

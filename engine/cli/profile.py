@@ -10,63 +10,32 @@ import typer
 
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
+from .generated import with_options
+from .opening import EngineOptions, RunOptions, open_engine
 from .options import (
-    RUNTIMES,
-    ClassesOption,
-    ClassifierOption,
-    DeviceOption,
-    GuidanceDecoderOption,
-    HeadOption,
     ImagesArgument,
-    ImageSizeOption,
     JsonFlag,
-    LabelsOption,
-    ModelOption,
     OverwriteFlag,
-    PackOption,
-    PromptsOption,
     RecursiveOption,
-    SeedOption,
-    SpeedOption,
-    WeightsOption,
     load_all,
-    open_engine,
     open_images,
     print_json,
     progress_bar,
-    source_fields,
     text_console,
 )
 
 
+@with_options
 def profile(
+    config: RunOptions,
+    opening: EngineOptions,
     images: Annotated[list[Path] | None, ImagesArgument] = None,
     recursive: RecursiveOption = False,
     target: Annotated[str, typer.Option(help="Label, runner-up, ... as for counterfactual.")] = "runner-up",
     batch: Annotated[int, typer.Option(help="Images per call: 1 for latency, 16 for throughput.", min=1)] = 1,
     count: Annotated[int, typer.Option(help="At most so many images.", min=1)] = 16,
-    runtime: Annotated[str, typer.Option(help=f"{RUNTIMES}; parts are timed in eager.")] = "auto",
-    mode: Annotated[str | None, typer.Option(help="official, realistic (default) or audit.")] = None,
-    speed: SpeedOption = None,
-    preset: Annotated[str | None, typer.Option(help="A published setting, such as pairs-class.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps over the whole process.")] = None,
-    gradient: Annotated[str | None, typer.Option(help="exact or detached.")] = None,
-    guidance_decoder: GuidanceDecoderOption = None,
-    pack: PackOption = "digits",
-    classifier: ClassifierOption = None,
-    model: ModelOption = None,
-    labels: LabelsOption = None,
-    prompts: PromptsOption = None,
-    classes: ClassesOption = None,
-    head: HeadOption = None,
-    weights: WeightsOption = None,
-    image_size: ImageSizeOption = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the model's weights: float32, bfloat16 or float16.")] = None,
-    device: DeviceOption = "auto",
-    store: Annotated[Path | None, typer.Option(help="Store of artefacts; the user's cache without it.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for profile.html, profile.json and trace.json.")] = Path("profile"),
     overwrite: OverwriteFlag = False,
-    seed: SeedOption = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Show where time and memory of guided sampling go, and what guidance costs over unguided sampling.
@@ -78,21 +47,12 @@ def profile(
 
     Example: counterlens profile --batch 16 --out profile
     """
-    from ..config import Config
     from ..outputs import open_run
 
-    config = Config.make(
-        mode=mode, **source_fields(pack, classifier, model), speed=speed, preset=preset, steps=steps, gradient=gradient,
-        guidance_decoder=guidance_decoder, seed=seed,
-    )  # fmt: skip
     items = open_images(images, recursive).samples[:count] if images else []
-    if model and not items:
+    if opening.model and not items:
         raise UsageError("images: none given; name files or folders (only a pack has its own)")
-    options = {"runtime": runtime, "store": store, "device": device}
-    engine = open_engine(
-        config, pack, classifier, model, options, labels=labels, prompts=prompts, classes=classes, head=head,
-        weights=weights, image_size=image_size, dtype=dtype,
-    )  # fmt: skip
+    engine = open_engine(config, opening)
     import torch
 
     from ..packs import Pack
@@ -103,7 +63,7 @@ def profile(
         _, loaded, failed = load_all(items, engine.image_size, config.interpolation)
         pictures = torch.stack(loaded)
     else:
-        failed, pictures = 0, Pack(pack).samples("test", count=count, marker="random").images
+        failed, pictures = 0, Pack(opening.pack).samples("test", count=count, marker="random").images
     facts = {
         "command": "counterlens profile", "images": [item.name for item in items], "target": target,
         "batch": batch, "count": count, **engine.facts(config, batch),

@@ -27,6 +27,7 @@ from ..guidance.schedule import add_noise, ddim, schedule_of
 from ..guidance.solvers import History, advance, coefficients
 from ..images.files import as_saved, to_uint8
 from ..models.protocols import probabilities
+from ..multistep import SOLVERS
 from ..outputs import Run, open_run
 from ..packs import Pack
 from ..portable.file import COUNTERFACTUAL, SALIENCY, SCHEMA_VERSION, card_of
@@ -66,11 +67,6 @@ PARITY_IMAGES = 64
 LONG = 5.0  # seconds of a run, from which on larger batches are not measured
 EQUAL_PREDICTIONS = 63 / 64
 WITHIN_ONE = {"detached": 0.98, "exact": 0.90}  # one location at the angle limit rescales its sample
-REMEMBERED: dict[str, tuple[str, ...]] = {  # what each solver reads of its own past, see `solvers.History`
-    "ddim": (),
-    "dpm++": ("m_last",),
-    "unipc": ("x_last", "m_last", "m_before"),
-}
 
 
 def scale_names(settings: Settings) -> tuple[str, ...]:
@@ -120,7 +116,7 @@ def counterfactual_program(engine: EngineCore, settings: Settings, scales: bool 
     own = {name: getattr(settings, name) for name in SCALES if name not in given}
     every = guided_steps(settings, steps)
     reuse = ("reused",) if settings.guidance_every > 1 else ()
-    past = (*REMEMBERED[settings.solver], *reuse)
+    past = (*SOLVERS[settings.solver].remembers, *reuse)
     reference = "latents" if settings.distance == "latent" else "clean"
 
     def guided_step(
@@ -147,11 +143,11 @@ def counterfactual_program(engine: EngineCore, settings: Settings, scales: bool 
 
     def solve(z: Tensor, i: Tensor, z0: Tensor, *remembered: Tensor) -> tuple[Tensor, ...]:
         nothing = torch.zeros_like(z)
-        known = dict(zip(REMEMBERED[settings.solver], remembered, strict=True))
+        known = dict(zip(SOLVERS[settings.solver].remembers, remembered, strict=True))
         history = History(*(known.get(name, nothing) for name in History._fields))
         row = table.to(z.dtype)[i].expand(z.shape[0], -1)
         z_next, after = advance(row, z, z0, history)
-        return (z_next, *(getattr(after, name) for name in REMEMBERED[settings.solver]))
+        return (z_next, *(getattr(after, name) for name in SOLVERS[settings.solver].remembers))
 
     def decode_and_measure(
         z: Tensor, image: Tensor, usable: Tensor, source: Tensor, resolved: Tensor
@@ -202,7 +198,7 @@ def counterfactual_program(engine: EngineCore, settings: Settings, scales: bool 
     if settings.solver == "ddim":
         guided.append(Call(same, ("z_next",), ("z",)))
     else:
-        remembered = REMEMBERED[settings.solver]
+        remembered = SOLVERS[settings.solver].remembers
         guided.append(Call(solve, ("z", "i", "z0", *remembered), ("z", *remembered)))
     program.append(Loop(steps, "i", ("z", *past), tuple(guided), scans=("kept",)))
     measured = ("counterfactual", "probabilities", "l1", "source", "resolved_target", "prediction")

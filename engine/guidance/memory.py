@@ -113,10 +113,7 @@ def step_bytes(
     target = torch.zeros(batch, dtype=torch.long, device=device)
     timestep = torch.full((batch,), 101, device=device)
     condition = diffusion.condition(target)
-    step = GuidedStep(
-        diffusion, classifier, filter_mode=settings.filter, gradient=settings.gradient, mode=pullback, decoder=decoder,
-        distance=settings.distance,
-    )  # fmt: skip
+    step = GuidedStep(diffusion, classifier, settings.graph, decoder=decoder, mode=pullback)
     own = [] if decoder is None else [decoder.module]
     with frozen(*diffusion.modules(), classifier.module, *own), torch.no_grad(), PeakMemory() as memory:
         step(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..config import Settings
+from ..config import Settings, StepOptions
 from ..errors import UsageError
 from ..models.protocols import Classifier, Decoder, Diffusion
 from ..showing import one_line
@@ -101,13 +101,13 @@ def seeded_noise(shape: tuple[int, int, int], seeds: list[int], like: Tensor) ->
     return noise.to(like)
 
 
-def check_graph(settings: Settings, graph: dict[str, object]) -> None:
+def check_graph(settings: Settings, graph: StepOptions) -> None:
     """Refuse settings that need another step.
 
     Raises:
         UsageError: names what differs.
     """
-    if names := [name for name, value in settings.graph.items() if value != graph.get(name)]:
+    if names := [name for name, value in settings.graph if value != getattr(graph, name)]:
         raise UsageError(f"{names[0]}: samples in the same slots need the same one; run them apart")
 
 
@@ -179,7 +179,7 @@ class Sampler:
         diffusion: Diffusion,
         slots: int,
         step: StepFunction,
-        graph: dict[str, object],
+        graph: StepOptions,
         *,
         predict_noise: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
@@ -543,10 +543,7 @@ def sample(
     on_step: Callable[[int, int, Tensor], None] | None = None,
 ) -> Run:
     """Encode, noise and denoise one batch in eager; `on_step` gets step (from 1), total and z0 [B, C, h, w]."""
-    step = GuidedStep(
-        diffusion, classifier, filter_mode=settings.filter, gradient=settings.gradient, decoder=decoder,
-        distance=settings.distance, with_guidance=settings.guidance_every > 1, mode=pullback, backend=backend,
-    )  # fmt: skip
+    step = GuidedStep(diffusion, classifier, settings.graph, decoder=decoder, mode=pullback, backend=backend)
     sampler = Sampler(diffusion, len(image), step, settings.graph)
     for i in range(len(image)):
         sampler.submit(Job(image[i], int(target[i]), seeds[i], settings))

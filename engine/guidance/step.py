@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from counterlens.kernels.consensus import Mode
 from counterlens.kernels.guided_update import guided_update
 
+from ..config import StepOptions
 from ..models.protocols import Classifier, Decoder, Diffusion
 from .pullback import PullbackMode, pullback
 from .spans import span
 
-Gradient = Literal["exact", "detached"]
-GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
-Distance = Literal["image", "latent"]
-DISTANCES: tuple[Distance, ...] = get_args(Distance)
 Scale = float | Tensor  # a number or [B]
+EXACT = StepOptions()
 
 
 def unit_largest(v: Tensor) -> Tensor:
@@ -40,12 +36,14 @@ class GuidedStep:
 
     Args:
         diffusion, classifier: see `engine.models.protocols`; frozen by the caller (`models.freezing.frozen`).
-        filter_mode, chunk: of the consensus filter.
-        gradient: `exact`, or `detached`: the UNet's Jacobian is left out, and both noise predictions are one batch.
-        decoder: decodes for the gradients in place of the diffusion model's own (see `models.tiny`).
-        distance: `image`, sum of |clamp(x0) - image| over pixels; or `latent`, sum of |z0 - z_image| over latents,
-            which needs no second pull through the decoder.
-        with_guidance: also return what was added to the unconditional noise, for steps that reuse it.
+        options: what decides the graph. `filter`: of the consensus filter. `gradient`: `exact`, or `detached`: the
+            UNet's Jacobian is left out, and both noise predictions are one batch. `distance`: `image`, sum of
+            |clamp(x0) - image| over pixels; or `latent`, sum of |z0 - z_image| over latents, which needs no second pull
+            through the decoder. `guidance_every` above 1: also return what was added to the unconditional noise, for
+            steps that reuse it.
+        chunk: of the consensus filter.
+        decoder: decodes for the gradients in place of the diffusion model's own (see `models.tiny`); with
+            `guidance_decoder` tiny, and only with it.
         with_directions: also return the two directions that the filter compares: the classifier's score, minus
             sqrt(1 - abar) times its gradient and up to a factor for each sample, and the generator's, eps_c - eps_u.
         mode: of the pullback, `functional` or `autograd`.
@@ -58,29 +56,21 @@ class GuidedStep:
         self,
         diffusion: Diffusion,
         classifier: Classifier,
+        options: StepOptions = EXACT,
         *,
-        filter_mode: Mode = "zero",
         chunk: int = 1,
-        gradient: Gradient = "exact",
         decoder: Decoder | None = None,
-        distance: Distance = "image",
-        with_guidance: bool = False,
         with_directions: bool = False,
         mode: PullbackMode = "functional",
         backend: str = "auto",
     ) -> None:
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient: expected exact or detached, got {gradient!r}")
-        if distance not in DISTANCES:
-            raise ValueError(f"distance: expected image or latent, got {distance!r}")
+        if (decoder is not None) != (options.guidance_decoder == "tiny"):
+            raise ValueError(f"decoder: guidance_decoder is {options.guidance_decoder}, got {decoder}")
         self.diffusion = diffusion
         self.classifier = classifier
-        self.filter_mode = filter_mode
+        self.options = options
         self.chunk = chunk
-        self.gradient = gradient
         self.decoder = decoder
-        self.distance = distance
-        self.with_guidance = with_guidance
         self.with_directions = with_directions
         self.mode = mode
         self.backend = backend
@@ -103,8 +93,8 @@ class GuidedStep:
 
         Returns:
             z_prev [B, C, h, w]; z0 [B, C, h, w], the clean latents that the guided noise implies; kept_fraction [B],
-            the share of locations that the filter kept; with `with_guidance` also the guidance [B, C, h, w], and with
-            `with_directions` score and reference [B, C, h, w] each.
+            the share of locations that the filter kept; with `options.with_guidance` also the guidance [B, C, h, w],
+            and with `with_directions` score and reference [B, C, h, w] each.
         """
         diffusion = self.diffusion
         alphas_cumprod = diffusion.alphas_cumprod.to(z)
@@ -125,7 +115,7 @@ class GuidedStep:
         def difference(x0: Tensor) -> Tensor:
             return (x0.clamp(0, 1) - image).abs().sum(dim=(1, 2, 3))
 
-        if self.gradient == "exact":
+        if self.options.gradient == "exact":
             with span("UNet, conditional"):
                 eps_c = diffusion.predict_noise(z, timestep, condition)
             with span("UNet, unconditional"):
@@ -148,21 +138,21 @@ class GuidedStep:
                 return unit_largest(pull_decoder(g))
 
         def to_z(g: Tensor) -> Tensor:
-            if self.gradient == "exact":
+            if self.options.gradient == "exact":
                 with span("UNet, VJP"):
                     g = g - sigma * pull_unet(g)
             return g / alpha  # [B, C, h, w]
 
         towards_class = to_z(through_decoder(log_prob))
-        from_image = to_z((z0_hat - image).sign() if self.distance == "latent" else through_decoder(difference))
+        from_image = to_z((z0_hat - image).sign() if self.options.distance == "latent" else through_decoder(difference))
         with span("filter and update"):
             z_prev, z0, kept_fraction = guided_update(
                 z, eps_u, eps_c, towards_class, from_image, abar, abar_prev,
                 guidance_scale=guidance_scale, class_scale=class_scale, distance_scale=distance_scale,
-                angle_deg=angle_deg, mode=self.filter_mode, chunk=self.chunk, backend=self.backend,
+                angle_deg=angle_deg, mode=self.options.filter, chunk=self.chunk, backend=self.backend,
             )  # fmt: skip
         out: tuple[Tensor, ...] = (z_prev, z0, kept_fraction)
-        if self.with_guidance:
+        if self.options.with_guidance:
             out += ((z - alpha * z0) / sigma - eps_u,)
         if self.with_directions:
             out += (-sigma * towards_class, eps_c - eps_u)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from counterlens.export.store import Store, weights_digest
 
-from ..config import Settings
+from ..config import Settings, StepOptions
 from ..guidance.pullback import PullbackMode
 from ..models.protocols import Classifier, Diffusion
 from ..models.tiny import TinyDecoder
@@ -50,7 +50,7 @@ class Runners:
         self.pullback: PullbackMode = pullback
         # A few real images [N, 3, H, W], if there are any yet, on which what is compiled is held to eager.
         self.real_images: Tensor | None = None
-        self._steps: dict[tuple[object, ...], StepRunner] = {}
+        self._steps: dict[StepOptions, StepRunner] = {}
         self._parts: dict[str, StepRunner] = {}
         self._pins: Mapping[str, Mapping[str, str]] = {}
         self._weights_hashes: dict[int, str] = {}
@@ -68,11 +68,8 @@ class Runners:
         return Spec(
             self.diffusion,
             self.classifier,
-            filter_mode=settings.filter,
-            gradient=settings.gradient,
+            options=settings.graph,
             decoder=decoder,
-            distance=settings.distance,
-            with_guidance=settings.guidance_every > 1,
             weights=self._weights(*([] if decoder is None else [decoder.module])),
             images=self.real_images,
             **fields,
@@ -87,7 +84,7 @@ class Runners:
 
     def step(self, settings: Settings) -> StepRunner:
         """The runner of the guided step of these settings."""
-        key = tuple(settings.graph.values())
+        key = settings.graph
         if key not in self._steps:
             self._steps[key] = StepRunner(
                 self.spec(settings), self.runtime, self.store, self.backend, self.pullback, pins=self._pins.get(STEP)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 import counterlens.export
 import counterlens.kernels
 from counterlens.export.store import sources_digest, weights_digest
-from counterlens.kernels.consensus import Mode
 
 from .. import guidance, models
+from ..config import StepOptions
 from ..errors import UsageError
-from ..guidance.step import Distance, Gradient, GuidedStep
+from ..guidance.step import EXACT, GuidedStep
 from ..models.protocols import Classifier, Decoder, Diffusion
 from .fingerprint import fingerprint
 from .precision import in_precision
@@ -69,7 +69,7 @@ class Spec:
     Args:
         diffusion, classifier: see `engine.models.protocols`.
         what: `guided-step`, `unet`, `vae-encoder`, `vae-decoder` or `classifier`.
-        filter_mode, chunk, gradient, decoder, distance, with_guidance: see `GuidedStep`.
+        options, chunk, decoder: see `GuidedStep`.
         dtype: of weights and activations, `fp32`, `fp16` or `bf16`; inputs, outputs and guidance stay float32.
         weights: hash of the models' weights where it is known already, such as a pack's manifest.
         images: [N, 3, H, W] in [0, 1], real ones to compare on where there are some; they are no part of the key.
@@ -78,14 +78,11 @@ class Spec:
     diffusion: Diffusion
     classifier: Classifier
     what: str = STEP
-    filter_mode: Mode = "zero"
-    gradient: Gradient = "exact"
+    options: StepOptions = EXACT
     chunk: int = 1
     dtype: str = "fp32"
     weights: str | None = None
     decoder: Decoder | None = None
-    distance: Distance = "image"
-    with_guidance: bool = False
     images: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +99,7 @@ class Spec:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs, in order."""
-        more = ("guidance",) if self.what == STEP and self.with_guidance else ()
+        more = ("guidance",) if self.what == STEP and self.options.with_guidance else ()
         return SIGNATURES[self.what][1] + more
 
     @property
@@ -145,8 +142,7 @@ class Spec:
             "dtype": self.dtype,
         }
         if self.what == STEP:
-            key |= {"filter": self.filter_mode, "gradient": self.gradient, "chunk": self.chunk}
-            key |= {"distance": self.distance, "guidance": self.with_guidance}
+            key |= {"options": self.options.model_dump(), "chunk": self.chunk}
         return key
 
     def step(self) -> GuidedStep:
@@ -156,10 +152,7 @@ class Spec:
         if decoder is not None and self.dtype != "fp32":
             decoder = copy.deepcopy(decoder)
             decoder.module.to(DTYPES[self.dtype]).requires_grad_(False)
-        return GuidedStep(
-            diffusion, classifier, filter_mode=self.filter_mode, gradient=self.gradient, chunk=self.chunk,
-            decoder=decoder, distance=self.distance, with_guidance=self.with_guidance,
-        )  # fmt: skip
+        return GuidedStep(diffusion, classifier, self.options, chunk=self.chunk, decoder=decoder)
 
     def function(self) -> Callable[..., Any]:
         """What is compiled, as a function of `inputs`, all tensors."""
@@ -185,7 +178,7 @@ class Spec:
         scales = dict(zip(SCALES, (3.0, 2.0, 0.25, 45.0), strict=True))
         z = torch.randn((batch, *self.diffusion.latent_shape), generator=g)
         image = torch.rand((batch, 3, size, size), generator=g)
-        wants_latents = self.what == STEP and self.distance == "latent"
+        wants_latents = self.what == STEP and self.options.distance == "latent"
         if real and self.images is not None:
             image = self.images[(torch.arange(batch) + seed) % len(self.images)].to(image)
             clean = self.diffusion.encode(image.to(self.device)).float().cpu()

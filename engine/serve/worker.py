@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config import Config, StepOptions
 from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..core.session import Session
@@ -82,7 +82,7 @@ class _Request:
     target: str | int
     seed: int | None
     config: Config
-    graph: tuple[object, ...]
+    graph: StepOptions
     total: int  # ticks that it takes at least
     budget_s: float | None
 
@@ -137,7 +137,7 @@ class Worker:
         self.rate = 0.0  # samples a second lately, 0 before the first
         self._waiting: deque[_Request] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._lanes: list[tuple[tuple[object, ...], _Lane]] = []
+        self._lanes: list[tuple[StepOptions, _Lane]] = []
         self._change = threading.Condition()
         self._stop = False
         self._worked_s = 0.0  # in ticks
@@ -197,7 +197,7 @@ class Worker:
         total = max(1, round(settings.steps * (settings.strength if settings.spacing == "official" else 1)))
         total *= 2 if settings.noise == "inversion" else 1
         ticket: Ticket[Counterfactual] = Ticket(on_step=on_step, preview=preview)
-        request = _Request(ticket, image, target, seed, config, tuple(settings.graph.values()), total, budget_s)
+        request = _Request(ticket, image, target, seed, config, settings.graph, total, budget_s)
         with self._change:
             if self.draining:
                 raise Draining("server: it is being stopped; ask another one")

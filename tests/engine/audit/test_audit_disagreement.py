@@ -12,7 +12,7 @@ from torch import Tensor
 
 from counterlens.engine.audit.disagreement import excess_test, find, judge, read_maps, regions, unlikely_labels
 from counterlens.engine.audit.watching import Evidence, Observer, observe, shares
-from counterlens.engine.config import Config
+from counterlens.engine.config import Config, StepOptions
 from counterlens.engine.errors import CounterlensError
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.images.files import as_saved
@@ -32,7 +32,9 @@ def test_the_score_is_the_gradient_of_log_p(tiny64, gradient: str) -> None:
     z = torch.randn(3, *diffusion.latent_shape, generator=g, dtype=torch.float64)
     image = torch.rand(3, 3, 16, 16, generator=g, dtype=torch.float64)
     timestep, target = torch.tensor([300, 300, 300]), torch.tensor([1, 5, 7])
-    steps = [GuidedStep(diffusion, classifier, gradient=gradient, with_directions=w) for w in (True, False)]
+    steps = [
+        GuidedStep(diffusion, classifier, StepOptions(gradient=gradient), with_directions=w) for w in (True, False)
+    ]
     with frozen(*diffusion.modules(), classifier.module):
         given = (z, timestep, timestep - 50, diffusion.condition(target), image, target)
         (*out, score, reference), plain = (step(*given, **SCALES) for step in steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -39,6 +40,12 @@ def test_audit_report_shards_and_merge(digits: Path, tmp_path: Path) -> None:
     assert "going on: 6 of 6" in run("audit", labels, "--slice", "marker", "--out", out, *QUICK).stderr
     again = run("audit-report", out, "--json")
     assert json.loads(again.stdout)["report"] == str(out / "report.html")
+    elsewhere = tmp_path / "reports" / "of it"
+    assert run("audit-report", out, "--out", elsewhere).returncode == 0
+    page = (elsewhere / "report.html").read_text()
+    links = [f for files in re.findall(r'"files":\s*\[([^\]]*)\]', page) for f in re.findall(r'"([^"]+)"', files)]
+    assert len(links) >= 12
+    assert all((elsewhere / link).is_file() for link in links)
     for shard in ("1/2", "2/2"):
         arguments = ["--slice", "marker", "--shard", shard, "--out", tmp_path / shard[0], "--no-report", *QUICK]
         assert run("audit", labels, *arguments).returncode == 0

@@ -13,7 +13,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor
 
-from counterlens.engine.config import Config, Settings
+from counterlens.engine.config import Config, Settings, StepOptions
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.pullback import PULLBACK_MODES
@@ -66,10 +66,11 @@ class Same:
 def test_the_own_decoder_as_guidance_decoder_changes_nothing(tiny: Any, gradient: Any) -> None:
     diffusion, _ = tiny
     given = inputs(diffusion, torch.float32)
+    through_another = StepOptions(gradient=gradient, guidance_decoder="tiny")
     with torch.no_grad():
-        plain = GuidedStep(*tiny, gradient=gradient)(*given, **SCALES)
-        same = GuidedStep(*tiny, gradient=gradient, decoder=Same(diffusion))(*given, **SCALES)
-        other = GuidedStep(*tiny, gradient=gradient, decoder=decoder())(*given, **SCALES)
+        plain = GuidedStep(*tiny, StepOptions(gradient=gradient))(*given, **SCALES)
+        same = GuidedStep(*tiny, through_another, decoder=Same(diffusion))(*given, **SCALES)
+        other = GuidedStep(*tiny, through_another, decoder=decoder())(*given, **SCALES)
     assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
     assert not torch.equal(plain[0], other[0])
 
@@ -89,7 +90,7 @@ def test_latent_distance_by_autograd(tiny64: Any, gradient: Any, mode: Any) -> N
     gradient_z = torch.autograd.grad(((leaf - sigma * seen) / alpha - reference).abs().sum(), leaf)[0]
     with torch.no_grad():
         eps_c = diffusion.predict_noise(z, t, condition)
-        step = GuidedStep(*tiny64, gradient=gradient, distance="latent", with_guidance=True, mode=mode)
+        step = GuidedStep(*tiny64, StepOptions(gradient=gradient, distance="latent", guidance_every=2), mode=mode)
         scales = SCALES | {"class_scale": 0.0, "guidance_scale": 1.0, "distance_scale": 1.0}
         z_prev, z0, _, guidance = step(z, t, t_prev, condition, reference, target, **scales)
     eps_u = eps_u.detach()
@@ -109,7 +110,7 @@ def test_every_second_step_reuses_the_last_guidance(tiny64: Any) -> None:
     settings = Settings(**fields)
     run = sample(diffusion, classifier, image, target, [3, 4], settings)
     schedule = make_schedule(1000, 3, 0.5, "trailing")
-    step = GuidedStep(*tiny64, gradient="detached", with_guidance=True)
+    step = GuidedStep(*tiny64, StepOptions(gradient="detached", guidance_every=2))
     levels = diffusion.alphas_cumprod
     with torch.no_grad():
         noise = torch.stack(
@@ -209,15 +210,16 @@ def test_broken_decoder_folders_are_named(tmp_path: Path) -> None:
 
 def test_every_option_has_its_own_artefact(tiny: Any) -> None:
     specs = [
-        Spec(*tiny), Spec(*tiny, gradient="detached"), Spec(*tiny, distance="latent"), Spec(*tiny, with_guidance=True),
-        Spec(*tiny, decoder=decoder()),
+        Spec(*tiny), Spec(*tiny, options=StepOptions(gradient="detached")),
+        Spec(*tiny, options=StepOptions(distance="latent")), Spec(*tiny, options=StepOptions(guidance_every=2)),
+        Spec(*tiny, options=StepOptions(guidance_decoder="tiny"), decoder=decoder()),
     ]  # fmt: skip
     keys = [json.dumps(artefacts.key_of(spec, "onnx"), sort_keys=True) for spec in specs]
     assert len(set(keys)) == len(keys)
     made = engine(tiny, guidance_decoder=decoder())
     chosen = made.settings(Config(guidance_decoder="tiny", distance="latent", guidance_every=2))
     spec = made.spec(chosen)
-    assert (spec.decoder is not None, spec.distance, spec.outputs[-1]) == (True, "latent", "guidance")
+    assert (spec.decoder is not None, spec.options.distance, spec.outputs[-1]) == (True, "latent", "guidance")
     assert spec.example(3)[4].shape == (3, 4, 4, 4)
 
 

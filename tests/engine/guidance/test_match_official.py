@@ -182,16 +182,15 @@ def test_audit_does_not_mix_it(digits: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_from_a_file(text_model: Path, tmp_path: Path) -> None:
-    from counterlens.engine.cli.options import open_engine
+    from counterlens.engine.cli.opening import EngineOptions, open_engine
     from tests.tiny import save_resnet
 
     said = [f"one of {i // 2}" for i in range(10)]
     (tmp_path / "said.txt").write_text("\n".join(said) + "\n")
     resnet = save_resnet(tmp_path / "resnet")
-    engine = open_engine(
-        Config(**QUICK_CONFIG), "digits", str(resnet), str(text_model), {}, prompts=str(tmp_path / "said.txt")
-    )
+    models = {"model": str(text_model), "classifier": str(resnet)}
+    engine = open_engine(Config(**QUICK_CONFIG), EngineOptions(**models, prompts=str(tmp_path / "said.txt")))
     assert engine.diffusion.prompts == said
     assert engine.image_size == IMAGE_SIZE
     with pytest.raises(UsageError, match=r"prompts: .*none\.txt cannot be read"):
-        open_engine(Config(), "digits", str(resnet), str(text_model), {}, prompts=str(tmp_path / "none.txt"))
+        open_engine(Config(), EngineOptions(**models, prompts=str(tmp_path / "none.txt")))

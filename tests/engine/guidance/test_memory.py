@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from counterlens.engine.config import PRESETS, Config
+from counterlens.engine.config import PRESETS, Config, StepOptions
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import UsageError
 from counterlens.engine.guidance.memory import PeakMemory, checkpointed, largest_batch, step_bytes, weight_bytes
@@ -57,7 +57,7 @@ def test_checkpointing_keeps_the_gradients_and_saves_memory(folders, name: str) 
     z = torch.randn(4, *diffusion.latent_shape, generator=torch.Generator().manual_seed(0))
     image, target, t = torch.rand(4, 3, 16, 16), torch.arange(4), torch.full((4,), 301)
     scales = {"guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle_deg": 45.0}
-    step = GuidedStep(diffusion, engine.classifier, mode="autograd", filter_mode="off")
+    step = GuidedStep(diffusion, engine.classifier, StepOptions(filter="off"), mode="autograd")
     condition = diffusion.condition(target)
     results, peaks, gradients = [], [], []
     with frozen(*diffusion.modules(), engine.classifier.module), torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 from counterlens.engine import Config, Engine
 from counterlens.engine.errors import UsageError
 from counterlens.engine.guidance.schedule import SPACINGS, Schedule, make_schedule
-from counterlens.engine.guidance.solvers import SOLVERS, History, Solver, advance, coefficients, no_history
+from counterlens.engine.guidance.solvers import SOLVERS, History, advance, coefficients, no_history
 
 BETAS = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
 ALPHAS = (1 - BETAS).cumprod(0)
@@ -30,7 +30,7 @@ def noise_at(z: Tensor, t: int) -> Tensor:
     return torch.sin(2 * z + 0.003 * t) + 0.3 * z.flip(-1)
 
 
-def our_run(z: Tensor, schedule: Schedule, solver: Solver) -> Tensor:
+def our_run(z: Tensor, schedule: Schedule, solver: str) -> Tensor:
     table, history = coefficients(schedule, ALPHAS, solver), no_history(z)
     for row, t in zip(table, schedule.timesteps, strict=True):
         z0 = (z - (1 - ALPHAS[t]).sqrt() * noise_at(z, t)) / ALPHAS[t].sqrt()
@@ -60,7 +60,7 @@ def start() -> Tensor:
         ("unipc", UniPCMultistepScheduler, "trailing", {"final_sigmas_type": "sigma_min"}),
     ],
 )
-def test_solvers_equal_diffusers(solver: Solver, kind: type, spacing: Any, options: dict[str, Any], steps: int) -> None:
+def test_solvers_equal_diffusers(solver: str, kind: type, spacing: Any, options: dict[str, Any], steps: int) -> None:
     theirs = scheduler(kind, spacing, **options)
     theirs.set_timesteps(steps)
     ours = make_schedule(1000, steps, STRENGTH, spacing)

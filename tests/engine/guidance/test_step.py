@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.baselines.literal import filter_angles, literal_step
+from counterlens.engine.config import StepOptions
 from counterlens.engine.guidance.pullback import PULLBACK_MODES, pullback
 from counterlens.engine.guidance.step import GuidedStep, unit_largest
 from counterlens.engine.models.freezing import frozen
@@ -40,7 +41,7 @@ def compare_with_literal(models, dtype: torch.dtype, mode: str, pull: str, detac
             diffusion, classifier, z, t, t_prev, image, target, **SCALES, angle_deg=angle, mode=mode, detached=detached
         )
         step = GuidedStep(
-            diffusion, classifier, filter_mode=mode, gradient="detached" if detached else "exact", mode=pull
+            diffusion, classifier, StepOptions(filter=mode, gradient="detached" if detached else "exact"), mode=pull
         )
         timestep = torch.full((len(z),), t)
         got, _, _ = step(
@@ -94,7 +95,7 @@ def test_pullback_modes_agree_on_a_step(tiny) -> None:
     results = []
     with torch.no_grad():
         for mode in PULLBACK_MODES:
-            step = GuidedStep(diffusion, classifier, filter_mode="off", mode=mode)
+            step = GuidedStep(diffusion, classifier, StepOptions(filter="off"), mode=mode)
             results.append(step(z, t, t - 20, target, image, target, **SCALES, angle_deg=45.0)[0])
     assert relative_error(*results).max() <= 1e-6
 
@@ -148,7 +149,7 @@ def test_certain_target_still_gets_full_guidance(tiny) -> None:
             return classifier.log_prob(image, target) * 1e-25
 
     t = torch.full((2,), 301)
-    steps = [GuidedStep(diffusion, c, filter_mode="off") for c in (classifier, Sure())]
+    steps = [GuidedStep(diffusion, c, StepOptions(filter="off")) for c in (classifier, Sure())]
     a, b = (s(z, t, t - 20, target, image, target, **SCALES, angle_deg=45.0)[0] for s in steps)
     assert relative_error(b, a).max() < 1e-3
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from counterlens.engine.config import StepOptions
 from counterlens.engine.guidance.pullback import PULLBACK_MODES, pullback
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.models.freezing import frozen
@@ -200,7 +201,7 @@ def test_a_guided_step_of_one_image_is_that_of_float64(tiny: Any, norm: str) -> 
             (diffusion, exact), classifiers, (torch.float32, torch.float64), strict=True
         ):
             inputs = [x.to(dtype) if x.is_floating_point() else x for x in given]
-            step = flat(GuidedStep(model, classifier, filter_mode="off", mode="autograd", backend="reference"))
+            step = flat(GuidedStep(model, classifier, StepOptions(filter="off"), mode="autograd", backend="reference"))
             with frozen(*model.modules(), classifier.module), torch.no_grad():
                 results.append(step(*inputs)[0].double())
         assert (results[0] - results[1]).norm() < 1e-4 * results[1].norm()

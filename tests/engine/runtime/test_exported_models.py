@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from counterlens.engine import Config, Engine
+from counterlens.engine.config import StepOptions
 from counterlens.engine.models.load import open_diffusion
 from counterlens.engine.runtime import artefacts
 from counterlens.engine.runtime.spec import Spec
@@ -55,7 +56,7 @@ def test_digits_whole_runs_flip_alike(digits: Any) -> None:
 
 
 def test_digits_operators_are_documented_for_tensorrt(digits: Any) -> None:
-    spec = Spec(digits.diffusion, digits.classifier, gradient="detached")
+    spec = Spec(digits.diffusion, digits.classifier, options=StepOptions(gradient="detached"))
     built = artefacts.build(spec, "onnx", digits.store)  # in the store already
     assert built.report["parity"]["worst"] <= 1e-4
     assert unsupported(onnx.load(built.file("model.onnx"))) == []

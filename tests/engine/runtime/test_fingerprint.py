@@ -18,6 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from counterlens.engine.config import StepOptions
 from counterlens.engine.models.image_classifiers import wrap_classifier
 from counterlens.engine.models.tiny import LatentResolutionDecoder, TinyDecoder
 from counterlens.engine.packs.architectures import StridedClassifier
@@ -224,8 +225,13 @@ def test_the_guidance_decoder_is_in_the_key(tiny: Any) -> None:
     module = LatentResolutionDecoder(4, 8, 1, 4)
     other = copy.deepcopy(module)
     other.factor = 2
-    specs = [Spec(*tiny), *(Spec(*tiny, decoder=TinyDecoder(m, "small", 4)) for m in (module, other))]
-    specs.append(Spec(*tiny, decoder=TinyDecoder(module, "small", 4), distance="latent"))
+    with_tiny = StepOptions(guidance_decoder="tiny")
+    specs = [
+        Spec(*tiny),
+        *(Spec(*tiny, options=with_tiny, decoder=TinyDecoder(m, "small", 4)) for m in (module, other)),
+    ]
+    latent = StepOptions(guidance_decoder="tiny", distance="latent")
+    specs.append(Spec(*tiny, options=latent, decoder=TinyDecoder(module, "small", 4)))
     assert len({str(s.key("onnx")) for s in specs}) == 4
 
 

@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from counterlens.engine.config import StepOptions
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.runtime.here import Here
 from counterlens.engine.runtime.inductor import RUNTIME
@@ -74,7 +75,7 @@ def spec() -> Spec:
     diffusion, module = Small(), nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, len(LABELS)))
     for part in (*diffusion.modules(), module):
         part.eval().requires_grad_(False)
-    return Spec(diffusion, SoftmaxClassifier(module, LABELS), gradient="detached")
+    return Spec(diffusion, SoftmaxClassifier(module, LABELS), options=StepOptions(gradient="detached"))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from counterlens.engine import Engine
-from counterlens.engine.config import Config
+from counterlens.engine.config import Config, StepOptions
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.models.tiny import LatentResolutionDecoder, TinyDecoder
 from counterlens.engine.runtime import artefacts, onnxruntime, tensorrt
@@ -234,7 +234,7 @@ def test_an_artefact_is_held_to_eager_once_on_each_machine(
 
 def test_a_wrong_artefact_from_elsewhere_is_never_used(spec: Spec, artefact: Any, tiny: Any, tmp_path: Path) -> None:
     """It is whole and has the right key, but does something else: of another build, or another kind of processor."""
-    wrong, copy = Spec(*tiny, gradient="detached"), Store(tmp_path)
+    wrong, copy = Spec(*tiny, options=StepOptions(gradient="detached")), Store(tmp_path)
     artefacts.build(wrong, "onnx", Store(tmp_path / "wrong"))
     (file,) = (tmp_path / "wrong").glob("*/model.onnx")
 
@@ -345,13 +345,13 @@ def test_a_full_disk_leaves_the_store_valid(tiny: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("filter_mode", ["project", "global", "off"])
 def test_other_filters_and_the_detached_gradient(filter_mode: Any, tiny: Any, store: Store) -> None:
-    built = artefacts.build(Spec(*tiny, filter_mode=filter_mode, gradient="detached"), "onnx", store)
+    built = artefacts.build(Spec(*tiny, options=StepOptions(filter=filter_mode, gradient="detached")), "onnx", store)
     assert built.report["parity"]["worst"] <= 1e-4
 
 
 @pytest.mark.slow
 def test_half_precision_agrees_and_overflow_is_named(tiny: Any, store: Store) -> None:
-    spec = Spec(*tiny, dtype="fp16", gradient="detached")
+    spec = Spec(*tiny, dtype="fp16", options=StepOptions(gradient="detached"))
     built = artefacts.build(spec, "onnx", store)
     types = {t.data_type for t in onnx.load(built.file("model.onnx")).graph.initializer}
     assert onnx.TensorProto.FLOAT16 in types
@@ -383,7 +383,7 @@ def test_other_weights_are_another_artefact(tiny: Any) -> None:
 @pytest.mark.slow
 def test_inductor_step_checks_before_it_answers(tiny: Any, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     """The compiler is replaced by one that is wrong: its result must not come through."""
-    spec = Spec(*tiny, gradient="detached")
+    spec = Spec(*tiny, options=StepOptions(gradient="detached"))
     monkeypatch.setattr(torch, "compile", lambda graph, **_: lambda *x: tuple(2 * y for y in graph(*x)))
     runner = StepRunner(spec, "inductor", store)
     first = spec.example(1)[:6]

@@ -1,0 +1,134 @@
+"""Options of a command, made of the fields of pydantic models: what is declared there is not said again.
+
+A command takes a model as a parameter, and `with_options` makes one option of each of its fields:
+
+    @app.command()
+    @with_options
+    def show(config: Config, opened: Annotated[EngineOptions, only("pack", "device")], out: OutOption = ...) -> None:
+
+The field's name is the option's (guidance_end: --guidance-end), its description the help text, its default the default,
+where None means that it was not given. Its type, choices and range are checked as the command line is read: what does
+not fit ends with exit code 2 and one line that names the option. The model's title is the panel in --help.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from ..config import declared
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which fields of a model are options of a command."""
+
+    names: tuple[str, ...]
+    wanted: bool
+
+
+def only(*names: str) -> Choice:
+    """Of a model's fields these alone, for `Annotated[Model, only(...)]`."""
+    return Choice(names, True)
+
+
+def without(*names: str) -> Choice:
+    """All fields of a model but these, for `Annotated[Model, without(...)]`."""
+    return Choice(names, False)
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of the models among its parameters; it is called with the models.
+
+    Raises:
+        TypeError: two models bring the same option, or `only` or `without` names no field.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters: dict[str, inspect.Parameter] = {}
+    models: dict[str, tuple[type[BaseModel], list[str]]] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        model, chosen = _model_of(hints[name])
+        if model is not None:
+            models[name] = model, chosen
+            made = [_option(model, field) for field in chosen]
+        else:
+            made = [parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)]
+        if twice := parameters.keys() & {p.name for p in made}:
+            raise TypeError(f"{command.__name__}: {sorted(twice)} are declared twice; leave them out of one")
+        parameters |= {p.name: p for p in made}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, (model, chosen) in models.items():
+            values = {field: given.pop(field) for field in chosen}
+            defaults = {field: model.model_fields[field].default for field in chosen}
+            given[name] = model(**{field: value for field, value in values.items() if value != defaults[field]})
+        command(**given)
+
+    run.__signature__ = inspect.Signature([*parameters.values()])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters.values()}
+    return run
+
+
+def _model_of(hint: Any) -> tuple[type[BaseModel] | None, list[str]]:
+    """The model that a parameter is annotated with, and its fields that are options."""
+    model, *more = get_args(hint) if get_origin(hint) is Annotated else [hint]
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return None, []
+    choice = next((m for m in more if isinstance(m, Choice)), without())
+    if unknown := set(choice.names) - model.model_fields.keys():
+        raise TypeError(f"{model.__name__} has no {sorted(unknown)}")
+    return model, [name for name in declared(model) if (name in choice.names) == choice.wanted]
+
+
+def _option(model: type[BaseModel], name: str) -> inspect.Parameter:
+    """A field as a parameter that typer reads."""
+    field = model.model_fields[name]
+    panel = model.model_config.get("title")
+    kind = _kind(field.annotation)
+    if kind is bool:
+        flag = [] if field.default is None else [f"--{name.replace('_', '-')}"]  # else --no-NAME can be said, too
+        said = typer.Option(*flag, help=field.description, rich_help_panel=panel)
+        annotation: Any = Annotated[bool | None, said]
+    else:
+        annotation = Annotated[
+            str | None,
+            typer.Option(
+                help=field.description, rich_help_panel=panel, parser=_parser(model, name),
+                metavar=f"<{'path' if kind is Path else kind.__name__}>",
+            ),
+        ]  # fmt: skip
+    default = field.get_default(call_default_factory=True)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _kind(annotation: Any) -> type:
+    """What a person types: bool, int, float, str or Path; choices are str."""
+    if type(None) in get_args(annotation):
+        annotation = next(a for a in get_args(annotation) if a is not type(None))
+    return annotation if isinstance(annotation, type) and issubclass(annotation, bool | int | float | Path) else str
+
+
+def _parser(model: type[BaseModel], name: str) -> Callable[[Any], Any]:
+    """Reads a field's value as the model would; a value that is typed or the default."""
+
+    @functools.cache
+    def adapter() -> TypeAdapter[Any]:
+        field = model.model_fields[name]
+        annotation: Any = Annotated[field.annotation, field]
+        return TypeAdapter(annotation)
+
+    def parse(value: Any) -> Any:
+        try:
+            return adapter().validate_python(value)
+        except ValidationError as error:
+            raise typer.BadParameter(f"{error.errors()[0]['msg']}, got {value!r}") from None
+
+    return parse
