@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.record import RESULTS
+from counterlens.engine.metrics.table import METRICS
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "engine" / "packs" / "digits" / "README.md"
@@ -275,8 +276,8 @@ def pointing_table() -> str:
 def faithfulness_table() -> str:
     """Every saliency method by every metric, and LAX against the best of the others."""
     result = load("explain")
-    names = {"msi": "MSI ↑", "base_score_area": "BaseScore_area ↑", "insertion": "insertion ↑"}
-    names |= {"deletion": "deletion ↓", "road": "ROAD ↓"}
+    recorded = result["quality"]["clean"]["against_best"]
+    names = {name: metric.arrow for name, metric in METRICS.items() if name in recorded}
     rows = []
     for classifier in ("clean", "shortcut"):
         part = result["quality"][classifier]

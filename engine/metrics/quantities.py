@@ -1,4 +1,9 @@
-"""What is explained: a classifier's logits, and one number of them for each image."""
+"""What is explained: a classifier's logits, and one number of them for each image.
+
+`Explained` holds a classifier with such a number, for metrics. The number is any function of logits and targets; those
+that maps are made of are a `Quantity`, which also has log-odds to differentiate. `group_odds` makes a function for metrics
+alone.
+"""
 
 from __future__ import annotations
 
