@@ -102,6 +102,25 @@ def columns() -> str:
     return "\n".join([*lines, *(f"| `{c.name}` | `{c.kind}` | {c.says} |" for c in COLUMNS)])
 
 
+def methods() -> str:
+    """The saliency methods."""
+    from counterlens.engine.saliency.table import METHODS
+
+    lines = ["| `--method` | its map | it needs |", "| --- | --- | --- |"]
+    for m in METHODS.values():
+        needs = {"gradients": m.gradients, "a trained adapter": m.adapter, "captum": m.captum}
+        lines.append(f"| `{m.name}` | {m.about} | {', '.join(what for what, needed in needs.items() if needed)} |")
+    return "\n".join(lines)
+
+
+def metrics() -> str:
+    """The metrics of maps."""
+    from counterlens.engine.metrics.table import METRICS
+
+    lines = ["| column | metric | what it says |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| `{m.name}` | {m.arrow} | {m.about} |" for m in METRICS.values())])
+
+
 MADE = {
     "layers-picture": layers_picture,
     "layers-table": layers_table,
@@ -109,6 +128,8 @@ MADE = {
     "settings": settings,
     "presets": presets,
     "columns": columns,
+    "methods": methods,
+    "metrics": metrics,
 }
 
 
