@@ -154,6 +154,18 @@ def test_names_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
 
 
+def test_looking_for_artefacts_imports_nothing_that_builds_them(tmp_path: Path) -> None:
+    code = (
+        "import sys; from counterlens.engine import Engine\n"
+        f"engine = Engine.from_pack(store={str(tmp_path)!r}, device='cpu')\n"
+        "assert 'no compiled step in the store' in engine.runtime_choice(1).why\n"
+        "engine.facts(engine.config)\n"
+        "print({'onnx', 'diffusers', 'transformers', 'torch._dynamo', 'scipy', 'pyarrow'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def _in_threads(count: int, work: Any) -> list[Any]:
     out: list[Any] = [None] * count
 
