@@ -28,10 +28,10 @@ from counterlens.engine.core.whole_run import (
     measure_whole,
     scale_names,
 )
-from counterlens.engine.core.whole_runs import NAME, STEPS
+from counterlens.engine.core.whole_runs import NAME, STEPS, WholeSampler
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
-from counterlens.engine.guidance.sampler import seeded_noise
+from counterlens.engine.guidance.sampler import Job, seeded_noise
 from counterlens.engine.images.files import as_saved, save_png
 from counterlens.engine.packs import Pack
 from counterlens.engine.portable.file import SALIENCY, CounterfactualFile, _noise, card_of
@@ -107,6 +107,29 @@ def test_images_and_targets_that_cannot_be_used_have_defined_answers(engine: Eng
     assert got["l1"].isnan().tolist() == [True, True, True, False]
     assert got["counterfactual"].isfinite().all()
     assert torch.equal(got["counterfactual"][3], as_saved(images[3]))  # nothing to change
+
+
+def test_jobs_run_whole_in_batches_of_one_size(engine: Engine) -> None:
+    seen = []
+
+    def brighter(image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.append(image.shape[0])
+        said = torch.where(target == 9, -1, target)
+        return image + 0.1, target, image, target, said, image, image, torch.full((len(image), 7), 0.5)
+
+    settings = engine.settings(Config(speed="fast"))
+    sampler = WholeSampler(brighter, settings, 4, engine.diffusion.latent_shape)
+    images = Pack("digits").samples("test", count=6).images
+    ids = [sampler.submit(Job(image, 9 if i == 2 else i, 0, settings)) for i, image in enumerate(images)]
+    assert sampler.cancel(ids[0])
+    outcomes = sampler.tick()
+    assert seen == [4, 4]
+    assert [o.id for o in outcomes] == ids[1:]
+    assert [o.error is None for o in outcomes] == [True, False, True, True, True]
+    assert "NaN" in (outcomes[1].error or "")
+    assert all(torch.equal(o.image, images[i] + 0.1) for i, o in enumerate(outcomes, 1) if o.image is not None)
+    assert outcomes[0].kept == [0.5] * 7
+    assert sampler.tick() == []
 
 
 def test_inputs_of_the_export(engine: Engine, tmp_path: Path) -> None:
