@@ -57,9 +57,7 @@ def command(*words):
 registered, out = sys.argv[1] == "registered", sys.argv[2]
 if registered:
     from outside_method import METHOD
-    from counterlens.engine.models.protocols import SoftmaxClassifier
-from counterlens.engine.saliency.methods import explain_with
-from counterlens.engine.saliency.table import METHODS
+    from counterlens.engine.saliency.table import METHODS
     METHODS.register(METHOD)
 for name in ("saliency", "evaluate", "audit"):
     command(name, "--help")
