@@ -26,6 +26,7 @@ from .pack import demo, info, samples
 from .portable import register as register_portable
 from .profile import profile
 from .saliency import register as register_saliency
+from .serve import serve
 
 # torch, diffusers and everything that needs them are imported inside the commands: --help must answer at once.
 
@@ -58,7 +59,7 @@ def options(
     """Show what would have to change in an image for a model to change its mind."""
 
 
-for command in (demo, counterfactual, samples, export, convert, info, profile, audit.audit):
+for command in (demo, counterfactual, samples, export, convert, info, profile, audit.audit, serve):
     app.command()(command)
 app.command("audit-merge")(audit.merge)
 app.command("audit-report")(audit.report)

@@ -1,0 +1,77 @@
+"""`counterlens serve` as a process: it answers, is stopped, and says what it does not take."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from counterlens.engine.serve.wire import png
+from tests.engine.cli.test_cli import one_line_error, run
+
+COMMAND = [sys.executable, "-m", "counterlens.engine.cli.main", "serve", "--port", "0", "--slots", "2"]
+
+
+def test_it_answers_and_finishes_what_runs_when_it_is_stopped(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+    said = tmp_path / "said"
+    with said.open("w") as log:
+        process = subprocess.Popen([*COMMAND, "--api-key-file", str(keys)], stderr=log)
+    try:
+        while (found := re.search(r"serving at (\S+)", said.read_text())) is None:
+            assert process.poll() is None, said.read_text()
+            time.sleep(0.05)
+        key = {"Authorization": "Bearer secret"}
+        image = png(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        with httpx.Client(base_url=found[1], timeout=60) as client:
+            while client.get("/readyz").status_code != 200:
+                time.sleep(0.05)
+            assert client.get("/v1/models").status_code == 401
+            keys.write_text("other\n")
+            process.send_signal(signal.SIGHUP)
+            while client.get("/v1/models", headers=key).status_code != 401:
+                time.sleep(0.05)
+            key = {"Authorization": "Bearer other"}
+            done = client.post("/v1/counterfactuals", files={"image": image}, headers=key)
+            assert done.json()["status"] in ("done", "skipped")
+            assert client.get("/docs", headers=key).status_code == 200
+            task = client.post("/v1/counterfactuals", files={"image": image}, headers=key | {"Prefer": "respond-async"})
+            assert task.status_code == 202
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        assert "stopping: what runs is finished" in said.read_text()
+        assert "secret" not in said.read_text()
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--host", "0.0.0.0"], "host: 0.0.0.0 is beyond this machine; give --api-key-file"),
+        (["--slots", "3"], "slots: expected auto or one of 1, 2, 4, 8, 16"),
+        (["--slots", "x"], "slots: expected auto or a number"),
+        (["--api-key-file", "nowhere"], "api-key-file: nowhere cannot be read"),
+        (["--preload-speeds", "warp"], "speed"),
+        (["--max-queue", "0"], "max-queue"),
+    ],
+)
+def test_what_it_does_not_take(options: list[str], word: str) -> None:
+    one_line_error(run("serve", *options), 2, word)
+
+
+def test_a_port_that_is_taken() -> None:
+    import socket
+
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        one_line_error(run("serve", "--port", held.getsockname()[1]), 1, "port: ")
