@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from ..outputs import Run
 
 
-BATCH = 16
-
-
 @with_options
 def counterfactual(
     config: RunOptions,
@@ -114,10 +111,11 @@ def _counterfactual_records(
     import torch
 
     from ..images.files import save_png
+    from ..runtime.spec import SLOTS
 
     task = progress.task_ids[0]
     todo = [i for i, line in enumerate(run.done) if line is None]
-    batches = [todo[k : k + BATCH] for k in range(0, len(todo), BATCH)]
+    batches = [todo[k : k + SLOTS[-1]] for k in range(0, len(todo), SLOTS[-1])]
     told = 0
     for b, rows in enumerate(batches):
         records: dict[int, dict[str, Any]] = {i: {"image": items[i].name} for i in rows}
