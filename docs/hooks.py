@@ -73,10 +73,11 @@ def commands() -> str:
 
 def settings() -> str:
     """The fields of `Config`."""
-    from counterlens.engine.config import Config
+    from counterlens.engine.config import Config, declared
 
+    schema = Config.model_json_schema()["properties"]
     lines = ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, said in Config.model_json_schema()["properties"].items():
+    for name, said in ((name, schema[name]) for name in declared(Config)):
         kinds = [kind for kind in said.get("anyOf", [said]) if kind.get("type") != "null"]
         kind = ", ".join(", ".join(map(str, kind["enum"])) if "enum" in kind else kind["type"] for kind in kinds)
         default = "" if said.get("default") is None else f"`{said['default']}`"

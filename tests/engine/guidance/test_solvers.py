@@ -13,7 +13,8 @@ from torch import Tensor
 from counterlens.engine import Config, Engine
 from counterlens.engine.errors import UsageError
 from counterlens.engine.guidance.schedule import SPACINGS, Schedule, make_schedule
-from counterlens.engine.guidance.solvers import SOLVERS, History, advance, coefficients, no_history
+from counterlens.engine.guidance.solvers import History, advance, coefficients, no_history
+from counterlens.engine.multistep import SOLVERS, Solver, ddim, dpm_solver_2m
 
 BETAS = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
 ALPHAS = (1 - BETAS).cumprod(0)
@@ -155,3 +156,22 @@ def test_bad_spacings_are_named(arguments: Any, message: str) -> None:
 def test_unknown_solver() -> None:
     with pytest.raises(ValueError, match="solver: expected one of ddim"):
         coefficients(make_schedule(1000, 5, 0.5), ALPHAS, "euler")  # type: ignore[arg-type]
+
+
+def test_a_solver_is_a_function_and_a_line(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options, runs and what a sample remembers read the table: one that is added to it runs."""
+    rows = {"same": dpm_solver_2m, "other": ddim}
+    for name, function in rows.items():
+        monkeypatch.setitem(SOLVERS, name, Solver(function, ("m_last",), name))
+    engine = Engine(*tiny, runtime="eager")
+    x = torch.rand(2, 3, engine.image_size, engine.image_size, generator=torch.Generator().manual_seed(1))
+    made = {
+        name: engine.counterfactual(x, config=Config(mode="official", steps=4, spacing="trailing", solver=name)).images
+        for name in ("ddim", "dpm++", "same", "other")
+    }
+    assert torch.equal(made["same"], made["dpm++"])
+    torch.testing.assert_close(made["other"], made["ddim"], rtol=0, atol=1e-3)  # the step's own update, not the table
+    assert not torch.equal(made["same"], made["other"])
+    monkeypatch.delitem(SOLVERS, "same")
+    with pytest.raises(UsageError, match=r"^solver: Input should be 'ddim', .*'unipc' or 'other', got 'same'"):
+        Config(solver="same")
