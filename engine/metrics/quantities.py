@@ -1,8 +1,7 @@
 """What is explained: a classifier's logits, and one number of them for each image.
 
-`Explained` holds a classifier with such a number, for metrics. The number is any function of logits and targets; those
-that maps are made of are a `Quantity`, which also has log-odds to differentiate. `group_odds` makes a function for metrics
-alone.
+`Explained` holds a classifier with such a number, for metrics: any function of logits and targets, as `group_odds` makes
+them. What maps are made of is a `Quantity`, a probability by its log-odds, which methods differentiate.
 """
 
 from __future__ import annotations
