@@ -1,6 +1,6 @@
 """What is explained: a classifier's logits, and one number of them for each image.
 
-`Explained` holds a classifier with such a number, for metrics: any function of logits and targets, as `group_odds` makes
+`Explained` holds a classifier with one, for metrics: any function of logits and targets, as `group_odds` makes
 them. What maps are made of is a `Quantity`, a probability by its log-odds, which methods differentiate.
 """
 
