@@ -43,7 +43,7 @@ class Options(BaseModel):
         UsageError: naming the field that does not fit, or that there is none of this name.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)  # --help validates nothing
 
     def __init__(self, **fields: Any) -> None:
         try:
