@@ -16,6 +16,7 @@ from counterlens.engine.audit.disagreement import box_name
 from counterlens.engine.audit.insight import patterns, place_of
 from counterlens.engine.audit.report import ORDERS, choose_cards, write_report
 from counterlens.engine.audit.results import Results
+from counterlens.engine.audit.rows import Row
 from counterlens.engine.errors import CounterlensError
 from tests.engine.audit.test_audit import make_engine, run
 from tests.engine.images.test_sources import picture, save
@@ -102,7 +103,7 @@ def test_images_outside_of_the_folder_are_refused(audited: Results, tmp_path: Pa
     results = Results.open(copy)
     rows = list(results.rows())[:4]
     rows[0]["image"] = "../../outside.png"
-    results.write_part(0, rows, {})
+    results.write_part(0, [Row(**row) for row in rows], {})
     with pytest.raises(CounterlensError, match="lies outside of"):
         write_report(results)
 
