@@ -16,6 +16,7 @@ from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.images.files import save_png
 from counterlens.engine.metrics.msi_score import msi
 from counterlens.engine.models.freezing import frozen
+from counterlens.engine.models.image_classifiers import wrap_classifier
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 from counterlens.engine.packs.architectures import StridedClassifier
@@ -23,6 +24,7 @@ from counterlens.engine.portable.file import SALIENCY, CounterfactualFile, Salie
 from counterlens.engine.saliency.explain import pack_adapter
 from counterlens.engine.saliency.lax import LAX, new_adapter
 from counterlens.engine.saliency.one_file import CURVES, export_saliency, saliency_program
+from counterlens.export.errors import ExportError
 from counterlens.export.program import Values, run
 
 pytest.importorskip("onnxruntime", reason="needs onnxruntime")
@@ -134,3 +136,20 @@ def test_counterlens_runs_it_without_pytorch(folder: Path, tmp_path: Path) -> No
     refused = subprocess.run([*command, "--class-scale", "2"], capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
     assert "class-scale: of counterfactuals" in refused.stderr
+
+
+def test_a_classifier_that_cannot_be_exported_is_named_by_its_line(tmp_path: Path) -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = StridedClassifier(classes=4, width=8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.svdvals(self.network(x)[:, :, None] + torch.eye(4))  # has no ONNX form
+
+    adapter = new_adapter(wrap_classifier(Odd().eval(), list("abcd"), image_size=SIZE), SIZE)
+    with pytest.raises(
+        ExportError, match=r"no ONNX form.*test_one_file\.py:\d+: return torch\.linalg\.svdvals"
+    ):
+        export_saliency(adapter, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
