@@ -534,7 +534,7 @@ def fill(text: str) -> str:
         try:
             content = TABLES[name]()
         except FileNotFoundError as error:
-            content = f"Not recorded yet: `bench/results/{Path(error.filename).name}` is missing."
+            content = f"Not recorded yet: {Path(error.filename).name} is missing in `bench/results`."
         return f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", one, text, flags=re.S)

@@ -12,6 +12,7 @@ import pytest
 from bench.report import FILES, TABLES, fill
 from counterlens.engine.metrics.table import METRICS
 from counterlens.engine.models import load
+from counterlens.engine.multistep import SOLVERS
 from counterlens.engine.runtime import registry
 from counterlens.engine.saliency.table import METHODS
 from tests.docs.blocks import PAGES, ROOT, Block, blocks, execute, parse_only
@@ -19,7 +20,7 @@ from tests.docs.blocks import PAGES, ROOT, Block, blocks, execute, parse_only
 pytest.importorskip("transformers", reason="needs transformers (the extra `models`)")
 pytest.importorskip("captum", reason="needs captum (the extra `explain`)")
 
-PARTS: list[dict[str, Any]] = [load.BACKBONES, registry._registered, METHODS._own, METRICS._own]
+PARTS: list[dict[str, Any]] = [load.BACKBONES, registry._registered, METHODS._own, METRICS._own, SOLVERS]
 BLOCKS = {page: list(blocks(page)) for page in PAGES}
 RUN = {page: [b for b in found if b.one("not-run") is None] for page, found in BLOCKS.items()}
 NOT_RUN = [block for found in BLOCKS.values() for block in found if block.one("not-run")]
