@@ -199,9 +199,7 @@ def source_of(node: Node) -> str:
             file = line.split('"')[1]
             text = lines[i + 1].strip() if i + 1 < len(lines) else ""
             at = f"{file}:{line.split('line ')[1].split(',')[0]}: {text}"
-            if not internal(file) and not line.rstrip().endswith(
-                "__torch_function__"
-            ):  # a mode
+            if not internal(file) and not line.rstrip().endswith("__torch_function__"):  # a mode
                 best = at
     return best or f"node {node.name}"
 

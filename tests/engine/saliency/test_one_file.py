@@ -148,8 +148,6 @@ def test_a_classifier_that_cannot_be_exported_is_named_by_its_line(tmp_path: Pat
             return torch.linalg.svdvals(self.network(x)[:, :, None] + torch.eye(4))  # has no ONNX form
 
     adapter = new_adapter(wrap_classifier(Odd().eval(), list("abcd"), image_size=SIZE), SIZE)
-    with pytest.raises(
-        ExportError, match=r"no ONNX form.*test_one_file\.py:\d+: return torch\.linalg\.svdvals"
-    ):
+    with pytest.raises(ExportError, match=r"no ONNX form.*test_one_file\.py:\d+: return torch\.linalg\.svdvals"):
         export_saliency(adapter, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
