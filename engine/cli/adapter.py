@@ -62,6 +62,7 @@ def train(
     from ..images.files import make_folder
     from ..models.placing import choose_device, computing_on
     from ..saliency.recipes import pack_images, schedule_for, taps_for, train_adapter
+    from ..saliency.taps import Tap, find_modules
 
     opened, quantity = subject.open(images, device), subject.quantity
     packed = opened.name if opened.pack else None
@@ -69,6 +70,8 @@ def train(
         packed, quantity, steps=steps, batch=batch, forward_batch=forward_batch,
         alpha_min=alpha_min, area=area, baselines=tuple(baselines.split(",")) if baselines else None, seed=seed,
     )  # fmt: skip
+    named = taps_for(packed, quantity) if taps is None else [] if taps == "pixels" else taps.split(",")
+    find_modules(opened.classifier.module, [Tap.parse(tap).name for tap in named or ()])  # before images are made
     if images is not None:
         if validation is None:
             raise UsageError(
@@ -84,7 +87,6 @@ def train(
     there = choose_device(device)
     shown, held = shown.to(there), held.to(there)
     out = make_folder(out)
-    named = taps_for(packed, quantity) if taps is None else [] if taps == "pixels" else taps.split(",")
     command = {"classifier": opened.name, "pack": opened.pack.name if opened.pack else None}
     with progress_bar("training", chosen.steps) as progress:
 
