@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+from counterlens.export.files import write_whole
 
 YOUNG = 2_000_000_000  # nanoseconds in which a file may change twice under one time stamp
 
@@ -40,8 +41,6 @@ def known_digest(path: Path, memory: Path) -> str:
         known = {}
     digest = file_digest(path)
     if max(before.st_mtime_ns, before.st_ctime_ns) < time.time_ns() - YOUNG:
-        work = memory.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):  # in a store that cannot be written it is hashed every time
-            work.write_text(json.dumps(known | {path.name: [now, digest]}) + "\n")
-            os.replace(work, memory)
+            write_whole(memory, json.dumps(known | {path.name: [now, digest]}) + "\n")
     return digest
