@@ -27,6 +27,7 @@ from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.images.files import as_saved, load_image, save_png
 from counterlens.engine.metrics.msi_score import msi
 from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.models.tiny import TinyDecoder
 from counterlens.engine.outputs import locked
 from counterlens.engine.saliency.methods import explain_with
 from tests.engine.images.test_sources import picture, save
@@ -37,11 +38,13 @@ SETTINGS = {
 COUNT, PART = 11, 4
 
 
-def make_engine(tiny, module: torch.nn.Module | None = None, **config: Any) -> Engine:
+def make_engine(
+    tiny, module: torch.nn.Module | None = None, guidance_decoder: TinyDecoder | None = None, **config: Any
+) -> Engine:
     diffusion, classifier = tiny
     explained = classifier if module is None else SoftmaxClassifier(module, classifier.labels)
     tuned = {"realistic": SETTINGS, "audit": SETTINGS | {"angle": 90}}
-    return Engine(diffusion, explained, Config(**config), pack_settings=tuned)
+    return Engine(diffusion, explained, Config(**config), pack_settings=tuned, guidance_decoder=guidance_decoder)
 
 
 @pytest.fixture(scope="module")

@@ -86,8 +86,7 @@ RUNS: list[dict[str, Any]] = [
 )
 def test_what_is_observed_is_the_run_that_is_reported(tiny, given: dict[str, Any], count: int) -> None:
     """The same pixels with and without, and the filter's own shares come out of what was observed, step by step."""
-    engine = make_engine(tiny)
-    engine.guidance_decoder = decoder()
+    engine = make_engine(tiny, guidance_decoder=decoder())
     images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     config = Config(**given)
     settings = engine.settings(config)

@@ -24,6 +24,7 @@ from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.guard import Keys, Limits
 from counterlens.engine.serve.wire import MAX_DEPTH, png
 from counterlens.engine.serve.worker import Worker
+from tests.engine.serve.test_worker import working
 
 NUMBERS = {
     "steps": 6, "strength": 0.5, "guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 60,
@@ -48,10 +49,8 @@ def engine(tiny: Any) -> EngineCore:
 
 @pytest.fixture(scope="module")
 def worker(engine: EngineCore) -> Iterator[Worker]:
-    made = Worker(engine, slots=2, max_queue=8)
-    made.start()
-    yield made
-    made.stop(grace_s=5)
+    with working(engine, slots=2, max_queue=8) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +204,10 @@ def test_a_sample_that_has_no_answer_is_422_and_others_are_unharmed(tiny: Any) -
 
     sick = EngineCore(diffusion, SoftmaxClassifier(Sick(), classifier.labels), runtime="eager",
                       pack_settings={"realistic": NUMBERS, "audit": NUMBERS})  # fmt: skip
-    worker = Worker(sick, slots=2)
-    worker.start()
-    with TestClient(make_app(sick, worker)) as client:
+    with working(sick, slots=2) as worker, TestClient(make_app(sick, worker)) as client:
         white = client.post("/v1/counterfactuals", files={"image": png(torch.ones(3, 16, 16))})
         good = client.post("/v1/counterfactuals", files={"image": picture()})
         predicted = client.post("/v1/predictions", files={"image": png(torch.ones(3, 16, 16))})
-    worker.stop()
     assert white.status_code == predicted.status_code == 422
     assert "NaN or infinity" in white.json()["detail"]
     assert good.status_code == 200
@@ -254,10 +250,8 @@ def test_health_metrics_and_request_ids(client: TestClient) -> None:
 def test_a_full_queue_is_429_and_a_stopped_server_503(engine: EngineCore) -> None:
     import threading
 
-    worker = Worker(engine, slots=1, max_queue=1)
     gate = threading.Event()
-    worker.start()
-    with TestClient(make_app(engine, worker)) as client:
+    with working(engine, slots=1, max_queue=1) as worker, TestClient(make_app(engine, worker)) as client:
         worker.call(lambda: gate.wait(20))
         while worker._calls:
             time.sleep(0.001)
