@@ -20,7 +20,8 @@ from ..images.files import FORMATS, decoding, load_image, to_uint8
 from .worker import Cancelled, Draining, Full, Late
 
 MAX_DEPTH = 32  # of a JSON body
-STRINGS, BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile(rb"[\[\]{}]")
+# A string that does not end is taken whole too: looking for its end from every quote in it would take minutes.
+STRINGS, BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL), re.compile(rb"[\[\]{}]")
 OF_THE_SERVER = ("pack", "classifier", "mode", "speed", "seed")  # fields of Config that a request's `config` has not
 
 

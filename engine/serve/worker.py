@@ -52,6 +52,13 @@ class Cancelled(CounterlensError):
     """The caller does not want the answer any more."""
 
 
+def _taken() -> Future[Any]:
+    """A future that only the worker ends: a caller who leaves says so by `Worker.cancel`."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass
 class Ticket(Generic[T]):
     """A request in the worker's hands.
@@ -63,7 +70,7 @@ class Ticket(Generic[T]):
         arrived, started, finished: `time.perf_counter` at arrival, when it got into a lane, and when it was done.
     """
 
-    future: Future[T] = field(default_factory=Future)
+    future: Future[T] = field(default_factory=_taken)
     arrived: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     finished: float = 0.0
@@ -146,10 +153,12 @@ class Worker:
 
     # For callers, from any thread
 
-    def start(self, warm: Callable[[], None] = lambda: None) -> None:
-        """Start the thread; `warm` runs in it before it is `ready`."""
-        self._calls.append((warm, Future()))
+    def start(self, warm: Callable[[], None] = lambda: None) -> Future[None]:
+        """Start the thread; `warm` runs in it before it is `ready`, and its error is the future's."""
+        future: Future[None] = Future()
+        self._calls.append((warm, future))
         self._thread.start()
+        return future
 
     @property
     def waiting(self) -> int:
@@ -270,12 +279,15 @@ class Worker:
     def _lanes_busy(self) -> bool:
         return any(lane.requests for _, lane in self._lanes)
 
-    @staticmethod
-    def _call(run: Callable[[], Any], future: Future[Any]) -> None:
+    def _call(self, run: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
         try:
-            future.set_result(run())
+            result = run()
         except (CounterlensError, *FAILURES) as error:
-            future.set_exception(error)
+            future.set_exception(self._told(error))
+        else:
+            future.set_result(result)
 
     def _drop_cancelled(self) -> None:
         gone = Cancelled("request: cancelled")
@@ -341,17 +353,17 @@ class Worker:
         started = time.perf_counter()
         try:
             done = chosen.session.tick()
+            spent = time.perf_counter() - started
+            self._tell(chosen)
         except (CounterlensError, *FAILURES) as error:
             self._broken(chosen, error)
             return
-        spent = time.perf_counter() - started
         chosen.tick_s = spent if not chosen.tick_s else (1 - SMOOTHING) * chosen.tick_s + SMOOTHING * spent
         chosen.owed = 0.0
         self._worked_s += spent
         for lane in busy:
             if lane is not chosen:
                 lane.owed += spent
-        self._tell(chosen)
         for result in done:
             self._deliver(chosen.requests.pop(result.id), result)
 
@@ -380,16 +392,21 @@ class Worker:
         request.ticket.future.set_result(result)
 
     def _broken(self, lane: _Lane, error: Exception) -> None:
-        """A model raised: the samples of this lane fail, the others go on; without memory the lanes become narrower."""
+        """A model raised: the samples of this lane fail, the others go on."""
+        said = self._told(error)
+        self._lanes = [(graph, other) for graph, other in self._lanes if other is not lane]
+        for request in lane.requests.values():
+            request.ticket.future.set_exception(said)
+
+    def _told(self, error: Exception) -> CounterlensError:
+        """What callers hear of what a model raised; without memory the lanes become narrower."""
         if isinstance(error, torch.cuda.OutOfMemoryError):
             self.largest = max(1, self.largest // 2)
             torch.cuda.empty_cache()
-            error = CounterlensError(f"memory: the GPU is full; from now on {self.largest} samples at once; try again")
-        elif not isinstance(error, CounterlensError):
-            error = CounterlensError(f"model: {type(error).__name__}: {error}")
-        self._lanes = [(graph, other) for graph, other in self._lanes if other is not lane]
-        for request in lane.requests.values():
-            request.ticket.future.set_exception(error)
+            return CounterlensError(f"memory: the GPU is full; from now on {self.largest} samples at once; try again")
+        if isinstance(error, CounterlensError):
+            return error
+        return CounterlensError(f"model: {type(error).__name__}: {error}")
 
     def _fail_rest(self, error: CounterlensError) -> None:
         with self._change:
@@ -399,7 +416,8 @@ class Worker:
         for request in waiting:
             request.ticket.future.set_exception(error)
         for _, future in calls:
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         for _, lane in self._lanes:
             for request in lane.requests.values():
                 request.ticket.future.set_exception(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from counterlens.engine.config import Config
 from counterlens.engine.core.core import EngineCore
+from counterlens.engine.errors import CounterlensError
 from counterlens.engine.images.files import to_uint8
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.guard import Keys, Limits
-from counterlens.engine.serve.wire import MAX_DEPTH, png
+from counterlens.engine.serve.wire import MAX_DEPTH, parse_json, png
 from counterlens.engine.serve.worker import Worker
 from tests.engine.serve.test_worker import working
 
@@ -180,6 +182,35 @@ def test_what_does_not_fit_is_named(client: TestClient, asked: dict[str, Any], s
     assert "Traceback" not in answer.text
     if status == 400:
         assert problem["field"] == detail.partition(":")[0] or problem["field"] in ("body", "config")
+
+
+def test_a_text_without_an_end_is_refused_at_once() -> None:
+    started = time.perf_counter()
+    with pytest.raises(CounterlensError, match="not JSON"):
+        parse_json(b'"' + b'\\"' * 500_000)
+    assert time.perf_counter() - started < 5
+
+
+def test_a_caller_who_leaves_stops_nobody_else(engine: EngineCore) -> None:
+    worker = Worker(engine, slots=2)
+    worker.start()
+    body = json.dumps({"image": base64.b64encode(picture()).decode(), "config": {"steps": 60, "gradient": "exact"}})
+    told = iter([{"type": "http.request", "body": body.encode(), "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        return next(told, {"type": "http.disconnect"})
+
+    async def send(_: Any) -> None: ...
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/counterfactuals", "query_string": b"", "http_version": "1.1",
+        "headers": [(b"content-type", b"application/json")], "server": ("here", 80), "scheme": "http",
+    }  # fmt: skip
+    asyncio.run(make_app(engine, worker)(scope, receive, send))
+    assert worker.call(lambda: 3).result(timeout=60) == 3
+    assert worker.submit(_tensor(picture())[0]).future.result(timeout=60).error is None
+    assert worker.busy_slots == 0
+    worker.stop()
 
 
 def test_brackets_in_texts_are_no_depth(client: TestClient) -> None:

@@ -249,4 +249,14 @@ def test_calls_between_ticks_answer_or_raise(worker: Worker) -> None:
 
     with pytest.raises(UsageError, match="method: none"):
         worker.call(broken).result(timeout=60)
+
+    def sick() -> None:
+        raise RuntimeError("no such layer")
+
+    with pytest.raises(CounterlensError, match="model: RuntimeError: no such layer"):
+        worker.call(sick).result(timeout=60)
+    with Gate(worker):
+        unwanted = worker.call(sick)
+        assert unwanted.cancel()
+    assert worker.call(lambda: 4).result(timeout=60) == 4
     assert worker.ready
