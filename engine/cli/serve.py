@@ -107,13 +107,16 @@ async def _serve(
         loop.add_signal_handler(number, stopping.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: _read_again(keys))
     serving = asyncio.create_task(server.serve(sockets=[listening]))
-    worker.start(warm)
+    warming = worker.start(warm)
+    warming.add_done_callback(lambda done: done.exception() and loop.call_soon_threadsafe(stopping.set))
     errors.print(f"serving at http://{place} (interface: /docs; Ctrl-C stops)")
     await stopping.wait()
     errors.print("stopping: what runs is finished")
     await asyncio.to_thread(worker.stop, grace)
     server.should_exit = True
     await serving
+    if warming.done():
+        warming.result()  # raises what stopped it
 
 
 def _read_again(keys: Keys) -> None:

@@ -68,6 +68,10 @@ def test_what_it_does_not_take(options: list[str], word: str) -> None:
     one_line_error(run("serve", *options), 2, word)
 
 
+def test_a_warm_up_that_fails_ends_it() -> None:
+    one_line_error(run("serve", "--port", "0", "--runtime", "tensorrt"), 1, "tensorrt: ")
+
+
 def test_a_port_that_is_taken() -> None:
     import socket
 
