@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from counterlens.export.errors import ExportError
 from counterlens.export.hashing import file_digest
-from counterlens.export.store import Artefact
+from counterlens.export.store import Artefact, tensors_digest
 from counterlens.export.versions import versions
 
 from ..config import Settings
 from ..files import write_atomically
 from ..guidance.sampler import Job, Outcome, seeded_noise
+from ..guidance.schedule import schedule_of
+from ..guidance.solvers import coefficients
+from ..multistep import SOLVERS
 from ..portable.file import COUNTERFACTUAL
 from ..runtime import onnxruntime
 from ..runtime.choice import Choice
@@ -47,18 +52,30 @@ class WholeRuns:
     def key(self, settings: Settings) -> dict[str, Any]:
         """Everything that a whole run depends on."""
         if settings not in self._keys:
-            own = {"what": "counterfactual", "settings": settings.model_dump(mode="json")}
-            program = file_digest(Path(__file__).with_name("whole_run.py"))
-            self._keys[settings] = self.runners.spec(settings).key("onnx") | own | {"program": program[:16]}
+            levels = self.runners.diffusion.alphas_cumprod
+            table = coefficients(schedule_of(settings, levels), levels, settings.solver)
+            own = {
+                "what": "counterfactual",
+                "settings": settings.model_dump(mode="json"),
+                "program": file_digest(Path(__file__).with_name("whole_run.py"))[:16],
+                # The solver's own numbers: it may be another package's.
+                "solver": [tensors_digest(table)[:16], *SOLVERS[settings.solver].remembers],
+            }
+            self._keys[settings] = self.runners.spec(settings).key("onnx") | own
         return self._keys[settings]
 
     def find(self, settings: Settings) -> Artefact | None:
-        """The artefact in the store, if whole runs can be used here at all."""
+        """The artefact in the store, if whole runs can be used here at all; of a damaged one a warning is given."""
         spec = self.runners.spec(settings)
         if self.runners.runtime != AUTO or spec.device.type != "cpu" or not self.store.folder.exists():
             return None
         if settings not in self._found:
-            self._found[settings] = None if onnxruntime.missing() else self.store.find(self.key(settings))
+            self._found[settings] = None
+            try:
+                if not onnxruntime.missing():
+                    self._found[settings] = self.store.find(self.key(settings))
+            except ExportError as error:  # nothing asked for it, and the steps run
+                warnings.warn(f"{NAME} is not used: {error}", stacklevel=2)
         return self._found[settings]
 
     def keep(self, settings: Settings, path: Path, parity: Mapping[str, Any]) -> None:
@@ -93,10 +110,10 @@ class WholeRuns:
     def measurements(self, settings: Settings) -> dict[str, dict[str, float]]:
         """Batch size to seconds of a run, by steps and whole, as measured on this machine with these versions."""
         try:
-            known: dict[str, dict[str, float]] = json.loads(self._measured(settings).read_text())
-        except (FileNotFoundError, ValueError):  # none, or damaged: the steps run
+            known = json.loads(self._measured(settings).read_text())
+            return {str(slots): {name: float(times[name]) for name in (STEPS, NAME)} for slots, times in known.items()}
+        except (FileNotFoundError, ValueError, TypeError, AttributeError, KeyError):  # none, or damaged: the steps run
             return {}
-        return known
 
     def remember(self, settings: Settings, slots: int, times: Mapping[str, float]) -> None:
         """Keep what was measured for a batch size."""

@@ -33,6 +33,7 @@ from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.sampler import Job, seeded_noise
 from counterlens.engine.images.files import as_saved, save_png
+from counterlens.engine.multistep import SOLVERS, Levels
 from counterlens.engine.packs import Pack
 from counterlens.engine.portable.file import SALIENCY, CounterfactualFile, _noise, card_of
 from counterlens.engine.portable.page import HOW, VERSION, web_runtime, write_page
@@ -130,6 +131,44 @@ def test_jobs_run_whole_in_batches_of_one_size(engine: Engine) -> None:
     assert all(torch.equal(o.image, images[i] + 0.1) for i, o in enumerate(outcomes, 1) if o.image is not None)
     assert outcomes[0].kept == [0.5] * 7
     assert sampler.tick() == []
+
+
+def test_a_whole_run_that_is_damaged_or_of_another_solver_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, file = Config(speed="fast"), tmp_path / MODEL
+    file.write_bytes(b"a file")
+
+    def opened() -> Engine:
+        return Engine.from_pack("digits", config=config, store=tmp_path / "store", device="cpu")
+
+    one = opened()
+    settings = one.settings(config)
+    (tmp_path / "store").mkdir()
+    one.whole_runs.keep(settings, file, {})
+    one.whole_runs.remember(settings, 1, {STEPS: 0.2, NAME: 0.1})
+    assert opened().runtime_choice(1).runtime == NAME
+
+    own = SOLVERS[settings.solver]
+    with monkeypatch.context() as patched:  # the same name, other numbers
+        rows = [(*row[:-1], row[-1] + 0.1) for row in own.rows(Levels([0.5, 0.9], [0.8, 0.4], [-0.5, 0.8]))]
+        other = own._replace(rows=lambda levels: rows[:1] * levels.steps)
+        patched.setitem(SOLVERS, settings.solver, other)
+        assert opened().runtime_choice(1).runtime == "eager"
+
+    measured = next((tmp_path / "store" / "measured").iterdir())
+    times = measured.read_text()
+    for damaged in ("[1]", '{"1": {"steps": 1}}', '{"1": 3}', "{"):
+        measured.write_text(damaged)
+        assert opened().runtime_choice(1).runtime == "eager"
+    measured.write_text(times)
+    assert opened().runtime_choice(1).runtime == NAME
+
+    artefact = one.whole_runs.find(settings)
+    assert artefact is not None
+    artefact.file(MODEL).write_bytes(b"another")
+    with pytest.warns(UserWarning, match="whole-run is not used: .*not the file that was built"):
+        assert opened().runtime_choice(1).runtime == "eager"
 
 
 def test_inputs_of_the_export(engine: Engine, tmp_path: Path) -> None:
