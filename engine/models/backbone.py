@@ -182,8 +182,12 @@ def read_vae(loader: Any, folder: Path, dtype: torch.dtype) -> Any:
     """
     config = read_json(folder / "config.json")
     latent_scale(folder / "config.json", config)
-    upcast = dtype == torch.float16 and config.get("force_upcast", False)
-    return read_part(loader, folder, torch.float32 if upcast else dtype)
+    return read_part(loader, folder, vae_dtype(config, dtype))
+
+
+def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """What a VAE of this config is held in where the rest of its model is `dtype`."""
+    return torch.float32 if dtype == torch.float16 and config.get("force_upcast", False) else dtype
 
 
 def check_parts(vae: nn.Module, denoiser: nn.Module) -> None:

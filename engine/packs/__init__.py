@@ -121,6 +121,7 @@ class Pack:
         Raises:
             UsageError: there is no such type here.
         """
+        from ..models.backbone import vae_dtype
         from ..models.files import check_dtype
         from ..models.latent import ClassConditionalLatentDiffusion
         from ..models.plain import Autoencoder, UNet, fits, scaled_linear
@@ -133,9 +134,9 @@ class Pack:
         if not plain or usual != ("scaled_linear", None, False) or not all(map(fits, said)):
             return ClassConditionalLatentDiffusion.open(self.folder, held, names=digits)
         vae, unet = Autoencoder(said[0]), UNet(said[1])
-        for module, part in ((vae, "vae"), (unet, "unet")):
+        for module, part, kind in ((vae, "vae", vae_dtype(said[0], held)), (unet, "unet", held)):
             _load(module, self.folder / part / "diffusion_pytorch_model.safetensors")
-            module.to(held).eval().requires_grad_(False)
+            module.to(kind).eval().requires_grad_(False)
         levels = scaled_linear(scheduler)
         return ClassConditionalLatentDiffusion(vae, unet, levels, digits, scheduler["prediction_type"])
 

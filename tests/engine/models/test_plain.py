@@ -70,3 +70,13 @@ def test_opening_the_pack_imports_no_library_of_models() -> None:
     )
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_half_precision_leaves_the_autoencoder_where_it_would_overflow() -> None:
+    pack = Pack("digits")
+    for name in ("float16", "bfloat16"):
+        ours, theirs = (
+            [next(m.parameters()).dtype for m in pack.diffusion(name, plain=plain).modules()] for plain in (True, False)
+        )
+        assert ours == theirs
+    assert ours == [torch.bfloat16, torch.bfloat16]
