@@ -19,11 +19,24 @@ from ..images.files import as_saved
 from ..saliency.explain import explain_by
 from .server import Server
 from .wire import Problem, from_base64, parse_json, png, to_base64
+from .worker import Ticket
 
 HEADER = "inference-header-content-length"
 DTYPES = {"FP32": np.float32, "INT64": np.int64, "INT32": np.int32, "FP64": np.float64, "BOOL": np.bool_}
 MAX_BATCH = 64
 DEFAULT_OUTPUTS = ("counterfactual", "prediction", "probabilities", "flipped")
+
+
+def parameters_of(said: dict[str, Any], name: str = "parameters") -> dict[str, Any]:
+    """The parameters of a request, or of an input or output of this name.
+
+    Raises:
+        Problem: 400, they are no object.
+    """
+    parameters = said.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise Problem(400, f"{name}: expected parameters as an object", name)
+    return parameters
 
 
 def tensor_of(given: dict[str, Any], blob: memoryview) -> tuple[Any, int]:
@@ -36,7 +49,7 @@ def tensor_of(given: dict[str, Any], blob: memoryview) -> tuple[Any, int]:
     if not isinstance(shape, list) or not all(isinstance(n, int) and 0 <= n <= 2**24 for n in shape):
         raise Problem(400, f"{name}: shape: expected a list of whole numbers, got {str(shape)[:60]}", name)
     count = int(np.prod(shape, dtype=np.float64)) if shape else 1
-    size = (given.get("parameters") or {}).get("binary_data_size")
+    size = parameters_of(given, name).get("binary_data_size")
     if size is not None and (not isinstance(size, int) or size < 0 or size > len(blob)):
         raise Problem(400, f"{name}: binary_data_size: {str(size)[:20]} bytes were said, {len(blob)} are there", name)
     if kind == "BYTES":
@@ -104,7 +117,9 @@ def targets_of(inputs: dict[str, Any], count: int) -> list[str | int]:
     given = inputs.get("target")
     if given is None:
         return ["runner-up"] * count
-    values: list[Any] = given if isinstance(given, list) else [int(v) for v in given.reshape(-1)]
+    if isinstance(given, np.ndarray) and given.dtype.kind != "i":
+        raise Problem(400, "target: expected an input of INT64, INT32 or BYTES", "target")
+    values: list[Any] = given if isinstance(given, list) else given.reshape(-1).tolist()
     if len(values) != count:
         raise Problem(400, f"target: expected {count}, one for each image, got {len(values)}", "target")
     return ["runner-up" if v == -1 else v for v in values]
@@ -114,8 +129,10 @@ async def run_all(
     server: Server, request: Request, images: Tensor, targets: list[str | int], config: Config
 ) -> list[Counterfactual]:
     """A counterfactual of each image; what is not wanted any more is cancelled."""
-    tickets = [server.worker.submit(x, t, config) for x, t in zip(images, targets, strict=True)]
+    tickets: list[Ticket[Counterfactual]] = []
     try:
+        for x, t in zip(images, targets, strict=True):
+            tickets.append(server.worker.submit(x, t, config))
         results = [await server.wait(request, ticket) for ticket in tickets]
     finally:
         for ticket in tickets:
@@ -184,15 +201,17 @@ def add_routes(app: FastAPI, server: Server) -> None:
         known(model)
         asked, inputs = read_inference(await request.body(), request.headers.get(HEADER))
         images = images_of(inputs, size)
-        parameters = asked.get("parameters") or {}
-        if not isinstance(parameters, dict):
-            raise Problem(400, "parameters: expected an object", "parameters")
+        parameters = parameters_of(asked)
         speed = parameters.get("speed") or server.engine.config.speed
         config = Config.make(**server.engine.config.model_dump(exclude_unset=True) | {"speed": speed})
         wanted = asked.get("outputs") or [{"name": name} for name in DEFAULT_OUTPUTS]
         if not isinstance(wanted, list) or not all(isinstance(o, dict) for o in wanted):
             raise Problem(400, "outputs: expected a list", "outputs")
         names = [str(o.get("name")) for o in wanted]
+        in_binary = [
+            bool(parameters_of(o, name).get("binary_data", parameters.get("binary_data_output")))
+            for o, name in zip(wanted, names, strict=True)
+        ]
         results = await run_all(server, request, images, targets_of(inputs, len(images)), config)
         made = torch.stack([as_saved(r.image) for r in results])
         arrays: dict[str, np.ndarray] = {
@@ -209,8 +228,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
             arrays["saliency"] = maps.numpy()
         if wrong := [name for name in names if name not in arrays]:
             raise Problem(400, f"outputs: {wrong[0][:40]!r} is none; expected some of {', '.join(arrays)}", "outputs")
-        binary_default = bool(parameters.get("binary_data_output"))
-        return await asyncio.to_thread(_respond, model, asked.get("id"), wanted, arrays, binary_default)
+        return await asyncio.to_thread(_respond, model, asked.get("id"), names, arrays, in_binary)
 
     @app.post("/v1/models/{model}:predict", tags=["kserve"])
     async def predict_v1(model: str, request: Request) -> dict[str, Any]:
@@ -245,17 +263,14 @@ def _instances(body: bytes) -> list[bytes]:
     return out
 
 
-def _respond(
-    model: str, id: Any, wanted: list[dict[str, Any]], arrays: dict[str, np.ndarray], binary: bool
-) -> Response:
+def _respond(model: str, id: Any, names: list[str], arrays: dict[str, np.ndarray], in_binary: list[bool]) -> Response:
     """Outputs as JSON, those that were asked for in binary behind it."""
     outputs, blobs = [], []
     kinds = {np.dtype(v): k for k, v in DTYPES.items()}
-    for one in wanted:
-        name = str(one.get("name"))
+    for name, binary in zip(names, in_binary, strict=True):
         array = np.ascontiguousarray(arrays[name])
         said: dict[str, Any] = {"name": name, "datatype": kinds[array.dtype], "shape": list(array.shape)}
-        if (one.get("parameters") or {}).get("binary_data", binary):
+        if binary:
             blobs.append(array.tobytes())
             said["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:

@@ -74,7 +74,7 @@ class CounterfactualRequest(Asked):
     target: str | int = Field("runner-up", description="Label, its index, runner-up, opposite or neighbour.")
     speed: str | None = Field(None, description="exact, balanced or fast.")
     mode: str | None = Field(None, description="official, realistic or audit.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Of the noise, combined with the image's own pixels.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Of the noise, combined with the image's own pixels.")
     budget_s: float | None = Field(None, gt=0, le=3600, description="Seconds from arrival; what there is then comes.")
     saliency: bool = Field(False, description="Also where the evidence for the prediction is.")
     preview: bool = Field(True, description="Of a stream: the picture after every step.")

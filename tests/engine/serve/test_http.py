@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -192,8 +193,6 @@ def test_a_text_without_an_end_is_refused_at_once() -> None:
 
 
 def test_a_caller_who_leaves_stops_nobody_else(engine: EngineCore) -> None:
-    worker = Worker(engine, slots=2)
-    worker.start()
     body = json.dumps({"image": base64.b64encode(picture()).decode(), "config": {"steps": 60, "gradient": "exact"}})
     told = iter([{"type": "http.request", "body": body.encode(), "more_body": False}])
 
@@ -206,11 +205,22 @@ def test_a_caller_who_leaves_stops_nobody_else(engine: EngineCore) -> None:
         "type": "http", "method": "POST", "path": "/v1/counterfactuals", "query_string": b"", "http_version": "1.1",
         "headers": [(b"content-type", b"application/json")], "server": ("here", 80), "scheme": "http",
     }  # fmt: skip
-    asyncio.run(make_app(engine, worker)(scope, receive, send))
-    assert worker.call(lambda: 3).result(timeout=60) == 3
-    assert worker.submit(_tensor(picture())[0]).future.result(timeout=60).error is None
-    assert worker.busy_slots == 0
-    worker.stop()
+    with working(engine, slots=2) as worker:
+        asyncio.run(make_app(engine, worker)(scope, receive, send))
+        assert worker.call(lambda: 3).result(timeout=60) == 3
+        assert worker.submit(_tensor(picture())[0]).future.result(timeout=60).error is None
+        assert worker.busy_slots == 0
+
+
+def test_a_request_without_a_seed_takes_the_servers(tiny: Any) -> None:
+    settings = {"realistic": NUMBERS, "audit": NUMBERS}
+    seeded = EngineCore(*tiny, Config(seed=5), pack_settings=settings, runtime="eager")
+    with working(seeded, slots=2) as worker, TestClient(make_app(seeded, worker)) as client:
+        said = [
+            client.post("/v1/counterfactuals", files={"image": picture()}, data=data).json()["seed"]
+            for data in ({}, {"seed": "5"}, {"seed": "0"})
+        ]
+    assert said[0] == said[1] != said[2]
 
 
 def test_brackets_in_texts_are_no_depth(client: TestClient) -> None:
@@ -279,8 +289,6 @@ def test_health_metrics_and_request_ids(client: TestClient) -> None:
 
 
 def test_a_full_queue_is_429_and_a_stopped_server_503(engine: EngineCore) -> None:
-    import threading
-
     gate = threading.Event()
     with working(engine, slots=1, max_queue=1) as worker, TestClient(make_app(engine, worker)) as client:
         worker.call(lambda: gate.wait(20))
@@ -334,10 +342,26 @@ def test_the_open_inference_protocol(client: TestClient, engine: EngineCore) -> 
         ([target], "image: expected an input"),
         ([image | {"data": (shown + 2).reshape(-1).tolist()}], "image: expected numbers in [0, 1]"),
         ([image | {"parameters": {"binary_data_size": 10**9}}], "binary_data_size"),
+        ([image | {"parameters": [1]}], "image: expected parameters as an object"),
+        ([image | {"data": shown.reshape(-1).tolist()}, target | {"datatype": "FP32"}], "target: expected an input of"),
     ):
         bad = client.post("/v2/models/tiny/infer", json={"inputs": inputs})
         assert bad.status_code == 400
         assert detail in bad.json()["detail"]
+
+
+def test_of_a_batch_that_does_not_fit_in_the_queue_nothing_runs(engine: EngineCore) -> None:
+    gate = threading.Event()
+    image = {"name": "image", "datatype": "FP32", "shape": [3, 3, 16, 16], "data": [0.5] * 3 * 3 * 16 * 16}
+    with working(engine, slots=1, max_queue=2) as worker, TestClient(make_app(engine, worker)) as client:
+        worker.call(lambda: gate.wait(20))
+        while worker._calls:
+            time.sleep(0.001)
+        assert client.post("/v2/models/tiny/infer", json={"inputs": [image]}).status_code == 429
+        gate.set()
+        while worker.waiting or worker.busy_slots:
+            time.sleep(0.001)
+        assert worker.steps == 0
 
 
 def test_kserve_version_1(client: TestClient, engine: EngineCore) -> None:
