@@ -22,6 +22,8 @@ from .result import ALREADY, Counterfactual, noise_seed
 from .targets import TargetLabels
 from .whole_runs import NAME, WholeSampler
 
+KNOWN = 256  # configs of samples whose settings and facts are kept
+
 
 class Models(Protocol):
     """What a session needs of `EngineCore`."""
@@ -49,6 +51,7 @@ class _Sample:
     seed: int
     config: Config
     settings: Settings
+    steps: int
     budget_s: float | None
     source: int = -1
     wanted: int = -1
@@ -83,11 +86,11 @@ class Session:
     ) -> None:
         self.models, self.config, self.slots, self.observe = models, config or models.config, slots, observe
         self.whole = whole
-        self.settings = {self.config: models.settings(self.config)}
+        self.graph = models.settings(self.config).graph
         self.sampler: Sampler | WholeSampler | None = None
         self.total = 0  # ticks that the first batch needs, if no sample ends early
-        self._steps: dict[Settings, int] = {}
-        self._facts: dict[tuple[Config, float | None], dict[str, Any]] = {}
+        self._settings: dict[Config, tuple[Settings, int]] = {}  # with their steps
+        self._facts: dict[Config, dict[str, Any]] = {}
         self._next_id = 0
         self._new: list[_Sample] = []
         self._running: dict[int, _Sample] = {}  # by the sampler's id
@@ -120,12 +123,12 @@ class Session:
                 the result's `error` instead.
         """
         config = config or self.config
-        settings = self._checked(config)
+        settings, steps = self._checked(config)
         if budget_s is not None and not budget_s > 0:
             raise UsageError(f"budget_s: expected seconds above 0, got {budget_s}")
         self.models.check_images(image[None])
         seed = noise_seed(image, config) if seed is None else seed
-        sample = _Sample(self._next_id, image, target, seed, config, settings, budget_s)
+        sample = _Sample(self._next_id, image, target, seed, config, settings, steps, budget_s)
         self._next_id += 1
         self._new.append(sample)
         return sample.id
@@ -187,17 +190,15 @@ class Session:
             images = (decode or self.models.diffusion.decode)(self.sampler.z0[[rows[id] for id in wanted]])
         return dict(zip(wanted, ((images + 1) / 2).clamp(0, 1).cpu(), strict=True))
 
-    def _checked(self, config: Config) -> Settings:
-        """The settings of a config, which these slots can take."""
-        if config not in self.settings:
-            self.settings[config] = self.models.settings(config)
-        settings = self.settings[config]
-        if settings not in self._steps:
-            check_graph(settings, self.settings[self.config].graph)
+    def _checked(self, config: Config) -> tuple[Settings, int]:
+        """The settings of a config, which these slots can take, and how many steps they are."""
+        if config not in self._settings:
+            settings = self.models.settings(config)
+            check_graph(settings, self.graph)
             steps = len(schedule_of(settings, self.models.diffusion.alphas_cumprod))
             guided_steps(settings, steps)
-            self._steps[settings] = steps
-        return settings
+            _keep(self._settings, config, (settings, steps))
+        return self._settings[config]
 
     def _begin(self) -> None:
         """Predict the new samples, find their targets, and hand those that can start to the sampler."""
@@ -214,7 +215,7 @@ class Session:
             if self.sampler is None:
                 self.sampler = self.models.sampler(self.config, slots, self._watch())
             self.sampler.live = self.slots is not None
-            self.total = count_ticks([self._steps[sample.settings] for sample in todo], slots)
+            self.total = count_ticks([sample.steps for sample in todo], slots)
         for sample in todo:
             assert self.sampler is not None
             job = Job(sample.image, sample.wanted, sample.seed, sample.settings, sample.budget_s)
@@ -274,7 +275,7 @@ class Session:
         return out
 
     def _result(self, sample: _Sample, probabilities: Tensor, l1: float, l2: float) -> Counterfactual:
-        kept = torch.full((self._steps[sample.settings],), torch.nan)
+        kept = torch.full((sample.steps,), torch.nan)
         seconds, complete, outcome = math.nan, False, sample.outcome
         if outcome is not None:
             kept[: len(outcome.kept)] = torch.tensor(outcome.kept)
@@ -283,12 +284,14 @@ class Session:
             sample.error, complete = "the classifier gives NaN or infinity for the counterfactual", False
         failed = sample.error is not None
         confidence, prediction = probabilities.max(dim=0)
-        made = self._facts.get((sample.config, sample.budget_s))
+        made = self._facts.get(sample.config)
         if made is None:
             slots = 1 if self.sampler is None else self.sampler.slots
-            made = self.models.facts(sample.config, slots) | {"budget_s": sample.budget_s}
+            made = self.models.facts(sample.config, slots) | {"budget_s": None}
             made |= {"runtime": NAME} if isinstance(self.sampler, WholeSampler) else {}
-            self._facts[sample.config, sample.budget_s] = made
+            _keep(self._facts, sample.config, made)
+        if sample.budget_s is not None:
+            made = made | {"budget_s": sample.budget_s}
         return Counterfactual(
             id=sample.id,
             image=sample.image if sample.made is None else sample.made,
@@ -309,6 +312,13 @@ class Session:
             labels=self.models.targets.labels,
             provenance=made,
         )
+
+
+def _keep(known: dict[Config, Any], config: Config, value: Any) -> None:
+    """Keep what is asked for again; the oldest makes room, because a session may last for weeks."""
+    if len(known) >= KNOWN:
+        del known[next(iter(known))]
+    known[config] = value
 
 
 def padded_batches(count: int, slots: Sequence[int] = SLOTS) -> list[tuple[list[int], int]]:

@@ -135,6 +135,20 @@ def test_bad_samples_are_named_when_they_are_submitted(engine: Engine) -> None:
         pass
 
 
+def test_a_long_session_keeps_few_configs_and_says_the_facts_of_each(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("counterlens.engine.core.session.KNOWN", 2)
+    asked = [(seed, budget) for seed in range(4) for budget in (None, 50.0, 60.0)]
+    with engine.session(Config(steps=2), slots=1) as session:
+        for seed, budget in asked:
+            session.submit(images(1)[0], config=Config(steps=2, seed=seed), budget_s=budget)
+        done = finish(session)
+        assert len(session._settings) == len(session._facts) == 2
+    said = [done[i].provenance for i in range(len(asked))]
+    assert [(facts["seed"], facts["budget_s"]) for facts in said] == asked
+
+
 def test_models_are_held_while_a_session_is_open(engine: Engine) -> None:
     module = engine.classifier.module.train()
     with engine.session() as session:
