@@ -263,9 +263,10 @@ def make_app(
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     add_routes(app, server)
-    inner: Any = app
-    if cors_origins:
-        from starlette.middleware.cors import CORSMiddleware
+    guarded = Guard(app, keys or Keys(None), limits, metrics)
+    if not cors_origins:
+        return guarded
+    from starlette.middleware.cors import CORSMiddleware
 
-        inner = CORSMiddleware(app, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
-    return Guard(inner, keys or Keys(None), limits, metrics)
+    # Outermost: browsers ask without a key first, and pages are to read refusals too.
+    return CORSMiddleware(guarded, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])

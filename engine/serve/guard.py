@@ -87,7 +87,7 @@ class Keys:
 
 
 class Guard:
-    """The outermost ASGI application.
+    """The ASGI application around the routes.
 
     Args:
         app: what answers.

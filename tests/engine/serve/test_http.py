@@ -273,6 +273,21 @@ def test_keys_are_asked_for_counted_and_read_again(engine: EngineCore, worker: W
         assert client.get("/v1/models", headers={"Authorization": "Bearer third"}).status_code == 200
 
 
+def test_a_page_of_another_origin_may_ask_with_its_key(engine: EngineCore, worker: Worker, tmp_path: Any) -> None:
+    file = tmp_path / "keys"
+    file.write_text("first\n")
+    page = {"Origin": "https://page.example"}
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    with TestClient(make_app(engine, worker, keys=Keys(file), cors_origins=[page["Origin"]])) as client:
+        assert client.options("/v1/predictions", headers=page | asks).status_code == 200  # browsers send no key here
+        refused = client.get("/v1/models", headers=page)
+        answered = client.get("/v1/models", headers=page | {"Authorization": "Bearer first"})
+        assert client.options("/v1/predictions", headers=asks | {"Origin": "https://other.example"}).status_code == 400
+    assert (refused.status_code, answered.status_code) == (401, 200)
+    for answer in (refused, answered):
+        assert answer.headers["access-control-allow-origin"] == page["Origin"]
+
+
 def test_health_metrics_and_request_ids(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
