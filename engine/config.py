@@ -249,9 +249,8 @@ class Config(Overrides):
         if self.preset and self.mode_name != "official":
             raise UsageError(f"preset: {self.preset} is a published setting and needs mode official, not {self.mode}")
         if self.match_official and (self.mode_name != "official" or self.speed not in (None, "exact")):
-            raise UsageError(
-                f"match_official: the authors' code has no {self.mode_name} mode and no speed; leave mode and speed out"
-            )
+            other = f"mode {self.mode}" if self.mode_name != "official" else f"speed {self.speed}"
+            raise UsageError(f"match_official: the authors' code has no {other}; leave mode and speed out")
         if self.mode_name == "official":
             published = PRESETS[self.preset or OFFICIAL_PRESET].model_dump()
             base = published if self.preset else dict(pack_settings.get("official", published))

@@ -199,9 +199,12 @@ def open_run(
         say: told what a person should read.
 
     Raises:
-        UsageError: the folder holds another run, or files that would be overwritten; the message says in what the runs
-            differ. CounterlensError: another process works there, or a file cannot be written.
+        UsageError: overwrite and resume, or the folder holds another run, or files that would be overwritten; the
+            message says in what the runs differ. CounterlensError: another process works there, or a file cannot be
+            written.
     """
+    if overwrite and resume:
+        raise UsageError(f"overwrite: not together with {option.format('resume')}")
     made: dict[str, Any] = json.loads(json.dumps({**facts, "schema_version": SCHEMA_VERSION}))
     out = make_folder(out)
     with locked(out):

@@ -20,6 +20,7 @@ from .options import (
     text_console,
 )
 
+WHOLE = ("counterfactual", "saliency")
 # An artefact is the same for every seed; how the engine itself runs is no part of it.
 ExportedRun = Annotated[Config, without("pack", "classifier", "seed")]
 ExportedModels = Annotated[
@@ -87,6 +88,9 @@ def export(
     """
     if what in ("adapter", "curve"):
         raise UsageError(f"what: {what} has a command of its own: counterlens adapter export")
+    own = [name for name, said in (("format", format != "onnx"), ("dtype", dtype != "fp32"), ("force", force)) if said]
+    if own and what in WHOLE:
+        raise UsageError(f"{own[0]}: of compiled parts; --what {what} is one ONNX file with weights as --storage says")
     numbers = config.model_fields_set & (Settings.model_fields.keys() - StepOptions.model_fields.keys())
     if numbers and what != "counterfactual":
         raise UsageError(f"{min(numbers)}: of --what counterfactual; a compiled step takes its numbers as inputs")
@@ -97,15 +101,15 @@ def export(
     pages = page or single_page or ort_web is not None or (share, inputs) != ("local", "fixed")
     if pages and what != "counterfactual":
         raise UsageError("what: share, inputs, page, single-page and ort-web are of --what counterfactual")
-    if what not in ("counterfactual", "saliency") and (whole or adapter is not None):
+    if what not in WHOLE and (whole or adapter is not None):
         raise UsageError("what: batch, storage and adapter are of --what counterfactual and saliency")
     if quantity != "class" and what != "saliency":
         raise UsageError("what: quantity is of --what saliency")
     if what == "saliency":
         from .portable import export_map
 
-        if opening.model is not None:
-            raise UsageError("model: a saliency file holds a classifier and its adapter, no diffusion model")
+        if unused := opening.model_fields_set - {"pack", "classifier", "labels", "image_size"}:
+            raise UsageError(f"{min(unused)}: a saliency file holds a classifier and its adapter, no diffusion model")
         if config.model_fields_set:
             raise UsageError(f"{min(config.model_fields_set)}: of counterfactuals; a saliency file has none in it")
         return export_map(
@@ -114,7 +118,10 @@ def export(
         )  # fmt: skip
     from ..core.exporting import ALL, export_artefact
     from ..runtime.registry import of_format
+    from ..runtime.spec import SIGNATURES
 
+    if what not in (*SIGNATURES, "all", *WHOLE):
+        raise UsageError(f"what: expected one of {', '.join((*SIGNATURES, 'all', *WHOLE))}, got {what!r}")
     device = "cpu" if of_format(format).portable else "auto"
     engine = open_engine(config, opening.model_copy(update={"device": device}))
     if what == "counterfactual":

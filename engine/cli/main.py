@@ -72,6 +72,11 @@ register_portable(app)
 class Command(TyperCommand):
     """A command that refuses what no option means, and says that it began before torch takes its seconds."""
 
+    def __init__(self, *args: Any, help: str | None = None, **more: Any) -> None:
+        """Its docstring's paragraphs, without the line breaks of the source: terminals have other widths."""
+        paragraphs = "\n\n".join(" ".join(part.split()) for part in (help or "").split("\n\n"))
+        super().__init__(*args, help=paragraphs, **more)
+
     def get_params(self, ctx: Any) -> Any:
         """Its parameters, with what tables hold in their help texts."""
         params: list[Any] = super().get_params(ctx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -144,6 +145,14 @@ class Subject:
         explained.module.to(there)
         return Opened(None, self.classifier, explained, size)
 
+    def adapter_of(self, methods: Sequence[str], opened: Opened, folder: Path | None) -> LAX | None:
+        """The adapter that one of the methods needs, or None; a folder for none of them is refused."""
+        if any(METHODS[name].adapter for name in methods):
+            return self.adapter(opened, folder)
+        if folder is not None:
+            raise UsageError(f"adapter: {', '.join(methods)} takes none")
+        return None
+
     def adapter(self, opened: Opened, folder: Path | None) -> LAX:
         """The adapter in a folder, or the pack's."""
         from ..saliency.explain import find_adapter
@@ -203,7 +212,7 @@ def explain_images(
     opened = subject.open(images[0], how.device)
     question = make_quantity(opened.classifier, subject.quantity)
     wanted = None if target is None else find_label(target, opened.classifier.labels)
-    trained = subject.adapter(opened, how.adapter) if METHODS[method].adapter else None
+    trained = subject.adapter_of([method], opened, how.adapter)
     facts = {
         "command": command, "method": method, "target_option": target, "alpha_min": how.alpha_min, "layer": how.layer,
         **opened.facts(question.name, trained, how.seed, there),
@@ -291,7 +300,7 @@ def evaluate_methods(
         failed, drawn = 0, opened.pack.samples(split, count=count, marker=marker)
         shown = drawn.images
         names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
-    trained = subject.adapter(opened, how.adapter) if any(METHODS[name].adapter for name in chosen) else None
+    trained = subject.adapter_of(chosen, opened, how.adapter)
     forward = forward_by(runtime, opened.classifier, opened.size, shown)
     facts = {
         "command": command, "methods": chosen, "images": None if images is None else str(images), "split": split,

@@ -46,7 +46,9 @@ def serve(
     cors_origin: Annotated[list[str] | None, _option("Pages of this origin may ask; may be repeated.")] = None,
     preload_speeds: Annotated[str, _option("Speeds that are warm before the server is ready: a,b.")] = "fast",
     grace: Annotated[float, _option("Seconds that running requests have after SIGTERM.", min=0)] = 30.0,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without keys.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without keys.", rich_help_panel=PANEL)
+    ] = False,
 ) -> None:
     """Answer over HTTP: counterfactuals, saliency and predictions, batched at every step.
 

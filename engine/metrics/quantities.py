@@ -255,7 +255,7 @@ def _grouped(labels: list[str], groups: Sequence[Sequence[str]]) -> Quantity:
     for number, names in enumerate(groups):
         for name in names:
             text = name.strip()
-            index = find_label(text, labels, "quantity", ("class, or groups such as a,b/c,d of labels:",))
+            index = find_label(text, labels, "quantity", ("class", "groups such as a,b/c,d"))
             if group_of[index] >= 0:
                 raise UsageError(f"quantity: label {labels[index]!r} stands in two groups")
             group_of[index] = number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -133,3 +134,34 @@ def test_no_seed_where_nothing_is_random(command: str) -> None:
 def test_numbers_that_a_compiled_step_takes_as_inputs_are_refused() -> None:
     one_line_error(run("export", "--what", "guided-step", "--steps", 5), 2, "steps: of --what counterfactual")
     one_line_error(run("export", "--what", "saliency", "--filter", "off"), 2, "filter: of counterfactuals")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("export --what counterfactual --out o --dtype fp16", "dtype: of compiled parts"),
+        ("export --what saliency --out o --format aoti", "format: of compiled parts"),
+        ("export --what saliency --out o --prompts pets", "prompts: a saliency file holds"),
+        ("export --what saliency --out o --tiny-decoder x", "tiny_decoder: a saliency file holds"),
+        ("profile --match-official --speed fast --out o", "the authors' code has no speed fast; leave"),
+        ("export --what foo", "classifier, all, counterfactual, saliency, got 'foo'"),
+        ("saliency x.png --method ig --adapter a --out o", "adapter: ig takes none"),
+        ("evaluate --methods ig,rise --count 2 --adapter a --out o", "adapter: ig, rise takes none"),
+        ("saliency x.png --overwrite --resume --out o", "overwrite: not together with --resume"),
+        ("saliency x.png --quantity a/b --out o", "expected class, groups such as a,b/c,d, an index or one of 0, 1"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    command: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one_line_error(run(*command.split()), 2, said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_breaks_lines_where_the_terminal_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = run("counterfactual", "--help").stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if "Writes one PNG" in line)
+    assert len(lines[start + 1].split()) > 3
+    assert not lines[start + 2].strip()
