@@ -29,7 +29,10 @@ SHARE = 3.0
 LANES = 2  # of one graph that are busy at once
 SMOOTHING = 0.2  # weight of the newest tick in a lane's measured seconds a tick
 KNOWN_TICK_S = 0.02  # before the first one was measured
-FAILURES = (RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError)  # of a user's model
+FAILURES = (
+    RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError, AttributeError, NameError,
+    ImportError, OSError,
+)  # fmt: skip  # of a user's model
 
 
 class Full(CounterlensError):
@@ -259,22 +262,24 @@ class Worker:
     # The thread
 
     def _run(self) -> None:
-        with self.engine.frozen():
-            while True:
-                with self._change:
-                    while not (self._stop or self._waiting or self._calls or self._lanes_busy()):
-                        self._change.wait()
-                    if self._stop:
-                        break
-                    calls = list(self._calls)
-                    self._calls.clear()
-                for run, future in calls:
-                    self._call(run, future)
-                self.ready = True
-                self._drop_cancelled()
-                self._fill()
-                self._tick()
-        self._fail_rest(Draining("server: it was stopped before this was done"))
+        try:
+            with self.engine.frozen():
+                while True:
+                    with self._change:
+                        while not (self._stop or self._waiting or self._calls or self._lanes_busy()):
+                            self._change.wait()
+                        if self._stop:
+                            break
+                    for _ in range(len(self._calls)):
+                        self._call(*self._calls.popleft())
+                    self.ready = True
+                    self._drop_cancelled()
+                    self._fill()
+                    self._tick()
+        finally:  # whatever ended it: nobody waits for ever, and health checks see it
+            with self._change:
+                self.draining = True
+            self._fail_rest(Draining("server: it was stopped before this was done"))
 
     def _lanes_busy(self) -> bool:
         return any(lane.requests for _, lane in self._lanes)
@@ -286,6 +291,9 @@ class Worker:
             result = run()
         except (CounterlensError, *FAILURES) as error:
             future.set_exception(self._told(error))
+        except BaseException as error:
+            future.set_exception(error)
+            raise
         else:
             future.set_result(result)
 

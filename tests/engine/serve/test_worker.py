@@ -260,3 +260,23 @@ def test_calls_between_ticks_answer_or_raise(worker: Worker) -> None:
         assert unwanted.cancel()
     assert worker.call(lambda: 4).result(timeout=60) == 4
     assert worker.ready
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_worker_that_has_ended(engine: EngineCore) -> None:
+    class Odd(Exception):
+        """What no model is expected to raise."""
+
+    def fail() -> None:
+        raise Odd
+
+    with working(engine, slots=1) as worker:
+        with Gate(worker):
+            asked, called = worker.call(fail), worker.call(lambda: 3)
+            ticket = worker.submit(images(1)[0])
+        for future, error in ((asked, Odd), (called, Draining), (ticket.future, Draining)):
+            with pytest.raises(error):
+                future.result(timeout=60)
+        assert worker.draining
+        with pytest.raises(Draining):
+            worker.submit(images(1)[0])
