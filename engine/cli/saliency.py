@@ -68,9 +68,12 @@ def _alpha(text: str | float) -> float:
     except ValueError:
         from ..metrics import load_alpha_min
 
-        return load_alpha_min(str(text))
+        try:
+            return load_alpha_min(str(text))
+        except CounterlensError as error:
+            raise typer.BadParameter(str(error)) from error
     if not 0 <= value <= 1:
-        raise UsageError(f"alpha-min: expected a number in [0, 1] or a calibration.json, got {text}")
+        raise typer.BadParameter(f"expected a number in [0, 1] or a calibration.json, got {text}")
     return value
 
 

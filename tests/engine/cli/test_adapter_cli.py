@@ -183,6 +183,7 @@ def test_usage_errors(digits: Path, tmp_path: Path) -> None:
         result = run("saliency", file, "--alpha-min", value, *out)
         assert result.returncode == 2
         assert reason in " ".join(result.stderr.replace("│", " ").split())
+        assert f"'--alpha-min': {reason if value == '1.5' else value}" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["saliency", "evaluate", "adapter train", "adapter explain", "adapter evaluate"])

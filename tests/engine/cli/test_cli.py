@@ -175,6 +175,7 @@ def test_info(tmp_path: Path) -> None:
     assert facts["pack"]["classifiers"] == ["clean", "judge", "shortcut"]
     assert "consensus_filter" in run("info", "--out", tmp_path).stdout
     assert json.loads((tmp_path / "info.json").read_text()) == facts
+    assert "runtimes: eager, " in run("info").stdout
 
 
 @pytest.mark.parametrize(
