@@ -171,6 +171,20 @@ def test_a_whole_run_that_is_damaged_or_of_another_solver_is_not_used(
         assert opened().runtime_choice(1).runtime == "eager"
 
 
+def test_random_images_of_a_measurement_are_not_taken_for_real_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, config = Pack("digits"), Config(speed="fast", steps=2)
+    one = Engine(pack.diffusion(), pack.classifier("clean"), config, store=tmp_path, device="cpu")
+    one.slots = (1,)
+    monkeypatch.setattr(one.whole_runs, "open", lambda settings: lambda *inputs: None)
+    measure_whole(one, config)
+    settings = one.settings(config)
+    assert one.whole_runs.measurements(settings).keys() == {"1"}
+    assert one.runners.real_images is None
+    assert all(r.spec.images is None for r in one.runners.parts(settings).values())
+
+
 def test_inputs_of_the_export(engine: Engine, tmp_path: Path) -> None:
     assert list(example_inputs(engine, engine.settings(Config(mode="official")), 2)) == ["image", "target", "noise"]
     (tmp_path / "file").write_text("")
@@ -293,7 +307,8 @@ def test_auto_takes_the_file_where_it_was_measured_faster(engine: Engine, whole:
     assert auto.runtime_choice(1).runtime == "eager"  # there, and not measured
     measure_whole(auto, config)
     assert auto.whole_runs.measurements(settings).keys() >= {"1", "2", "4"}
-    auto.whole_runs.remember(settings, 4, {STEPS: 0.4, NAME: 0.1})
+    for slots in (2, 4):  # of three samples one is skipped
+        auto.whole_runs.remember(settings, slots, {STEPS: 0.4, NAME: 0.1})
     auto.whole_runs.remember(settings, 8, {STEPS: 0.4, NAME: 0.5})
     assert auto.runtime_choice(3).runtime == NAME
     assert "steps 400.0 ms, whole-run 100.0 ms" in auto.runtime_choice(3).why
