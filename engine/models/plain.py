@@ -36,7 +36,7 @@ def fits(config: Mapping[str, Any]) -> bool:
     """Whether a whole configuration of diffusers asks for nothing but what is computed here."""
     return all(
         name.startswith("_")
-        or name in SIZES
+        or (name in SIZES and value is not None)
         or (name in ONLY and value == ONLY[name])
         or (name in ("down_block_types", "up_block_types") and BLOCKS.issuperset(value))
         for name, value in config.items()

@@ -81,7 +81,7 @@ def read_inference(body: bytes, header_length: str | None) -> tuple[dict[str, An
     """(the request's JSON, its inputs by name)."""
     length = len(body)
     if header_length is not None:
-        if not header_length.isdigit() or int(header_length) > len(body):
+        if not header_length.isdecimal() or int(header_length) > len(body):
             raise Problem(400, f"{HEADER}: expected at most {len(body)}, got {header_length[:20]!r}", HEADER)
         length = int(header_length)
     asked, blob = parse_json(body[:length]), memoryview(body)[length:]

@@ -49,7 +49,13 @@ def test_their_configurations_say_the_same(both) -> None:
         said = {k: v for k, v in theirs.config.items() if not k.startswith("_")}
         assert {k: v for k, v in ours.config.items() if not k.startswith("_")} == said
         assert fits(ours.config)
-        for field, value in (("dropout", 0.1), ("act_fn", "gelu"), ("up_block_types", ["UpBlock2D"]), ("new", 1)):
+        for field, value in (
+            ("dropout", 0.1),
+            ("norm_num_groups", None),
+            ("act_fn", "gelu"),
+            ("up_block_types", ["UpBlock2D"]),
+            ("new", 1),
+        ):
             assert not fits(ours.config | {field: value})
 
 

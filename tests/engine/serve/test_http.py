@@ -350,6 +350,8 @@ def test_the_open_inference_protocol(client: TestClient, engine: EngineCore) -> 
     length = int(binary.headers["inference-header-content-length"])
     array = np.frombuffer(binary.content[length:], dtype="<f4")
     assert np.allclose(array, found["counterfactual"]["data"])
+    odd = client.post("/v2/models/tiny/infer", content=head, headers={b"Inference-Header-Content-Length": b"\xb2"})
+    assert "inference-header-content-length: expected at most" in odd.json()["detail"]
     for inputs, detail in (
         ([image | {"data": [0.0]}], "image: does not fit shape"),
         ([image | {"datatype": "FP8", "data": []}], "image: datatype: expected"),
