@@ -41,7 +41,7 @@ class EngineOptions(Options):
     head: Path | None = Field(None, description="Safetensors file: linear head on a backbone.")
     weights: Path | None = Field(None, description="Weights of a torchvision or timm model.")
     neighbours: Path | None = Field(None, description="Nearest labels: JSON, or CSV label,nearest,...")
-    image_size: int | None = Field(None, description="Side in pixels, for Stable Diffusion.")
+    image_size: int | None = Field(None, ge=8, description="Side in pixels, for Stable Diffusion.")
     dtype: str | None = Field(None, description="Of the model's weights: float32, bfloat16 or float16.")
     tiny_decoder: str | None = Field(None, description="AutoencoderTiny for --guidance-decoder tiny.")
     device: str = Field("auto", description="auto (CUDA where there is one), cpu, cuda or cuda:N.")
@@ -49,7 +49,7 @@ class EngineOptions(Options):
     store: Path | None = Field(None, description="Store of artefacts; the user's cache without it.")
     attention: str = Field("sdpa", description="Of UNet and VAE: sdpa, or xformers (CUDA).")
     checkpointing: bool | None = Field(None, description="Recompute activations: less memory, more time.")
-    memory_budget: float | None = Field(None, description="GB; the largest batch that fits is used.")
+    memory_budget: float | None = Field(None, gt=0, description="GB; the largest batch that fits is used.")
 
     def of_engine(self) -> dict[str, Any]:
         """The keyword arguments of every `Engine`; what was not given is left to it."""

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from ..saliency.lax import LAX
 
 ClassifierOption = Annotated[
-    str, typer.Option(help="Of the pack; with --images also a folder, hub id or torchvision:NAME.")
+    str, typer.Option(help="Of the pack; with images of your own also a folder, hub id or torchvision:NAME.")
 ]
 QuantityOption = Annotated[
     str, typer.Option(help="class, or groups of labels: 0,1,2,3,4/5,6,7,8,9 (the target's group against the rest).")
