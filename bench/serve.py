@@ -261,7 +261,7 @@ def aborted(count: int = 500) -> dict[str, Any]:
     """Callers that go away in mid-run: threads, memory and files afterwards, and how soon the slots are free."""
     shown = pictures(8)
     with Served("--slots", "4", "--max-queue", "600") as served:
-        with_client(served.url, lambda client: burst(client, shown, speed="fast"))
+        with_client(served.url, lambda client: burst(client, shown, speed="exact"))
         before = served.held()
 
         async def run(client: httpx.AsyncClient) -> None:

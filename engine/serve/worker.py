@@ -165,8 +165,8 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Requests that are in no lane yet."""
-        return len(self._waiting)
+        """Requests that are in no slot yet: those in no lane, and those that a lane prepares meanwhile."""
+        return len(self._waiting) + sum(max(0, len(lane.requests) - lane.slots) for _, lane in list(self._lanes))
 
     @property
     def busy_slots(self) -> int:
@@ -213,12 +213,13 @@ class Worker:
         with self._change:
             if self.draining:
                 raise Draining("server: it is being stopped; ask another one")
-            if len(self._waiting) >= self.max_queue:
-                raise Full(len(self._waiting), self._wait_for(1))
-            if budget_s is not None and self.rate and self._wait_for(len(self._waiting)) > budget_s:
+            before = self.waiting
+            if before >= self.max_queue:
+                raise Full(before, self._wait_for(1))
+            if budget_s is not None and self.rate and self._wait_for(before) > budget_s:
                 raise Late(
-                    f"budget_s: {len(self._waiting)} requests are before this one; the answer takes about "
-                    f"{self._wait_for(len(self._waiting)):.1f} s, and {budget_s:g} s were given"
+                    f"budget_s: {before} requests are before this one; the answer takes about "
+                    f"{self._wait_for(before):.1f} s, and {budget_s:g} s were given"
                 )
             self._waiting.append(request)
             self._change.notify()
