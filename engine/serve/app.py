@@ -157,6 +157,7 @@ def make_app(
         `Accept: image/png` gives the picture alone, `text/event-stream` its steps and then the result,
         `Prefer: respond-async` a `Location` to come back to.
         """
+        worker.check_room()
         fields, data = await fields_of(request)
         asked = validated(CounterfactualRequest, fields)
         image = await server.image(data)

@@ -173,6 +173,17 @@ class Worker:
         """Requests in lanes."""
         return sum(len(lane.requests) for _, lane in self._lanes)
 
+    def check_room(self) -> None:
+        """Refuse before anything costs time: an upload that will not be taken need not be decoded.
+
+        Raises:
+            Full, Draining: see `submit`.
+        """
+        if self.draining:
+            raise Draining("server: it is being stopped; ask another one")
+        if (before := self.waiting) >= self.max_queue:
+            raise Full(before, self._wait_for(1))
+
     @property
     def tick_s(self) -> float:
         """Seconds that a step of the slowest lane takes."""
@@ -211,11 +222,8 @@ class Worker:
         ticket: Ticket[Counterfactual] = Ticket(on_step=on_step, preview=preview)
         request = _Request(ticket, image, target, seed, config, settings.graph, total, budget_s)
         with self._change:
-            if self.draining:
-                raise Draining("server: it is being stopped; ask another one")
+            self.check_room()
             before = self.waiting
-            if before >= self.max_queue:
-                raise Full(before, self._wait_for(1))
             if budget_s is not None and self.rate and self._wait_for(before) > budget_s:
                 raise Late(
                     f"budget_s: {before} requests are before this one; the answer takes about "
