@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -62,16 +62,12 @@ async def fields_of(request: Request) -> tuple[dict[str, Any], bytes]:
     return fields | {"image": ""}, data
 
 
-def events_of(task: Task, server: Server, saliency: bool) -> Callable[[int, int, Tensor | None], None]:
-    """What is told after each step, as events of the task."""
-
-    def on_step(step: int, total: int, preview: Tensor | None) -> None:
-        data: dict[str, Any] = {"step": step, "total": total}
-        if preview is not None:
-            data["image"] = to_base64(png(preview))
-        task.say("progress", data)
-
-    return on_step
+def tell(task: Task, step: int, total: int, preview: Tensor | None) -> None:
+    """A step as an event of its task."""
+    data: dict[str, Any] = {"step": step, "total": total}
+    if preview is not None:
+        data["image"] = to_base64(png(preview))
+    task.say("progress", data)
 
 
 async def finish(task: Task, server: Server, saliency: bool) -> None:
@@ -171,15 +167,9 @@ def make_app(
                 said = {"X-Prediction": answered["prediction"], "X-Flipped": str(answered["flipped"]).lower()}
                 return Response(png(result.image), 200, said, "image/png")
             return JSONResponse(answered)
-        holder: list[Task] = []
-
-        def on_step(step: int, total: int, preview: Tensor | None) -> None:
-            if holder:
-                events_of(holder[0], server, asked.saliency)(step, total, preview)
-
-        ticket = server.submit(image, asked, on_step)
+        # Steps are told in this event loop, and so not before the task is there.
+        ticket = server.submit(image, asked, lambda *step: tell(task, *step))
         name, task = server.keep(ticket)
-        holder.append(task)
         waiting = asyncio.create_task(finish(task, server, asked.saliency))
         running.add(waiting)
         waiting.add_done_callback(running.discard)
@@ -254,7 +244,7 @@ def make_app(
     @app.get("/readyz", tags=["server"])
     async def readyz() -> dict[str, str]:
         """Whether requests are taken: after warm-up, and not while it is being stopped."""
-        if not worker.ready or worker.draining:
+        if not worker.accepting:
             raise Problem(503, "server: it is being stopped" if worker.draining else "server: it warms up")
         return {"status": "ready"}
 

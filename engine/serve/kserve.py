@@ -167,14 +167,14 @@ def add_routes(app: FastAPI, server: Server) -> None:
     @app.get("/v2/health/ready", tags=["kserve"])
     async def ready() -> Response:
         """Whether requests are taken."""
-        good = server.worker.ready and not server.worker.draining
+        good = server.worker.accepting
         return JSONResponse({"ready": good}, 200 if good else 503)
 
     @app.get("/v2/models/{model}/ready", tags=["kserve"])
     async def model_ready(model: str) -> Response:
         """Whether requests of this model are taken."""
         known(model)
-        good = server.worker.ready and not server.worker.draining
+        good = server.worker.accepting
         return JSONResponse({"name": model, "ready": good}, 200 if good else 503)
 
     @app.get("/v2/models/{model}", tags=["kserve"])

@@ -37,7 +37,7 @@ class Metrics:
             ("samples_per_second", "Measured lately, while there was work.", lambda: worker.rate),
             ("tick_seconds", "Of a step in the slowest slots.", lambda: worker.tick_s),
             ("ready", "1 once warm-up is over and until draining.",
-             lambda: float(worker.ready and not worker.draining)),
+             lambda: float(worker.accepting)),
         ):  # fmt: skip
             Gauge(f"counterlens_{name}", text, **named).set_function(read)
 

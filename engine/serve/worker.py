@@ -22,7 +22,9 @@ from ..config import Config, StepOptions
 from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..core.session import Session
+from ..core.targets import RELATIVE_TARGETS
 from ..errors import CounterlensError, UsageError
+from ..guidance.schedule import schedule_of
 
 T = TypeVar("T")
 SHARE = 3.0
@@ -173,6 +175,11 @@ class Worker:
         """Requests in lanes."""
         return sum(len(lane.requests) for _, lane in self._lanes)
 
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken: after warm-up, and not while it is being stopped."""
+        return self.ready and not self.draining
+
     def check_room(self) -> None:
         """Refuse before anything costs time: an upload that will not be taken need not be decoded.
 
@@ -215,9 +222,9 @@ class Worker:
         if budget_s is not None and not budget_s > 0:
             raise UsageError(f"budget_s: expected seconds above 0, got {budget_s:g}")
         settings = self.engine.settings(config)
-        if not (isinstance(target, str) and target in ("runner-up", "opposite", "neighbour")):
+        if target not in RELATIVE_TARGETS:
             self.engine.check_target(target)
-        total = max(1, round(settings.steps * (settings.strength if settings.spacing == "official" else 1)))
+        total = len(schedule_of(settings, self.engine.diffusion.alphas_cumprod))
         total *= 2 if settings.noise == "inversion" else 1
         ticket: Ticket[Counterfactual] = Ticket(on_step=on_step, preview=preview)
         request = _Request(ticket, image, target, seed, config, settings.graph, total, budget_s)
