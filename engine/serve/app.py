@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,11 +15,13 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from ..core.core import EngineCore
+from ..core.result import Counterfactual
 from ..errors import CounterlensError
 from ..saliency.table import METHODS
 from .guard import Guard, Keys, Limits
 from .kserve import add_routes
-from .server import Server, Task
+from .server import Server
+from .tasks import LAST, Event, Tasks
 from .telemetry import Metrics
 from .wire import (
     CounterfactualRequest,
@@ -32,7 +35,7 @@ from .wire import (
     to_base64,
     validated,
 )
-from .worker import Worker
+from .worker import Ticket, Worker
 
 
 async def fields_of(request: Request) -> tuple[dict[str, Any], bytes]:
@@ -62,36 +65,28 @@ async def fields_of(request: Request) -> tuple[dict[str, Any], bytes]:
     return fields | {"image": ""}, data
 
 
-def tell(task: Task, step: int, total: int, preview: Tensor | None) -> None:
-    """A step as an event of its task."""
-    data: dict[str, Any] = {"step": step, "total": total}
-    if preview is not None:
-        data["image"] = to_base64(png(preview))
-    task.say("progress", data)
-
-
-async def finish(task: Task, server: Server, saliency: bool) -> None:
+async def finish(server: Server, name: str, ticket: Ticket[Counterfactual], saliency: bool) -> None:
     """Wait for a task's result and tell it as its last event."""
     try:
-        result = await asyncio.wrap_future(task.ticket.future)
-        task.say("result", await server.answer(result, task.ticket, saliency))
+        result = await asyncio.wrap_future(ticket.future)
+        server.tasks.say(name, "result", await server.answer(result, ticket, saliency))
     except CounterlensError as error:
-        task.say("error", problem_of(error).body())
+        server.tasks.say(name, "error", problem_of(error).body())
 
 
-async def stream(task: Task) -> AsyncIterator[bytes]:
+async def stream(server: Server, name: str) -> AsyncIterator[bytes]:
     """A task's events as server-sent events, from the first to the last."""
     told = 0
     while True:
-        changed = task.changed
-        for name, data in task.events[told:]:
-            yield f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
-            if name in ("result", "error"):
+        events = await server.tasks.events(name, told, wait_s=10)
+        if events is None:  # deleted meanwhile
+            events = [("error", Problem(409, "request: cancelled").body())]
+        for kind, data in events:
+            yield f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+            if kind in LAST:
                 return
-        told = len(task.events)
-        try:
-            await asyncio.wait_for(changed.wait(), timeout=10)
-        except asyncio.TimeoutError:
+        told += len(events)
+        if not events:
             yield b": still here\n\n"  # proxies close what is silent
 
 
@@ -102,6 +97,7 @@ def make_app(
     keys: Keys | None = None,
     limits: Limits | None = None,
     cors_origins: list[str] | None = None,
+    tasks: Tasks | None = None,
 ) -> Any:
     """The server's ASGI application.
 
@@ -110,10 +106,11 @@ def make_app(
         keys: who is let in; everybody without.
         limits: of one request.
         cors_origins: pages of these origins may ask.
+        tasks: where what callers come back for is kept; in this process without it.
     """
     limits = limits or Limits()
     metrics = Metrics(worker)
-    server = Server(engine, worker, metrics, limits)
+    server = Server(engine, worker, metrics, limits, tasks)
     app = FastAPI(title="counterlens", version="1", description="Explanations of one classifier.", docs_url="/docs")
     running: set[asyncio.Task[None]] = set()
 
@@ -167,10 +164,16 @@ def make_app(
                 said = {"X-Prediction": answered["prediction"], "X-Flipped": str(answered["flipped"]).lower()}
                 return Response(png(result.image), 200, said, "image/png")
             return JSONResponse(answered)
+        name = uuid.uuid4().hex
+
+        def tell(step: int, total: int, preview: Tensor | None) -> None:
+            data: dict[str, Any] = {"step": step, "total": total}
+            server.tasks.say(name, "progress", data if preview is None else data | {"image": to_base64(png(preview))})
+
         # Steps are told in this event loop, and so not before the task is there.
-        ticket = server.submit(image, asked, lambda *step: tell(task, *step))
-        name, task = server.keep(ticket)
-        waiting = asyncio.create_task(finish(task, server, asked.saliency))
+        ticket = server.submit(image, asked, tell)
+        await server.keep(name, ticket)
+        waiting = asyncio.create_task(finish(server, name, ticket, asked.saliency))
         running.add(waiting)
         waiting.add_done_callback(running.discard)
         where = {"Location": f"/v1/counterfactuals/{name}"}
@@ -179,7 +182,7 @@ def make_app(
 
         async def watched() -> AsyncIterator[bytes]:
             try:
-                async for event in stream(task):
+                async for event in stream(server, name):
                     yield event
             finally:
                 if not ticket.future.done():
@@ -192,11 +195,11 @@ def make_app(
     )
     async def fetch(name: str, request: Request) -> Response:
         """The result if it is there (200), else how far it is (202); `text/event-stream` streams it."""
-        task = server.task(name)
+        events = await server.events(name)
         if "text/event-stream" in request.headers.get("accept", ""):
-            return StreamingResponse(stream(task), 200, {"Cache-Control": "no-store"}, "text/event-stream")
-        start: tuple[str, dict[str, Any]] = ("progress", {"step": 0, "total": 0})
-        kind, data = task.events[-1] if task.events else start
+            return StreamingResponse(stream(server, name), 200, {"Cache-Control": "no-store"}, "text/event-stream")
+        start: Event = ("progress", {"step": 0, "total": 0})
+        kind, data = events[-1] if events else start
         if kind == "error":
             raise Problem(data["status"], data["detail"], data.get("field"))
         if kind == "result":
@@ -206,8 +209,8 @@ def make_app(
     @app.delete("/v1/counterfactuals/{name}", status_code=204, tags=["explain"])
     async def forget(name: str) -> Response:
         """Cancel it if it runs, and forget it."""
-        worker.cancel(server.task(name).ticket)
-        del server.tasks[name]
+        await server.events(name)
+        await server.tasks.forget(name)
         return Response(status_code=204)
 
     @app.post("/v1/saliency", openapi_extra=body(SaliencyRequest), responses=problems, tags=["explain"])

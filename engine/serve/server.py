@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,37 +14,23 @@ from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..saliency.explain import explain_by
 from .guard import Limits
+from .tasks import KEPT, KEPT_S, Event, Tasks
 from .telemetry import Metrics
 from .wire import CounterfactualRequest, Problem, SaliencyRequest, answer_of, config_of, png, read_image, to_base64
 from .worker import Ticket, Worker
 
 T = TypeVar("T")
-KEPT, KEPT_S = 256, 600.0  # finished answers that are kept for a caller that comes back, and for how long
 GONE_S = 0.05  # how often it is asked whether the caller is still there
-
-
-@dataclass
-class Task:
-    """A counterfactual that its caller comes back for."""
-
-    ticket: Ticket[Counterfactual]
-    created: float = field(default_factory=time.monotonic)
-    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def say(self, name: str, data: dict[str, Any]) -> None:
-        """Add an event, and wake whoever listens."""
-        self.events.append((name, data))
-        self.changed.set()
-        self.changed = asyncio.Event()
 
 
 class Server:
     """What the routes share."""
 
-    def __init__(self, engine: EngineCore, worker: Worker, metrics: Metrics, limits: Limits) -> None:
+    def __init__(
+        self, engine: EngineCore, worker: Worker, metrics: Metrics, limits: Limits, tasks: Tasks | None = None
+    ) -> None:
         self.engine, self.worker, self.metrics, self.limits = engine, worker, metrics, limits
-        self.tasks: OrderedDict[str, Task] = OrderedDict()
+        self.tasks = tasks or Tasks()
         self.name = engine.names.get("pack") or Path(engine.names.get("model", "model")).name
 
     async def image(self, data: bytes) -> Tensor:
@@ -108,27 +90,23 @@ class Server:
         )
         return made.record(0) | {"map": to_base64(await asyncio.to_thread(png, made.saliency[0]))}
 
-    def keep(self, ticket: Ticket[Counterfactual]) -> tuple[str, Task]:
-        """A task for a caller that comes back; the oldest finished ones make room."""
-        now = time.monotonic()
-        for name in [n for n, t in self.tasks.items() if t.ticket.future.done() and now - t.created > KEPT_S]:
-            del self.tasks[name]
-        while len(self.tasks) >= KEPT:
-            oldest = next((n for n, t in self.tasks.items() if t.ticket.future.done()), None)
-            if oldest is None:
-                self.worker.cancel(ticket)
-                raise Problem(429, f"tasks: {KEPT} run already", None, {"Retry-After": "5"})
-            del self.tasks[oldest]
-        name, task = uuid.uuid4().hex, Task(ticket)
-        self.tasks[name] = task
-        return name, task
+    async def keep(self, name: str, ticket: Ticket[Counterfactual]) -> None:
+        """Keep a task for a caller that comes back.
 
-    def task(self, name: str) -> Task:
-        """A task by its name.
+        Raises:
+            Problem: 429, too many run.
+        """
+        if not await self.tasks.open(name, lambda: self.worker.cancel(ticket)):
+            self.worker.cancel(ticket)
+            raise Problem(429, f"tasks: {KEPT} run already", None, {"Retry-After": "5"})
+
+    async def events(self, name: str) -> list[Event]:
+        """What has been told of a task so far.
 
         Raises:
             Problem: 404.
         """
-        if name not in self.tasks:
+        events = await self.tasks.events(name, 0, wait_s=0)
+        if events is None:
             raise Problem(404, f"counterfactual: there is none of this name, or none any more ({KEPT_S:.0f} s)")
-        return self.tasks[name]
+        return events
