@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
+from .chance import TUNED, carried_over
 from .errors import MAX_SEED, UsageError
 from .multistep import SOLVERS
 
@@ -173,10 +174,15 @@ SPEEDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def default_settings(conditioning: str) -> dict[str, dict[str, Any]]:
-    """Settings by mode for models that nobody tuned: the published ImageNet setting, and for `audit` 90 degrees."""
+def default_settings(conditioning: str, channels: int = TUNED) -> dict[str, dict[str, Any]]:
+    """Settings by mode for models that nobody tuned: the published ImageNet setting, and for `audit` 90 degrees.
+
+    Of more latent `channels` than that was chosen on, `realistic` has the angle that keeps as many random directions
+    (see `chance.carried_over`).
+    """
     base = PRESETS["imagenet-text" if conditioning == "text" else "imagenet-class"].model_dump()
-    return {"official": base, "realistic": base, "audit": base | {"angle": 90.0}}
+    realistic = base | {"angle": carried_over(base["angle"], channels)}
+    return {"official": base, "realistic": realistic, "audit": base | {"angle": 90.0}}
 
 
 def preset_misfit(preset: str, conditioning: str, labels: int) -> str | None:

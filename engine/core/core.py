@@ -99,7 +99,8 @@ class EngineCore:
         self.diffusion = diffusion
         self.classifier = classifier
         self.config = config or Config()
-        self.pack_settings = default_settings(diffusion.conditioning) if pack_settings is None else pack_settings
+        untuned = default_settings(diffusion.conditioning, diffusion.latent_shape[0])
+        self.pack_settings = untuned if pack_settings is None else pack_settings
         self.speeds = speeds or SPEEDS
         self.backend = backend
         self.source = source or {}
