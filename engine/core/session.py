@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import Config, Settings
 from ..errors import UsageError
-from ..guidance.sampler import Job, Observer, Outcome, Sampler, check_graph, count_ticks, guided_steps
+from ..guidance.sampler import PATIENCE, Job, Observer, Outcome, Sampler, check_graph, count_ticks, guided_steps
 from ..guidance.schedule import schedule_of
 from ..images.files import as_saved
 from ..models.protocols import Diffusion
@@ -74,6 +74,9 @@ class Session:
             is one batch: it takes the slots that it needs, and the results come together at the end.
         observe: see `EngineCore.counterfactual`; told the samples' ids.
         whole: the batch may run by a whole run's file, see `EngineCore.open_whole`.
+
+    Attributes:
+        patience: with `slots`, the ticks that a finished sample waits at most for others to be decoded with.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Session:
         whole: bool = False,
     ) -> None:
         self.models, self.config, self.slots, self.observe = models, config or models.config, slots, observe
-        self.whole = whole
+        self.whole, self.patience = whole, PATIENCE
         self.graph = models.settings(self.config).graph
         self.sampler: Sampler | WholeSampler | None = None
         self.total = 0  # ticks that the first batch needs, if no sample ends early
@@ -155,6 +158,7 @@ class Session:
         if self._new:
             self._begin()
         if self.sampler is not None:
+            self.sampler.patience = self.patience
             for outcome in self.sampler.tick():
                 sample = self._running.pop(outcome.id)
                 sample.outcome, sample.error = outcome, outcome.error

@@ -139,7 +139,7 @@ class WholeSampler:
 
     def __init__(self, run: WholeRun, settings: Settings, slots: int, latents: tuple[int, int, int]) -> None:
         self.run, self.settings, self.slots, self.latents = run, settings, slots, latents
-        self.live, self.ticks, self.z0 = False, 0, torch.empty(0)
+        self.live, self.patience, self.ticks, self.z0 = False, 0, 0, torch.empty(0)
         self.stepped: list[tuple[int, int]] = []
         self.progress: dict[int, tuple[int, int]] = {}
         self._jobs: dict[int, Job] = {}

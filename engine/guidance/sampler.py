@@ -155,8 +155,9 @@ class Sampler:
 
     A batch wants all slots busy: newcomers are prepared to the end before the next step, and finished samples wait for
     a full batch to be decoded. Whoever waits for one answer wants neither: while a sampler is `live`, a tick holds at
-    most one pass of each stage, so that a newcomer's inversion delays nobody, and a finished sample waits `PATIENCE`
-    ticks at most. The numbers are the same.
+    most one pass of each stage, so that a newcomer's inversion delays nobody, and a finished sample waits `patience`
+    ticks at most. Up to a batch is prepared ahead, so that a slot that gets free is taken at once. Budgets count from
+    the moment that a job is submitted. The numbers are the same.
 
     To be used from one thread, models frozen (`models.freezing.frozen`).
 
@@ -172,6 +173,7 @@ class Sampler:
 
     Attributes:
         live: for callers that wait for single samples, see above; False at first.
+        patience: ticks that a finished sample waits while `live`, `PATIENCE` at first.
     """
 
     def __init__(
@@ -197,6 +199,7 @@ class Sampler:
         self.observe = observe
         self.clock = clock
         self.live = False
+        self.patience = PATIENCE
         self.ticks = 0  # guided or unguided steps of the slots so far
         self.stepped: list[tuple[int, int]] = []  # (slot, id) of the last tick
         self.z0 = torch.empty(0)  # [slots, C, h, w], clean estimates of the last tick
@@ -241,6 +244,7 @@ class Sampler:
         schedule = schedule_of(settings, alphas_cumprod)
         table = coefficients(schedule, alphas_cumprod, settings.solver)
         sample = _Sample(self._next_id, job, schedule, table, guided_steps(settings, len(schedule)))
+        sample.started = self.clock()
         self._next_id += 1
         self._waiting.append(sample)
         return sample.id
@@ -267,7 +271,7 @@ class Sampler:
     def tick(self) -> list[Outcome]:
         """Fill the slots, take one step of all of them, and return what was finished."""
         self.stepped = []
-        if self.live and None in self._running and self._more_to_prepare:
+        if self.live and len(self._ready) < self.slots and self._more_to_prepare:
             self._prepare()
         while None in self._running and (self._ready or (self._more_to_prepare and not self.live)):
             if (sample := self._next_ready()) is not None:
@@ -312,7 +316,7 @@ class Sampler:
         samples = [self._waiting.popleft() for _ in range(min(self.slots, len(self._waiting)))]
         started = self.clock()
         for sample in samples:
-            sample.started = started
+            sample.started = sample.started if self.live else started
         images = torch.zeros(self.slots, *samples[0].job.image.shape, dtype=samples[0].job.image.dtype)
         for row, sample in enumerate(samples):
             images[row] = sample.job.image
@@ -475,7 +479,8 @@ class Sampler:
         """Outcomes of failed samples, and of finished ones once a batch of them is there or nobody else is coming."""
         out, self._failed = self._failed, []
         if self.live:
-            due = bool(self._done) and (not any(self._running) or self.ticks - self._done[0].finished >= PATIENCE)
+            waited = bool(self._done) and self.ticks - self._done[0].finished >= self.patience
+            due = waited or (bool(self._done) and not any(self._running))
         else:
             due = not (self._ready or self._more_to_prepare)
         due = due or not all(sample.complete for sample in self._done)

@@ -24,11 +24,14 @@ from ..core.result import Counterfactual
 from ..core.session import Session
 from ..core.targets import RELATIVE_TARGETS
 from ..errors import CounterlensError, UsageError
+from ..guidance.sampler import PATIENCE
 from ..guidance.schedule import schedule_of
 
 T = TypeVar("T")
 SHARE = 3.0
 LANES = 2  # of one graph that are busy at once
+AHEAD = 3  # batches that a lane of all slots holds beside the one in them: inverted, encoded, or waiting for a pass
+PATIENCE_FULL = 8  # of a lane with more than a batch behind its slots: a decoder pass for few costs all of them more
 SMOOTHING = 0.2  # weight of the newest tick in a lane's measured seconds a tick
 KNOWN_TICK_S = 0.02  # before the first one was measured
 FAILURES = (
@@ -102,16 +105,20 @@ class _Request:
 class _Lane:
     """The slots of one graph, and who is in them."""
 
-    def __init__(self, session: Session, slots: int) -> None:
+    def __init__(self, session: Session, slots: int, ahead: int) -> None:
         self.session, self.slots = session, slots
+        self.most = (1 + ahead) * slots  # requests, those that are prepared meanwhile included
+        self.filling = True
         self.requests: dict[int, _Request] = {}
         self.tick_s = 0.0
         self.owed = 0.0  # seconds that other lanes worked since its last tick
 
     @property
-    def room(self) -> int:
-        """How many more requests it takes: as many as its slots, and as many again that are being prepared."""
-        return 2 * self.slots - len(self.requests)
+    def takes(self) -> bool:
+        """Whether it takes one more; once it was full it waits for room for a batch, to fill encoder and classifier."""
+        held = len(self.requests)
+        self.filling = held < self.most and (self.filling or held <= self.most - self.slots)
+        return self.filling
 
     @property
     def left(self) -> float:
@@ -342,16 +349,16 @@ class Worker:
         mine = [lane for graph, lane in self._lanes if graph == request.graph]
         busy = [lane for lane in mine if lane.requests]
         for lane in busy:
-            if len(lane.requests) < lane.slots or (lane.slots >= self.largest and lane.room > 0):
+            if len(lane.requests) < lane.slots or (lane.slots >= self.largest and lane.takes):
                 return lane
         if len(busy) == LANES or (busy and self.slots != "auto"):
-            return next((lane for lane in busy if lane.room > 0), None)
+            return next((lane for lane in busy if lane.takes), None)
         count = sum(r.graph == request.graph for r in waiting)
         slots = min(self.engine.slots_for(count), self.largest) if self.slots == "auto" else self.largest
         for lane in mine:
             if lane.slots == slots and not lane.requests:
                 return lane
-        lane = _Lane(Session(self.engine, request.config, slots), slots)
+        lane = _Lane(Session(self.engine, request.config, slots), slots, AHEAD if slots == self.largest else 1)
         self._lanes.append((request.graph, lane))
         return lane
 
@@ -374,6 +381,7 @@ class Worker:
             return
         starved = [lane for lane in busy if lane.owed > SHARE * lane.tick_s]
         chosen = max(starved, key=lambda lane: lane.owed) if starved else min(busy, key=lambda lane: lane.left)
+        chosen.session.patience = PATIENCE if len(chosen.requests) <= 2 * chosen.slots else PATIENCE_FULL
         started = time.perf_counter()
         try:
             done = chosen.session.tick()
