@@ -1,5 +1,7 @@
 """Perturbation metrics: speed against Quantus and a plain loop, cost of perturbing, constructed cases.
 
+`field` holds the field's other metrics beside Quantus: the same images, maps, masks and passes, values compared.
+
 `python -m bench.metrics --record` writes bench/results/metrics.json. Ratios are of runs side by side, in one process,
 with the same classifier, the same masks and the same number of forwards: on a CPU the forwards are nearly all of it.
 What compiling the classifier (ONNX Runtime) adds is recorded apart.
@@ -19,7 +21,8 @@ import typer
 from torch import Tensor, nn
 
 from bench.record import in_turns, keep_memory, timed, write_result
-from counterlens.engine.metrics import deletion, gradient_maps, insertion, msi
+from counterlens.engine import metrics
+from counterlens.engine.metrics import deletion, faithfulness, gradient_maps, insertion, msi
 from counterlens.engine.packs import Pack
 from counterlens.engine.runtime import onnxruntime
 from counterlens.engine.runtime.forward import compile_classifier
@@ -114,6 +117,95 @@ def speed(pack: Pack, count: int, per_step: int, rounds: int, device: str, batch
         },
         "largest_difference": {name: (v - mine).abs().max().item() for name, v in values.items()},
     }
+
+
+def field_speed(pack: Pack, count: int, rounds: int, device: str) -> dict[str, Any] | str:
+    """Each metric of the field on the digits classifier: ours and Quantus', seconds, ratio, largest difference."""
+    if find_spec("quantus") is None:
+        return "not measured: quantus is not installed; pip install '.[comparisons]'"
+    import numpy as np
+    import quantus
+
+    if not hasattr(np, "trapz"):
+        np.trapz = np.trapezoid  # type: ignore[attr-defined]  # Quantus 0.6 asks for the name that NumPy dropped
+    module = pack.classifier("clean").module.to(device)
+    images = pack.samples("test", count=count, marker="matching").images.to(device)
+    g = torch.Generator().manual_seed(0)
+    maps = (torch.rand(images.shape, generator=g) - 0.3).to(device)
+    inside = torch.zeros(count, 32, 32, dtype=torch.bool)
+    inside[:, 4:20, 8:24] = True
+    with torch.no_grad():
+        target = module(images).argmax(1)
+
+    def gradients(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x = x.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(model(x).gather(1, y[:, None]).sum(), x)[0]
+
+    def explain(model: Any, inputs: Any, targets: Any, **_: Any) -> Any:
+        x = torch.tensor(inputs, dtype=torch.float32, device=device)
+        return gradients(model, x, torch.tensor(targets, device=device)).cpu().numpy()
+
+    own, one = gradients(module, images, target), maps[:, 0]
+    quiet = {"disable_warnings": True, "display_progressbar": False}
+    black = {"baseline": faithfulness.darkest(images)}
+    arrays = {"x_batch": images.cpu().numpy(), "y_batch": target.cpu().numpy(), "channel_first": True, "softmax": True}
+
+    def theirs(metric: Any, given: Tensor = maps, **more: Any) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            numbers = given.cpu().numpy().copy()
+            return torch.tensor(np.asarray(metric(model=module, a_batch=numbers, device=device, **arrays, **more)))
+
+        return run
+
+    def ours(function: Any, given: Tensor = maps, **options: Any) -> Callable[[], Tensor]:
+        return lambda: function(module, images, given, target, batch_size=count, **black, **options)
+
+    masked = {"s_batch": inside[:, None].numpy()}
+    perturbing = {"explain_func": explain}
+    unit = maps / maps.abs().max()
+    noise = torch.rand(10, *images.shape, generator=g).to(device) * 0.1 - 0.05
+    q, m = quantus, metrics
+    pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor], bool]] = {  # the last: are values the same?
+        "faithfulness_correlation": (ours(m.faithfulness_correlation, subset_size=224, runs=100, channels="apart"),
+            theirs(q.FaithfulnessCorrelation(abs=False, return_aggregate=False, **quiet)), False),
+        "faithfulness_estimate": (ours(m.faithfulness_estimate, per_step=32, channels="apart"),
+            theirs(q.FaithfulnessEstimate(features_in_step=32, abs=False, **quiet)), True),
+        "region_perturbation": (lambda: ours(m.region_perturbation, patch=4, regions=64)().score,  # type: ignore[attr-defined]
+            lambda: theirs(q.RegionPerturbation(patch_size=4, regions_evaluation=64, **quiet))().mean(1), True),
+        "infidelity": (ours(m.infidelity, patches=(4,), cumulative=True),
+            theirs(q.Infidelity(perturb_patch_sizes=[4], n_perturb_samples=1, **quiet)), True),
+        "sparseness": (lambda: m.sparseness(unit), theirs(q.Sparseness(**quiet)), True),
+        "complexity": (lambda: m.complexity(maps), theirs(q.Complexity(**quiet)), True),
+        "effective_complexity": (lambda: m.effective_complexity(unit, 0.3),
+            theirs(q.EffectiveComplexity(eps=0.3, **quiet)), True),
+        "pointing_game": (lambda: m.pointing_game(one, inside),
+            theirs(q.PointingGame(**quiet), maps[:, :1], **masked), True),
+        "relevance_mass": (lambda: m.relevance_mass(one.abs(), inside),
+            theirs(q.RelevanceMassAccuracy(abs=True, **quiet), maps[:, :1], **masked), True),
+        "relevance_rank": (lambda: m.relevance_rank(one, inside),
+            theirs(q.RelevanceRankAccuracy(**quiet), maps[:, :1], **masked), True),
+        "mask_auc": (lambda: m.mask_auc(one, inside), theirs(q.AUC(**quiet), maps[:, :1], **masked), True),
+        "top_k_intersection": (lambda: m.top_k_intersection(one, inside, 100),
+            theirs(q.TopKIntersection(k=100, **quiet), maps[:, :1], **masked), True),
+        "max_sensitivity": (
+            lambda: m.sensitivity(lambda x, y: gradients(module, x, y), images, own, target, noise=noise).maximum,
+            theirs(q.MaxSensitivity(nr_samples=10, lower_bound=0.05, **quiet), own, **perturbing), False),
+        "mprt": (lambda: m.mprt(gradients, module, images, own, target).last,
+            theirs(q.MPRT(return_last_correlation=True, abs=False, normalise=False, **quiet), own, **perturbing), True),
+    }  # fmt: skip
+    out: dict[str, Any] = {}
+    for name, (mine, other, same) in pairs.items():
+        seconds, values = median_seconds({"ours": mine, "quantus": other}, rounds)
+        difference = (values["ours"].double().cpu() - values["quantus"].double()).abs()
+        scale = values["quantus"].double().abs().clamp(min=1)
+        out[name] = {
+            "seconds": seconds,
+            "times_quantus": seconds["quantus"] / seconds["ours"],
+            "largest_difference": (difference / scale).max().item() if same else "drawn otherwise: see the tests",
+        }
+    ratios = [row["times_quantus"] for row in out.values()]
+    return {"images": count, "metrics": out, "geometric_mean": statistics.geometric_mean(ratios)}
 
 
 def perturbation_share(device: str, count: int = 2, steps: int = 4) -> dict[str, Any]:
@@ -221,6 +313,7 @@ def main(
         "constructed": constructed_cases(),
         "batch_invariance": batch_invariance(),
         "speed": [speed(pack, *case, device, batch_size) for case in CASES],
+        "field": field_speed(pack, 16, 3, device),
         "resnet50": perturbation_share(device),
     }
     print(json.dumps(result, indent=1))

@@ -118,8 +118,8 @@ def metrics() -> str:
     """The metrics of maps."""
     from counterlens.engine.metrics.table import METRICS
 
-    lines = ["| column | metric | what it says |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| `{m.name}` | {m.arrow} | {m.about} |" for m in METRICS.values())])
+    lines = ["| group | column | metric | what it says |", "| --- | --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {m.group} | `{m.name}` | {m.arrow} | {m.about} |" for m in METRICS.values())])
 
 
 MADE = {

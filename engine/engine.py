@@ -175,7 +175,7 @@ class Engine(EngineCore):
             baseline: what hides pixels, see `metrics.inputs.make_baseline`; the pack's mean colour, else `blur`.
             alpha_min: of MSI.
             layer: of `gradcam`, see `saliency.methods.explain_with`.
-            metrics: names in `metrics.table.METRICS`; those that cost nothing beside MSI without it.
+            metrics: names or groups in `metrics.table`; those that cost nothing beside MSI without it.
             counterfactual: compute counterfactuals as well, with `targets`, `seeds` and `config`.
 
         Raises:

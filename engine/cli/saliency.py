@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ import typer
 from ..errors import CounterlensError, NotFinite, UsageError
 from ..files import write_atomically
 from ..labels import find_label
+from ..metrics.table import GROUPS
 from ..saliency.table import METHODS, check_methods
 from .grouped import grouped
 from .options import (
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from ..images.sources import Sample
     from ..models.protocols import Classifier
-    from ..packs import Pack
+    from ..packs import Pack, Samples
     from ..saliency.explain import Explanations
     from ..saliency.lax import LAX
 
@@ -84,6 +85,23 @@ AlphaOption = Annotated[
         metavar="NUMBER|FILE",
     ),
 ]  # fmt: skip
+MetricsOption = Annotated[
+    str,
+    typer.Option(
+        help=f"Groups ({', '.join(GROUPS)}, all) or names, such as main,irof. judge needs --judge, masks --masks."
+    ),
+]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(help="A second classifier, of the pack or as --classifier: is the evidence one for it as well?"),
+]
+MasksOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the evidence is: a folder of black and white pictures named as the images, or `marker` of the "
+        "pack's images."
+    ),
+]
 LayerOption = Annotated[str | None, typer.Option(help="Of gradcam; the last maps without it.")]
 EVALUATED = ("summary.json", "scores.parquet", "curves.png", "methods.png")
 SHOWN = 8  # images in the picture of methods
@@ -185,6 +203,40 @@ def load(source: Path, size: int, recursive: bool) -> tuple[list[str], Tensor, i
     return names, torch.stack(images), failed
 
 
+def read_masks(source: str, names: Sequence[str], images: Tensor, drawn: Samples | None) -> Tensor:
+    """Where the evidence is in each image: [N, H, W] bool, of pictures named as the images or of the pack's markers.
+
+    Raises:
+        UsageError: there is no such folder or picture, its size is another one, or a pack's image has no marker.
+    """
+    import torch
+    from PIL import Image
+
+    from ..images.files import decoding
+
+    if source == "marker" and not Path(source).exists():
+        if drawn is None or any(marker is None for marker in drawn.markers):
+            raise UsageError("masks: marker is for the pack's images, all of them with one: --marker matching, say")
+        inside = torch.zeros(images.shape[0], *images.shape[2:], dtype=torch.bool)
+        for mask, marker in zip(inside, drawn.markers, strict=True):
+            assert marker is not None
+            mask[marker.box] = True
+        return inside
+    folder, found = Path(source), []
+    for name in names:
+        path = folder / f"{Path(name).stem}.png"
+        if not path.is_file():
+            raise UsageError(f"masks: {path} is missing; expected a black and white picture for each image")
+        with decoding(path), Image.open(path) as picture:
+            mask = picture.convert("L")
+        if mask.size != (images.shape[3], images.shape[2]):
+            raise UsageError(
+                f"masks: {path} is {mask.width}x{mask.height}, the images are {images.shape[3]}x{images.shape[2]}"
+            )
+        found.append(torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8).reshape(mask.height, mask.width))
+    return torch.stack(found) > 127
+
+
 def explain_images(
     images: Annotated[list[Path], ImagesArgument],
     method: Annotated[str, typer.Option(help=f"{METHOD_NAMES}.")] = "lax",
@@ -204,7 +256,6 @@ def explain_images(
 
     from ..images.maps import save_overlay
     from ..metrics.quantities import make_quantity
-    from ..metrics.table import METRICS
     from ..models.placing import choose_device, computing_on
     from ..outputs import Source, open_run
     from ..saliency.explain import explain
@@ -226,7 +277,7 @@ def explain_images(
         with computing_on(there):
             found = explain(
                 opened.classifier, item.load(opened.size)[None].to(there), method, wanted, pack=opened.pack,
-                quantity=question, adapter=trained, alpha_min=how.alpha_min, layer=how.layer, metrics=list(METRICS),
+                quantity=question, adapter=trained, alpha_min=how.alpha_min, layer=how.layer, metrics=["main", "shape"],
                 seed=how.seed,
             )  # fmt: skip
         picture, arrays = folder / f"{name}.png", folder / f"{name}.safetensors"
@@ -276,23 +327,30 @@ def evaluate_methods(
     marker: Annotated[
         str, typer.Option(help="On the pack's images: none, random, matching or conflicting.")
     ] = "random",
+    metrics: MetricsOption = "main,shape,robust",
+    judge: JudgeOption = None,
+    masks: MasksOption = None,
     runtime: ForwardOption = "eager",
     how: Explaining,
     command: str,
 ) -> None:
     """Compare saliency methods on the same images.
 
-    Writes summary.json (means with 95 % intervals), scores.parquet (per image), curves.png and methods.png.
+    Writes summary.json (means with 95 % intervals, and which scores are brittle: they get worse by more than 0.1
+    when the map is moved by one pixel), scores.parquet (per image), curves.png and methods.png.
 
-    Example: counterlens evaluate --methods lax,ig,gradcam --count 50 --out compared
+    Example: counterlens evaluate --methods lax,ig,gradcam --count 50 --judge judge --metrics main,judge --out compared
     """
     from ..images.maps import check_charts
+    from ..metrics.table import check_metrics
     from ..models.placing import choose_device, computing_on
     from ..outputs import open_run
     from ..runtime.forward import forward_by
     from ..saliency.evaluation import evaluate, write_parquet
 
     chosen = check_methods([name.strip() for name in methods.split(",")])
+    given = {"judge": judge, "masks": masks, "stability": True}
+    measured = check_metrics([name.strip() for name in metrics.split(",")], [g for g, there in given.items() if there])
     check_charts()
     there = choose_device(how.device)
     opened = subject.open(images, how.device)
@@ -303,12 +361,15 @@ def evaluate_methods(
         failed, drawn = 0, opened.pack.samples(split, count=count, marker=marker)
         shown = drawn.images
         names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
+    second = None if judge is None else replace(subject, classifier=judge).open(images, how.device).classifier
+    inside = None if masks is None else read_masks(masks, names, shown, None if images is not None else drawn)
     trained = subject.adapter_of(chosen, opened, how.adapter)
     forward = forward_by(runtime, opened.classifier, opened.size, shown)
     facts = {
         "command": command, "methods": chosen, "images": None if images is None else str(images), "split": split,
         "count": count, "marker": marker, "shown": len(shown), "alpha_min": how.alpha_min, "layer": how.layer,
-        "runtime_option": runtime, **opened.facts(subject.quantity, trained, how.seed, there), "runtime": runtime,
+        "metrics": measured, "judge": judge, "masks": masks, "runtime_option": runtime,
+        **opened.facts(subject.quantity, trained, how.seed, there), "runtime": runtime,
     }  # fmt: skip
     with open_run(out, facts, files=EVALUATED, inputs=[images] if images else [], overwrite=how.overwrite):
         rest, lost = list(range(len(shown))), dict[str, str]()
@@ -322,7 +383,7 @@ def evaluate_methods(
                     scored = evaluate(
                         opened.classifier, shown[rest].to(there), chosen, pack=opened.pack, quantity=subject.quantity,
                         adapter=trained, forward=forward, alpha_min=how.alpha_min, layer=how.layer, seed=how.seed,
-                        on_method=show,
+                        metrics=measured, judge=second, masks=None if inside is None else inside[rest], on_method=show,
                     )  # fmt: skip
                     break
                 except NotFinite as error:
@@ -345,7 +406,7 @@ def _show_evaluation(scored: dict[str, Explanations], out: Path, facts: dict[str
     """Write summary.json, curves.png and methods.png, and print the table."""
     from ..images.files import write_png
     from ..images.maps import draw_charts, draw_methods
-    from ..metrics.table import METRICS, compared
+    from ..metrics.table import METRICS
     from ..saliency.evaluation import summarise
     from ..saliency.methods import minmax
 
@@ -358,14 +419,21 @@ def _show_evaluation(scored: dict[str, Explanations], out: Path, facts: dict[str
         (*METRICS[metric].axes, {name: s.curves[metric] for name, s in scored.items()}) for metric in first.curves
     ]
     draw_charts(charts, out / "curves.png")
-    rows, summary = [], summarise(scored)
+    summary, console = summarise(scored), text_console(as_json)
+    for group in GROUPS:
+        shown = [name for name in first.values if METRICS[name].group == group]
+        rows = []
+        for name, row in summary.items():
+            cells = [f"{row[m]['mean']:.3f} ({row[m]['low']:.3f} to {row[m]['high']:.3f})" for m in shown]
+            rows.append([name, *cells, *([f"{row['ms_per_image']:.2f}"] if group == "main" else [])])
+        if shown:
+            headings = [METRICS[metric].arrow for metric in shown]
+            console.table(["method", *headings, *(["ms"] if group == "main" else [])], rows, title=group)
     for name, row in summary.items():
-        cells = [f"{row[m]['mean']:.3f} ({row[m]['low']:.3f} to {row[m]['high']:.3f})" for m in compared()]
-        rows.append([name, *cells, f"{100 * row['mask_area']['mean']:.1f} %", f"{row['ms_per_image']:.2f}"])
         if as_json:
             print_json({"method": name, **row})
-    headings = [METRICS[metric].heading for metric in compared()]
-    text_console(as_json).table(["method", *headings, "marked", "ms"], rows)
+        if lost := ", ".join(f"{METRICS[m].heading} gets worse by {by:.2f}" for m, by in row["brittle"].items()):
+            console.print(f"{name} is brittle: moved by one pixel, its {lost}", style="yellow")
     write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 

@@ -11,12 +11,24 @@ if TYPE_CHECKING:
     from .counterfactuals import CounterfactualQuality, counterfactual_quality
     from .curves import Curves, perturbation_curve
     from .distribution import fid, kid, sfid
+    from .faithfulness import (
+        faithfulness_correlation,
+        faithfulness_estimate,
+        infidelity,
+        irof,
+        monotonicity,
+        region_perturbation,
+    )
     from .imputation import impute, road
     from .intervals import Interval, bootstrap
+    from .localisation import mask_auc, pointing_game, relevance_mass, relevance_rank, top_k_intersection
     from .msi_score import MSI, msi
     from .paths import Faithfulness, comprehensiveness, deletion, insertion, lerf, morf, sufficiency
     from .quantities import group_odds
+    from .randomisation import efficient_mprt, mprt, smoothed
     from .reference_maps import gradient_maps
+    from .shape import complexity, effective_complexity, islands, rank_variation, sparseness
+    from .stability import sensitivity
     from .transition import Transition, cout
 
 _HOMES = {
@@ -24,21 +36,42 @@ _HOMES = {
     ".counterfactuals": ("CounterfactualQuality", "counterfactual_quality"),
     ".curves": ("Curves", "perturbation_curve"),
     ".distribution": ("fid", "kid", "sfid"),
+    ".faithfulness": (
+        "faithfulness_correlation",
+        "faithfulness_estimate",
+        "infidelity",
+        "irof",
+        "monotonicity",
+        "region_perturbation",
+    ),
     ".imputation": ("impute", "road"),
     ".intervals": ("Interval", "bootstrap"),
+    ".localisation": (
+        "mask_auc",
+        "pointing_game",
+        "relevance_mass",
+        "relevance_rank",
+        "top_k_intersection",
+    ),
     ".msi_score": ("MSI", "msi"),
     ".paths": ("Faithfulness", "comprehensiveness", "deletion", "insertion", "lerf", "morf", "sufficiency"),
     ".quantities": ("group_odds",),
+    ".randomisation": ("efficient_mprt", "mprt", "smoothed"),
     ".reference_maps": ("gradient_maps",),
+    ".shape": ("complexity", "effective_complexity", "islands", "rank_variation", "sparseness"),
+    ".stability": ("sensitivity",),
     ".transition": ("Transition", "cout"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "MSI", "Calibration", "CounterfactualQuality", "Curves", "Faithfulness", "Interval", "Transition", "bootstrap",
-    "calibrate", "comprehensiveness", "counterfactual_quality", "cout", "deletion", "fid", "gradient_maps",
-    "group_odds", "impute", "insertion", "kid", "lerf", "load_alpha_min", "morf", "msi", "perturbation_curve", "road",
-    "sfid", "sufficiency",
+    "calibrate", "complexity", "comprehensiveness", "counterfactual_quality", "cout", "deletion",
+    "effective_complexity", "efficient_mprt", "faithfulness_correlation", "faithfulness_estimate", "fid",
+    "gradient_maps", "group_odds", "impute", "infidelity", "insertion", "irof", "islands", "kid", "lerf",
+    "load_alpha_min", "mask_auc", "monotonicity", "morf", "mprt", "msi", "perturbation_curve", "pointing_game",
+    "rank_variation", "region_perturbation", "relevance_mass", "relevance_rank", "road", "sensitivity", "sfid",
+    "smoothed", "sparseness", "sufficiency", "top_k_intersection",
 ]  # fmt: skip
 
 

@@ -265,7 +265,7 @@ def perturbation_curve(
     order: Order = "value",
     keep: Keep = "both",
     thresholds: Tensor | Sequence[float] | None = None,  # [K] or [N, K]
-    counts: Tensor | Sequence[int] | None = None,  # [K]
+    counts: Tensor | Sequence[int] | None = None,  # [K] or [N, K]
     normalize: Normalize = "minmax",
     channels: Channels = "together",
     ties: Ties = "random",
@@ -317,9 +317,12 @@ def perturbation_curve(
         if thresholds is not None:
             raise UsageError("counts: expected none beside thresholds")
         whole = torch.as_tensor(counts)
-        if whole.ndim != 1 or len(whole) == 0 or whole.is_floating_point():
-            raise UsageError(f"counts: expected [K] whole numbers with K at least 1, got {list(whole.shape)}")
-        if not 0 <= int(whole.min()) <= int(whole.max()) <= pixels:
+        fits = whole.ndim == 1 or (whole.ndim == 2 and len(whole) == n)
+        if not fits or whole.shape[-1] == 0 or whole.is_floating_point():
+            raise UsageError(
+                f"counts: expected [K] or [{n}, K] whole numbers with K at least 1, got {list(whole.shape)}"
+            )
+        if whole.numel() and not 0 <= int(whole.min()) <= int(whole.max()) <= pixels:
             raise UsageError(f"counts: expected values from 0 to {pixels}, got {whole.tolist()}")
         marked = whole.long().cpu().expand(n, -1)
         abscissae = 1 - marked.double() / pixels

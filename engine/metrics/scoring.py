@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,14 +12,18 @@ from torch import Tensor
 from ..errors import UsageError
 from ..models.holding import switched
 from ..showing import one_line
+from . import faithfulness, localisation, robust, shape
 from .imputation import road
 from .inputs import Baseline, said
 from .msi_score import MSI, msi
 from .paths import Faithfulness, deletion, insertion
 from .quantities import Quantity
+from .stability import Explain, Sensitivity, sensitivity
 from .table import METRICS
 
 STEPS = 32  # of the insertion and deletion curves
+RADIUS = 0.02  # of the noise of sensitivity: 5 of 255
+SUBSET = 1 / 8  # share of pixels in the subsets of faithfulness correlation
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y [K]
 
@@ -33,6 +37,8 @@ class Scoring:
         saliency: [N, H, W] in [0, 1], compared by value. scores: [N, H, W] as the method gives them, compared by rank.
         quantity: what is explained. baseline: what hides pixels, see `inputs.make_baseline`.
         alpha_min: of MSI. seeds: of ties, one per image. batch: images in a forward pass.
+        judge: another classifier of the same labels, for group `judge`. masks: [N, H, W] bool, for group `masks`.
+        explain: the method, from images and targets to maps, for group `stability`.
     """
 
     classifier: Any
@@ -45,6 +51,9 @@ class Scoring:
     alpha_min: float
     seeds: Sequence[int]
     batch: int = 64
+    judge: Any = None
+    masks: Tensor | None = None
+    explain: Explain | None = None
 
     __repr__ = one_line
 
@@ -79,6 +88,61 @@ class Scoring:
     def imputed(self) -> Faithfulness:
         """ROAD of `scores`."""
         return road(self.classifier, self.images, self.scores, self.target, **self.options)
+
+    @cached_property
+    def neighbours(self) -> list[Scoring]:
+        """The maps moved by one pixel, in eight directions."""
+        pairs = zip(robust.neighbours(self.saliency), robust.neighbours(self.scores), strict=True)
+        return [replace(self, saliency=saliency, scores=scores) for saliency, scores in pairs]
+
+    @cached_property
+    def smoothed(self) -> list[Scoring]:
+        """The maps' 3x3 means: one."""
+        return [replace(self, saliency=robust.smooth(self.saliency), scores=robust.smooth(self.scores))]
+
+    @cached_property
+    def judged(self) -> Scoring:
+        """The same maps asked of the judge."""
+        return replace(self, classifier=self.judge)
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """Change of the maps under noise."""
+        assert self.explain is not None
+        return sensitivity(
+            self.explain, self.images, self.saliency, self.target, radius=RADIUS, seeds=self.seeds,
+            batch_size=self.batch,
+        )  # fmt: skip
+
+    @property
+    def shape(self) -> Any:
+        """What is measured of a map alone."""
+        return shape
+
+    @property
+    def patch(self) -> int:
+        """Side of the squares of `field` metrics: an eighth of the image's."""
+        return max(1, min(self.images.shape[2:]) // 8)
+
+    @property
+    def per_step(self) -> int:
+        """Pixels in a step of `field` metrics: as many steps as the curves have."""
+        return max(1, self.images.shape[2] * self.images.shape[3] // STEPS)
+
+    def field(self, name: str, **conventions: Any) -> Any:
+        """A metric of `faithfulness`, of `scores` (by rank) or of `saliency` where its values count."""
+        if "subset_size" in conventions:
+            conventions["subset_size"] = max(1, round(SUBSET * self.images.shape[2] * self.images.shape[3]))
+        return getattr(faithfulness, name)(
+            self.classifier, self.images, self.saliency, self.target, baseline=self.baseline, **self.options,
+            **conventions,
+        )  # fmt: skip
+
+    def inside(self, name: str) -> Tensor:
+        """A metric of `localisation`."""
+        assert self.masks is not None
+        maps = self.saliency if name == "relevance_mass" else self.scores
+        return getattr(localisation, name)(maps, self.masks)
 
     @property
     def difference(self) -> Curve:

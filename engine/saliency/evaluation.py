@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import CounterlensError, install_hint
 from ..files import write_atomically
 from ..metrics.intervals import DRAWS, bootstrap
+from ..metrics.robust import BRITTLE, fall
 from ..metrics.table import METRICS
 from ..models.protocols import Classifier
 from .explain import Explanations, explain
@@ -27,14 +28,16 @@ def evaluate(
     methods: Sequence[str],
     target: Tensor | None = None,  # [N]
     *,
+    metrics: Sequence[str] = ("main",),
     on_method: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> dict[str, Explanations]:
-    """Explain the same images with several methods and score all of them alike, by every metric.
+    """Explain the same images with several methods and score all of them alike.
 
     Args:
         methods: names in `table.METHODS`.
         target: explained labels; the predictions without it.
+        metrics: names or groups in `metrics.table`.
         on_method: told the name of each method before it runs.
         classifier, images, options: see `explain.explain`.
 
@@ -49,7 +52,7 @@ def evaluate(
     for name in chosen:
         on_method(name)
         try:
-            out[name] = explain(classifier, images, name, target, metrics=list(METRICS), **options)
+            out[name] = explain(classifier, images, name, target, metrics=metrics, **options)
         except NoMaps as error:
             if len(chosen) == 1:
                 raise
@@ -64,10 +67,21 @@ def interval(values: Tensor) -> dict[str, float]:
     return asdict(bootstrap(values, draws=DRAWS))
 
 
+def brittle(scores: Explanations, limit: float = BRITTLE) -> dict[str, float]:
+    """What each score loses when the map is moved by one pixel, by metric, where that is above the limit."""
+    falls = {
+        name: fall(values, scores.values[f"{name}_moved"], bool(METRICS[name].higher_is_better))
+        for name, values in scores.values.items()
+        if f"{name}_moved" in scores.values
+    }
+    return {name: value for name, value in falls.items() if value > limit}
+
+
 def summarise(scored: dict[str, Explanations]) -> dict[str, dict[str, Any]]:
-    """Method to metric to mean and interval, and milliseconds per image."""
+    """Method to metric to mean and interval, milliseconds per image, and what is `brittle`."""
     return {
-        name: {metric: interval(v) for metric, v in s.values.items()} | {"ms_per_image": 1e3 * s.seconds}
+        name: {metric: interval(v) for metric, v in s.values.items()}
+        | {"ms_per_image": 1e3 * s.seconds, "brittle": brittle(s)}
         for name, s in scored.items()
     }
 

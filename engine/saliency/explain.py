@@ -162,6 +162,8 @@ def explain(
     alpha_min: float = 0.5,
     layer: str | None = None,
     metrics: Sequence[str] | None = None,
+    judge: Classifier | None = None,
+    masks: Tensor | None = None,  # [B, H, W] bool
     forward: Classifier | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
@@ -177,7 +179,9 @@ def explain(
         quantity, adapter, layer: see `methods.explain_with`.
         baseline: what hides pixels, see `metrics.inputs.make_baseline`; `hidden_by` decides without it.
         alpha_min: of MSI, frozen before methods are compared.
-        metrics: names in `metrics.table.METRICS`; those that cost nothing beside MSI without it.
+        metrics: names or groups in `metrics.table`; those that cost nothing beside MSI without it.
+        judge: another classifier of the same labels, which metrics of group `judge` ask.
+        masks: where the evidence is, for metrics of group `masks`.
         forward: the classifier as `runtime.forward.compile_classifier` made it, for the metrics; the same without it.
         seed: of noise and masks, which are the same for every image.
         seeds: of what is each image's own, such as ties; made of its pixels and `seed` without them.
@@ -187,7 +191,10 @@ def explain(
         UsageError: an argument does not fit. NotFinite: the classifier or the method gives NaN or infinity.
     """
     check_methods([method])
-    names = check_metrics(metrics)
+    given = {"judge": judge is not None, "masks": masks is not None, "stability": True}
+    names = check_metrics(metrics, [group for group, there in given.items() if there])
+    if judge is not None and list(judge.labels) != list(classifier.labels):
+        raise UsageError("judge: its labels are not the classifier's")
     question = make_quantity(classifier, quantity)
     if target is None:
         parts = [predicted(classifier, part, i * batch) for i, part in enumerate(images.split(batch))]
@@ -195,18 +202,23 @@ def explain(
     else:
         wanted = check_labels(target, len(images), len(classifier.labels), images.device)
     own = [image_seed(image, seed) for image in images] if seeds is None else list(seeds)
-    hidden = make_baseline(hidden_by(pack) if baseline is None else baseline, images, own)
+    hiding = hidden_by(pack) if baseline is None else baseline
+    hidden = make_baseline(hiding, images, own)
     _wait(images)
     started = time.perf_counter()
-    saliency, scores = explain_with(
-        method, classifier, images, wanted, quantity=question, baseline=hidden, adapter=adapter, layer=layer, seed=seed,
-        batch=batch,
-    )  # fmt: skip
+
+    def maps(images: Tensor, target: Tensor, baseline: Baseline) -> tuple[Tensor, Tensor]:
+        return explain_with(
+            method, classifier, images, target, quantity=question, baseline=baseline, adapter=adapter, layer=layer,
+            seed=seed, batch=batch,
+        )  # fmt: skip
+
+    saliency, scores = maps(images, wanted, hidden)
     _wait(images)
     seconds = (time.perf_counter() - started) / max(1, len(images))
     scoring = Scoring(
         classifier if forward is None else forward, images, saliency, scores, wanted, question, hidden, alpha_min, own,
-        batch,
+        batch, judge, masks, lambda neighbours, target: maps(neighbours, target, hiding)[0],
     )  # fmt: skip
     values, full = scoring.values(names), scoring.msi.curves.full.float()
     return Explanations(

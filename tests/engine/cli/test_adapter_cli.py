@@ -108,6 +108,30 @@ def test_an_image_that_cannot_be_read_and_constant_maps(digits: Path, tmp_path: 
     assert lines[-1].startswith("error: 1 of 2 images failed")
 
 
+def test_evaluate_by_other_groups_of_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("captum", reason="needs captum")
+    question = ("--classifier", "shortcut", "--quantity", "0,1,2,3,4/5,6,7,8,9", "--marker", "matching", "--count", 3)
+    more = ("--metrics", "main,shape,robust,judge,masks,irof", "--judge", "judge", "--masks", "marker")
+    result = run("evaluate", "--methods", "occlusion", *question, *more, "--out", tmp_path, "--json")
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout)
+    assert row["mask_auc"]["mean"] > 0.8  # the planted cause is found
+    assert {"insertion_moved", "deletion_smoothed", "msi_judge", "islands", "irof"} <= set(row)
+    assert "infidelity" not in row
+    moved = {name: row[name]["mean"] - row[f"{name}_moved"]["mean"] for name in ("msi", "insertion")}
+    assert {name for name in row["brittle"] if name in moved} == {name for name, fell in moved.items() if fell > 0.1}
+    for options, message in (
+        (("--metrics", "judge"), "msi_judge needs another classifier"),
+        (("--metrics", "masks"), "pointing_game needs masks"),
+        (("--metrics", "iorf"), "expected groups"),
+        (("--metrics", "masks", "--masks", tmp_path / "none"), "is missing"),
+        (("--metrics", "masks", "--masks", "marker", "--marker", "none"), "all of them with one"),
+    ):
+        refused = run("evaluate", "--methods", "occlusion", "--count", 1, *options, "--out", tmp_path / "no")
+        assert refused.returncode == 2, refused.stderr
+        assert message in " ".join(refused.stderr.split())
+
+
 def test_evaluate_writes_its_table_curves_and_pictures(untrained: Path, tmp_path: Path) -> None:
     pytest.importorskip("captum", reason="needs captum")
     result = run(
