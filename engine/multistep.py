@@ -18,7 +18,10 @@ AS_IT_IS = (1.0, 0.0, 0.0, 0.0, 0.0)  # no corrector
 
 
 class Levels(NamedTuple):
-    """A run's noise levels, from its first timestep to the end of its last step: one more than there are steps."""
+    """A run's noise levels, from its first timestep to the end of its last step: one more than there are steps.
+
+    The last may be without noise, its log-SNR infinite: nothing extrapolates so far.
+    """
 
     alpha: list[float]
     sigma: list[float]
@@ -49,9 +52,9 @@ def ddim(levels: Levels) -> list[Row]:
 
 
 def dpm_solver_2m(levels: Levels) -> list[Row]:
-    """DPM-Solver++(2M), midpoint; its first step is of first order, and below 15 steps its last one."""
-    last = levels.steps - 1
-    orders = [1 if i == 0 or (i == last and levels.steps < 15) else 2 for i in range(levels.steps)]
+    """DPM-Solver++(2M), midpoint; the first step is of first order, and the last one below 15 steps or to no noise."""
+    last, careful = levels.steps - 1, levels.steps < 15 or not levels.sigma[-1]
+    orders = [1 if i == 0 or (i == last and careful) else 2 for i in range(levels.steps)]
     return [(*AS_IT_IS, *_predictor(levels, i, order)) for i, order in enumerate(orders)]
 
 

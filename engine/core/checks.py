@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..models.attention import ATTENTIONS, not_supported_reasons
+from ..models.predictions import FLOW
 from ..models.protocols import Classifier, Diffusion
 from ..runtime.registry import AUTO, EAGER, check
 
@@ -27,7 +28,8 @@ def check_models(diffusion: Diffusion, classifier: Classifier) -> None:
             f"{len(diffusion.labels)}; diffusion.describe(labels) names them"
         )
     levels = diffusion.alphas_cumprod
-    if not ((levels > 0) & (levels < 1)).all() or not (levels[1:] < levels[:-1]).all():
+    first = 1 if getattr(diffusion, "prediction", None) == FLOW else 0  # a flow begins without noise
+    if not ((levels > 0) & (levels <= 1)).all() or not (levels[first:] < 1).all() or not (levels.diff() < 0).all():
         raise UsageError("diffusion: alphas_cumprod must fall from below 1 and end above 0")
 
 

@@ -19,12 +19,14 @@ from ..errors import UsageError
 from ..guidance.memory import checkpointed, largest_batch
 from ..guidance.pullback import PullbackMode
 from ..guidance.sampler import Observer, Sampler
+from ..guidance.schedule import carried_strength
 from ..guidance.spans import span
 from ..labels import distinct_names
 from ..models.attention import memory_efficient_attention
 from ..models.freezing import frozen
 from ..models.gradient_check import check_gradient
 from ..models.placing import choose_device, computing_on, place
+from ..models.predictions import FLOW
 from ..models.protocols import Classifier, Diffusion, probabilities
 from ..models.tiny import TinyDecoder, check_decoder, open_decoder
 from ..provenance import digest, models_digest, models_numbers, session
@@ -245,6 +247,8 @@ class EngineCore:
             "speed": config.speed,
             "match_official": config.match_official,
             "settings": self.settings(config).model_dump(),
+            # Of another noise path, where `settings` has the strength of the same noise level.
+            **({"strength_asked": config.settings(self.pack_settings, self.speeds).strength} if self.carries else {}),
             "seed": config.seed,
             "weights": self.digest(),
             **models_numbers(self.diffusion, self.classifier),
@@ -270,12 +274,20 @@ class EngineCore:
         if config.preset and (reason := preset_misfit(config.preset, self.diffusion.conditioning, len(self.labels))):
             raise UsageError(f"preset: {reason}")
         settings = config.settings(self.pack_settings, self.speeds)
+        if self.carries:
+            used = carried_strength(settings.strength, self.diffusion.alphas_cumprod)
+            settings = settings.model_copy(update={"strength": used})
         if settings.guidance_decoder == "tiny" and self.guidance_decoder is None:
             raise UsageError(
                 "guidance_decoder: this engine has no tiny decoder; give Engine(guidance_decoder=...) the folder or "
                 "hub id of an AutoencoderTiny for this model's VAE"
             )
         return settings
+
+    @property
+    def carries(self) -> bool:
+        """Whether a strength is carried over by its noise level: the model's path is no DDPM's (`carried_strength`)."""
+        return getattr(self.diffusion, "prediction", None) == FLOW
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ from ..guidance.sampler import guided_steps, sample, seeded_noise
 from ..guidance.schedule import add_noise, ddim, schedule_of
 from ..guidance.solvers import History, advance, coefficients
 from ..images.files import as_saved, to_uint8
+from ..models.conditions import CONDITION, grouped, named, tensors
 from ..models.protocols import probabilities
 from ..multistep import SOLVERS
 from ..outputs import Run, open_run
@@ -119,10 +120,9 @@ def counterfactual_program(engine: EngineCore, settings: Settings, scales: bool 
     past = (*SOLVERS[settings.solver].remembers, *reuse)
     reference = "latents" if settings.distance == "latent" else "clean"
 
-    def guided_step(
-        z: Tensor, i: Tensor, condition: Tensor, image: Tensor, target: Tensor, *numbers: Tensor
-    ) -> tuple[Tensor, ...]:
+    def guided_step(z: Tensor, i: Tensor, image: Tensor, target: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         batch = z.shape[0]
+        condition, numbers = grouped(others[: len(said)]), others[len(said) :]
         scale = dict(zip(given, numbers, strict=True))
         scale |= {name: z.new_full((1,), value).expand(batch) for name, value in own.items()}
         scale["angle_deg"] = scale.pop("angle")
@@ -164,16 +164,17 @@ def counterfactual_program(engine: EngineCore, settings: Settings, scales: bool 
         return saved, after, l1, *said
 
     with torch.no_grad():
-        conditions = diffusion.condition(torch.arange(labels))  # of every label: prompts are encoded here and now
+        conditions = tensors(diffusion.condition(torch.arange(labels)))  # of every label: prompts are encoded now
+    said = named([CONDITION], len(conditions))
 
-    def condition(target: Tensor) -> Tensor:
-        return conditions[target]
+    def condition(target: Tensor) -> tuple[Tensor, ...]:
+        return tuple(c[target] for c in conditions)
 
     program: list[Step] = [
         Call(
             resolve_target, ("image", "target", *given), ("usable", "clean", "source_probabilities", "best", "wanted")
         ),
-        Call(condition, ("wanted",), ("condition",)),
+        Call(condition, ("wanted",), said),
         Call(diffusion.encode, ("clean",), ("latents",)),
         Call(same, ("latents",), ("z",)),
     ]
@@ -184,7 +185,7 @@ def counterfactual_program(engine: EngineCore, settings: Settings, scales: bool 
     if past:
         program.append(Call(clear, ("z",), past))
     made = ("z_next", "z0", "kept", *reuse)
-    guided: list[Step] = [Call(guided_step, ("z", "i", "condition", reference, "wanted", *given), made)]
+    guided: list[Step] = [Call(guided_step, ("z", "i", reference, "wanted", *said, *given), made)]
     if not all(every):
         flags = torch.tensor(every)
 
@@ -418,7 +419,8 @@ def page_card(engine: EngineCore, web_version: str) -> dict[str, Any]:
 
 def _batch_of_its_own(engine: EngineCore, program: Sequence[Step]) -> int:
     taken = {engine.image_size, *engine.diffusion.latent_shape, len(engine.labels)}
-    taken |= set(engine.diffusion.condition(torch.zeros(1, dtype=torch.long)).shape)
+    for part in tensors(engine.diffusion.condition(torch.zeros(1, dtype=torch.long))):
+        taken |= set(part.shape)
     return free_batch(program, taken)
 
 

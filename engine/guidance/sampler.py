@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import Settings, StepOptions
 from ..errors import UsageError
+from ..models.conditions import Condition, tensors
 from ..models.protocols import Classifier, Decoder, Diffusion
 from ..showing import one_line
 from .pullback import PullbackMode
@@ -183,7 +184,7 @@ class Sampler:
         step: StepFunction,
         graph: StepOptions,
         *,
-        predict_noise: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        predict_noise: Callable[[Tensor, Tensor, Condition], Tensor] | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
         observe: Observer | None = None,
@@ -213,8 +214,9 @@ class Sampler:
         self._done: list[_Sample] = []
         self._failed: list[Outcome] = []
         self._null = diffusion.null_condition(slots)
-        self._target = torch.zeros(slots, dtype=torch.long, device=self._null.device)
-        self._scales = torch.tensor([IDLE_SCALES] * slots, dtype=torch.float64, device=self._null.device)
+        self._device = tensors(self._null)[0].device
+        self._target = torch.zeros(slots, dtype=torch.long, device=self._device)
+        self._scales = torch.tensor([IDLE_SCALES] * slots, dtype=torch.float64, device=self._device)
         self._condition = diffusion.condition(self._target)
         self._z = torch.empty(0)
 
@@ -320,7 +322,7 @@ class Sampler:
         images = torch.zeros(self.slots, *samples[0].job.image.shape, dtype=samples[0].job.image.dtype)
         for row, sample in enumerate(samples):
             images[row] = sample.job.image
-        z = self.encode(images.to(self._null.device))
+        z = self.encode(images.to(self._device))
         if not self._z.numel():
             self._z = torch.zeros_like(z)
             self._inverted = torch.zeros_like(z)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ..config import Settings
 from ..errors import UsageError
+from ..models.predictions import log_snr
 
 Spacing = Literal["official", "leading", "trailing", "linspace", "logsnr"]
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
@@ -108,9 +110,10 @@ def _even_in_log_snr(
     alphas_cumprod: Tensor,  # [N]
     steps: int,
 ) -> list[int]:
-    log_snr = 0.5 * (alphas_cumprod.log() - (1 - alphas_cumprod).log())  # falling
-    wanted = [log_snr[-1] + (log_snr[0] - log_snr[-1]) * i / steps for i in range(steps)]
-    taus = [int((log_snr - w).abs().argmin()) for w in wanted]
+    known = log_snr(alphas_cumprod)  # falling
+    last = known[0] if known[0].isfinite() else known[1]
+    wanted = [known[-1] + (last - known[-1]) * i / steps for i in range(steps)]
+    taus = [int((known - w).abs().argmin()) for w in wanted]
     # Near the end timesteps are further apart in log-SNR than the steps: each needs one of its own.
     for i in reversed(range(steps)):
         taus[i] = max(taus[i], taus[i + 1] + 1 if i + 1 < steps else 1)
@@ -140,5 +143,42 @@ def ddim(
 
 
 def schedule_of(settings: Settings, alphas_cumprod: Tensor) -> Schedule:
-    """The schedule that settings ask for, over a model's noise levels; see `make_schedule`."""
-    return make_schedule(len(alphas_cumprod), settings.steps, settings.strength, settings.spacing, alphas_cumprod)
+    """The schedule that settings ask for, over a model's noise levels; see `make_schedule`.
+
+    Raises:
+        UsageError: see `make_schedule`; or the first timestep is noise alone.
+    """
+    total = len(alphas_cumprod)
+    schedule = make_schedule(total, settings.steps, settings.strength, settings.spacing, alphas_cumprod)
+    if not alphas_cumprod[max(schedule.start, schedule.timesteps[0])] > 0:
+        raise UsageError(
+            f"strength: {settings.strength:g} begins at timestep {schedule.start} of {total}, which is noise alone and "
+            "says nothing of the image; take less"
+        )
+    return schedule
+
+
+def carried_strength(
+    strength: float,
+    alphas_cumprod: Tensor,  # [T]
+) -> float:
+    """The strength of a model with these noise levels that noises as much as `strength` does Stable Diffusion 1.x.
+
+    Equal log-SNR: the published strengths are shares of its 1000 timesteps, and the same share of another path is
+    another noise level (of a flow under `shift` a far higher one).
+    """
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    reference = log_snr((1 - betas).cumprod(0))  # falling
+    at = min(strength * len(reference), len(reference) - 1.0)
+    below = int(at)
+    above = min(below + 1, len(reference) - 1)
+    wanted = reference[below] + (at - below) * (reference[above] - reference[below])
+    known = log_snr(alphas_cumprod.double().cpu())
+    # Where it lies between two timesteps; the first may be without noise, infinitely far.
+    after = int((known > wanted).sum())
+    if after >= len(known):
+        return 1.0
+    if after == 0 or not known[after - 1].isfinite():
+        return max(after, 1) / len(known)
+    share = (known[after - 1] - wanted) / (known[after - 1] - known[after])
+    return float(after - 1 + share) / len(known)

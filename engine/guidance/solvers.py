@@ -39,13 +39,13 @@ def coefficients(
 ) -> Tensor:
     """The numbers of a solver in `multistep.SOLVERS` for every step: [steps, 8] float64, see `advance`.
 
-    Every schedule ends at alphas_cumprod[0], which is not 1.
+    Every schedule ends at alphas_cumprod[0], which is 1 for flows alone.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     levels = alphas_cumprod[[*schedule.timesteps, schedule.timesteps_prev[-1]]].tolist()
     alpha, sigma = [math.sqrt(a) for a in levels], [math.sqrt(1 - a) for a in levels]
-    log_snr = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
+    log_snr = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma, strict=True)]
     return torch.tensor(SOLVERS[solver].rows(Levels(alpha, sigma, log_snr)), dtype=torch.float64)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from counterlens.kernels.guided_update import guided_update
 
 from ..config import StepOptions
+from ..models.conditions import Condition, cat
+from ..models.predictions import EPSILON, to_clean, to_noise
 from ..models.protocols import Classifier, Decoder, Diffusion
 from .pullback import PullbackMode, pullback
 from .spans import span
@@ -80,7 +82,7 @@ class GuidedStep:
         z: Tensor,  # [B, C, h, w]
         timestep: Tensor,  # [B]
         timestep_prev: Tensor,  # [B]
-        condition: Tensor,  # of the targets, as the diffusion model makes it
+        condition: Condition,  # of the targets, as the diffusion model makes it
         image: Tensor,  # [B, 3, H, W] in [0, 1]; with distance `latent` its latents [B, C, h, w]
         target: Tensor,  # [B] label indices of the classifier
         *,
@@ -102,9 +104,13 @@ class GuidedStep:
         alpha, sigma = abar.sqrt().reshape(-1, 1, 1, 1), (1 - abar).sqrt().reshape(-1, 1, 1, 1)
         null = diffusion.null_condition(z.shape[0])
         decode = self.decoder.decode if self.decoder is not None else diffusion.decode
+        # What the denoiser itself says is differentiated: of another answer than noise, the clean estimate is made
+        # without dividing by alpha, which is nothing where nearly all is noise.
+        prediction = getattr(diffusion, "prediction", EPSILON)
+        answer = diffusion.predict_noise if prediction == EPSILON else diffusion.answer  # type: ignore[attr-defined]
 
         def unconditional(z: Tensor) -> Tensor:
-            return diffusion.predict_noise(z, timestep, null)
+            return answer(z, timestep, null)
 
         def to_image(z0: Tensor) -> Tensor:
             return (decode(z0) + 1) / 2
@@ -117,14 +123,15 @@ class GuidedStep:
 
         if self.options.gradient == "exact":
             with span("UNet, conditional"):
-                eps_c = diffusion.predict_noise(z, timestep, condition)
+                said_c = answer(z, timestep, condition)
             with span("UNet, unconditional"):
-                eps_u, pull_unet = pullback(unconditional, z, self.mode)
+                said_u, pull_unet = pullback(unconditional, z, self.mode)
         else:
             with span("UNet, both"):
-                both, times = torch.cat([null, condition]), torch.cat([timestep, timestep])
-                eps_u, eps_c = diffusion.predict_noise(torch.cat([z, z]), times, both).chunk(2)
-        z0_hat = (z - sigma * eps_u) / alpha
+                both, times = cat(null, condition), torch.cat([timestep, timestep])
+                said_u, said_c = answer(torch.cat([z, z]), times, both).chunk(2)
+        eps_u, eps_c = (to_noise(prediction, said, z, alpha, sigma) for said in (said_u, said_c))
+        z0_hat = to_clean(prediction, said_u, z, alpha, sigma)
         with span("decoder"):
             x0, pull_decoder = pullback(to_image, z0_hat, self.mode)
 
@@ -139,8 +146,8 @@ class GuidedStep:
 
         def to_z(g: Tensor) -> Tensor:
             if self.options.gradient == "exact":
-                with span("UNet, VJP"):
-                    g = g - sigma * pull_unet(g)
+                with span("UNet, VJP"):  # the clean estimate is linear in the answer and in z, so is its pullback
+                    return to_clean(prediction, pull_unet(g), g, alpha, sigma)
             return g / alpha  # [B, C, h, w]
 
         towards_class = to_z(through_decoder(log_prob))

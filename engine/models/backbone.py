@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..labels import match_labels
-from .fields import PREDICTIONS, check_side, latent_scale, read_noise_levels, to_noise, unwhitened, whitened
+from .conditions import Condition, floats_to
+from .fields import check_side, latent_scale, read_noise_levels, unwhitened, whitened
 from .files import dtype_of, id2label_names, read_json, read_part
+from .predictions import EPSILON, FLOW, PREDICTIONS, flow_sigmas, to_noise
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,10 +29,11 @@ class Backbone:
 
     Args:
         vae, denoiser: diffusers models, or any with the same calls and `config`.
-        alphas_cumprod: [T] float64.
+        alphas_cumprod: [T] float64, of variance-preserving latents; of a flow see `predictions.flow_levels`.
         classes: how many there are, the null class left out; it comes after them.
         names: of the classes, if known.
-        prediction: what the denoiser was trained to predict, see `fields.to_noise`.
+        prediction: what the denoiser was trained to predict, see `predictions.to_noise`.
+        times: the denoiser's own timestep for each of ours [T]; the same numbers without it, of a flow T sigma.
         image_size: side in pixels; the denoiser's own without it.
 
     Raises:
@@ -41,6 +44,8 @@ class Backbone:
     networks: ClassVar[dict[str, str | type]]  # folder to its class, or diffusers' of that name: the denoiser, the VAE
     others: ClassVar[tuple[str, ...]] = ()  # more folders
     sized: ClassVar[bool] = False  # whether it takes other image sizes than its own
+    own_side: ClassVar[int | None] = None  # latent side, where the denoiser's config does not say one
+    packed: ClassVar[int] = 1  # side of the square of latents that becomes one channel vector before the denoiser
 
     def __init__(
         self,
@@ -50,25 +55,27 @@ class Backbone:
         *,
         classes: int = 0,
         names: Sequence[str] | None = None,
-        prediction: str = "epsilon",
+        prediction: str = EPSILON,
+        times: Tensor | None = None,
         image_size: int | None = None,
     ) -> None:
         if prediction not in PREDICTIONS:
             raise UsageError(f"prediction_type: expected one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-        check_parts(vae, denoiser)
+        check_parts(vae, denoiser, self.packed)
         self.vae = vae
         self.denoiser = denoiser
         self.alphas_cumprod = alphas_cumprod
         self.prediction = prediction
+        if times is None and prediction == FLOW:
+            times = len(alphas_cumprod) * flow_sigmas(alphas_cumprod)
+        self.times = times
         self.names = names
         self.null_class = classes
-        config = denoiser.config
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of each latent location
-        self.image_size = image_size or int(config.sample_size) * factor
-        patch = config.get("patch_size") or 2 ** (len(config.get("block_out_channels", [1])) - 1)
-        check_image_size(self.image_size, factor, int(patch))
+        factor = vae_factor(vae.config)
+        self.image_size = image_size or self.own_size(denoiser.config, vae.config)
+        check_image_size(self.image_size, factor, self.patch(denoiser.config))
         side = self.image_size // factor
-        self.latent_shape = (int(config.in_channels), side, side)
+        self.latent_shape = (latent_channels(vae.config), side, side)
         self.labels: list[str] = list(names or [])
         self.classes = torch.arange(len(self.labels))  # the class of each label
 
@@ -83,14 +90,18 @@ class Backbone:
         """
         import diffusers
 
-        path = folder / "scheduler" / "scheduler_config.json"
-        levels = read_noise_levels(path, read_json(path))
         index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
         denoiser, vae = cls.networks
         loaders = {k: getattr(diffusers, v) if isinstance(v, str) else v for k, v in cls.networks.items()}
         config = folder / denoiser / "config.json"
-        check_side(config, read_json(config), chosen=image_size is not None)
+        configs = read_json(config), read_json(folder / vae / "config.json")
+        check_side(config, configs[0], chosen=image_size is not None or cls.own_side is not None)
+        path = folder / "scheduler" / "scheduler_config.json"
+        side = (image_size or cls.own_size(*configs)) // vae_factor(configs[1])
+        levels = read_noise_levels(path, read_json(path), tokens=(side // cls.patch(configs[0])) ** 2)
         said = cls.more(folder, dtype) | {"prediction": levels.prediction}
+        if levels.times is not None:
+            said["times"] = levels.times
         if cls.conditioning == "class":
             said["names"] = id2label_names(index.get("id2label")) or names
         if cls.sized:
@@ -100,6 +111,16 @@ class Backbone:
             read_part(loaders[denoiser], folder / denoiser, dtype),
             alphas_cumprod=levels.alphas_cumprod, **said,
         )  # fmt: skip
+
+    @classmethod
+    def own_size(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        """Side in pixels of the images that models with these configs were trained on."""
+        return int(cls.own_side or denoiser["sample_size"]) * vae_factor(vae)
+
+    @classmethod
+    def patch(cls, denoiser: Mapping[str, Any]) -> int:
+        """Latent sides are multiples of this; of a transformer the side of a token."""
+        return int(denoiser.get("patch_size") or 2 ** (len(denoiser.get("block_out_channels") or [1]) - 1)) * cls.packed
 
     @classmethod
     def more(cls, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -143,32 +164,48 @@ class Backbone:
     def denoise(
         self,
         z: Tensor,  # [B, C, h, w] in the denoiser's dtype
-        timestep: Tensor,  # [B]
-        condition: Tensor,  # [B], or [B, tokens, width] in the denoiser's dtype
+        timestep: Tensor,  # [B], the denoiser's own (`times`)
+        condition: Any,  # as `condition` makes it, floating tensors in the denoiser's dtype
     ) -> Tensor:
-        """What the denoiser says: [B, C, h, w]."""
+        """What the denoiser says: [B, C, h, w]. Its latents are those of its own noise path (see `predictions`)."""
         return self.denoiser(z, timestep, class_labels=condition).sample
+
+    def answer(
+        self,
+        z: Tensor,  # [B, C, h, w]
+        timestep: Tensor,  # [B]
+        condition: Condition,  # as `condition` makes them
+    ) -> Tensor:
+        """What the denoiser says of `z`, in its dtype: [B, C, h, w]."""
+        dtype = dtype_of(self.denoiser)
+        seen = z
+        if self.prediction == FLOW:
+            abar = self.alphas_cumprod.to(z)[timestep].reshape(-1, 1, 1, 1)
+            seen = z / (abar.sqrt() + (1 - abar).sqrt())  # see `predictions`
+        time = timestep if self.times is None else self.times.to(z)[timestep]
+        return self.denoise(seen.to(dtype), time, floats_to(condition, dtype)).to(z.dtype)
 
     def predict_noise(
         self,
         z: Tensor,  # [B, C, h, w]
         timestep: Tensor,  # [B]
-        condition: Tensor,  # as `condition` makes them
+        condition: Condition,  # as `condition` makes them
     ) -> Tensor:
         """Noise in `z`: [B, C, h, w]."""
-        dtype = dtype_of(self.denoiser)
-        given = condition.to(dtype) if condition.is_floating_point() else condition
-        out = self.denoise(z.to(dtype), timestep, given).to(z.dtype)
-        return to_noise(self.prediction, out, z, self.alphas_cumprod, timestep)
+        out = self.answer(z, timestep, condition)
+        if self.prediction == EPSILON:
+            return out
+        abar = self.alphas_cumprod.to(z)[timestep].reshape(-1, 1, 1, 1)
+        return to_noise(self.prediction, out, z, abar.sqrt(), (1 - abar).sqrt())
 
     def condition(
         self,
         targets: Tensor,  # [B]
-    ) -> Tensor:
+    ) -> Condition:
         """The model's class indices of the targets: [B]."""
         return self.classes.to(targets.device)[targets]
 
-    def null_condition(self, batch: int) -> Tensor:
+    def null_condition(self, batch: int) -> Condition:
         """The null class, `batch` times: [batch]."""
         device = next(self.denoiser.parameters()).device
         return torch.full((batch,), self.null_class, dtype=torch.long, device=device)
@@ -190,14 +227,25 @@ def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and config.get("force_upcast", False) else dtype
 
 
-def check_parts(vae: nn.Module, denoiser: nn.Module) -> None:
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels of each latent location, per side."""
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return 2 ** (len(blocks or [1]) - 1)
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Channels of a VAE's latents."""
+    return int(config["latent_channels"])
+
+
+def check_parts(vae: nn.Module, denoiser: nn.Module, packed: int = 1) -> None:
     """Refuse parts that do not belong together, or whose gradient would not be the model's.
 
     Raises:
         UsageError: latent channels differ, a part mixes data types, or the VAE would decode in tiles.
     """
     config: Any = denoiser.config
-    latent, expected = int(config.in_channels), vae.config.latent_channels  # type: ignore[union-attr]
+    latent, expected = int(config.in_channels), int(vae.config.latent_channels) * packed**2  # type: ignore
     if latent != expected:
         more = {5: "depth", 7: "upscaling", 8: "editing", 9: "inpainting"}.get(latent) if expected == 4 else None
         raise UsageError(

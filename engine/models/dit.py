@@ -29,9 +29,12 @@ class DiffusionTransformer(Backbone):
         alphas_cumprod: Tensor,
         names: Sequence[str] | None = None,
         prediction: str = "epsilon",
+        **options: Any,
     ) -> None:
         classes = int(transformer.config.num_embeds_ada_norm)
-        super().__init__(vae, transformer, alphas_cumprod, classes=classes, names=names, prediction=prediction)
+        super().__init__(
+            vae, transformer, alphas_cumprod, classes=classes, names=names, prediction=prediction, **options
+        )
 
     def denoise(
         self,

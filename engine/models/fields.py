@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .flow import FLOW_SCHEDULERS, is_flow, read_flow
+from .flow import MEANT as FLOW_MEANT
+from .flow import SAMPLERS as FLOW_SAMPLERS
+from .predictions import EPSILON, FLOW, flow_levels
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = (EPSILON, "v_prediction", "sample")  # of models that were trained on a DDPM's noise levels
 
 # Class, field: the only value under which our pipeline is the model's own, and what another one asks for.
 NEEDED: dict[str, dict[str, tuple[Any, str]]] = {
@@ -42,14 +46,15 @@ NEEDED: dict[str, dict[str, tuple[Any, str]]] = {
     "AutoencoderTiny": {"shift_factor": (0.0, "latents of another scale")},
 }
 
-# Schedulers whose models were trained on a DDPM's noise levels, which their betas decide. All others (flow matching,
-# EDM, consistency, discrete) are refused: the same weights mean something else there.
+# Schedulers whose models were trained on a DDPM's noise levels, which their betas decide; distilled ones as well (LCM,
+# TCD), whose own steps draw fresh noise, where ours are DDIM's. Beside them there is flow matching (`flow`). All others
+# (EDM, consistency, discrete) are refused: the same weights mean something else there.
 SCHEDULERS = (
     "DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
     "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
     "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler", "UniPCMultistepScheduler",
+    "DEISMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler", "TCDScheduler",
 )  # fmt: skip
 # Fields of these schedulers that say what the model is, or under which it is another one.
 MEANT = {
@@ -74,10 +79,17 @@ LEAST = 2.0**-24
 
 
 class NoiseLevels(NamedTuple):
-    """What a scheduler's configuration says of its model: alphas_cumprod [T] float64, and what the model predicts."""
+    """What a scheduler's configuration says of its model.
+
+    Attributes:
+        alphas_cumprod: [T] float64, of variance-preserving latents (`predictions`), whatever the model's own path.
+        prediction: what the model says, one of `predictions.PREDICTIONS`.
+        times: the model's own timesteps [T] float64; None where they are 0, 1, 2, ...
+    """
 
     alphas_cumprod: Tensor
     prediction: str
+    times: Tensor | None = None
 
 
 def check_fields(path: Path, config: dict[str, Any], loader: type) -> None:
@@ -115,8 +127,10 @@ def check_side(path: Path, config: dict[str, Any], chosen: bool = False) -> None
     raise UsageError(f"{path}: sample_size is {size!r}; expected the side of square latents, or give image_size")
 
 
-def read_noise_levels(path: Path, config: dict[str, Any]) -> NoiseLevels:
+def read_noise_levels(path: Path, config: dict[str, Any], tokens: int | None = None) -> NoiseLevels:
     """The noise levels of a scheduler's configuration, as its own class makes them.
+
+    `tokens` are the denoiser's at the image's size, by which flow matching may shift its levels.
 
     Zero terminal SNR (`rescale_betas_zero_snr`) leaves a model defined that predicts velocities or clean latents; its
     last level is raised to at most 2^-24, as diffusers' Euler scheduler does.
@@ -128,12 +142,17 @@ def read_noise_levels(path: Path, config: dict[str, Any]) -> NoiseLevels:
     import diffusers
 
     name = config.get("_class_name")
-    if name not in SCHEDULERS:
+    if name not in (*SCHEDULERS, *FLOW_SCHEDULERS):
         raise UsageError(
-            f"{path}: _class_name is {name!r}: not a scheduler of a DDPM's noise levels (DDIMScheduler and its like); "
-            "models of other families are not supported"
+            f"{path}: _class_name is {name!r}: not a scheduler of a DDPM's noise levels (DDIMScheduler and its like) "
+            "nor of flow matching; models of other families are not supported"
         )
     loader = getattr(diffusers, name)
+    if is_flow(config):
+        flows = set(inspect.signature(loader.__init__).parameters) | SAMPLERS | FLOW_SAMPLERS
+        _refuse_unknown(path, config, flows | set(MEANT) | set(FLOW_MEANT), name)
+        sigmas, times = read_flow(path, config, tokens)
+        return NoiseLevels(flow_levels(sigmas), FLOW, times)
     for field, (only, meaning) in MEANT.items():
         if (value := config.get(field, only)) != only:
             raise UsageError(f"{path}: {field} is {value!r}: {meaning}, which is not supported; expected {only!r}")
@@ -185,25 +204,6 @@ def _defined(path: Path, levels: Tensor, prediction: str) -> Tensor:
     levels = levels.clone()
     levels[-1] = min(LEAST, float(levels[-2]) / 2)
     return levels
-
-
-def to_noise(
-    prediction: str,
-    out: Tensor,  # [B, C, h, w], what the model says
-    z: Tensor,  # [B, C, h, w]
-    alphas_cumprod: Tensor,  # [T]
-    timestep: Tensor,  # [B]
-) -> Tensor:
-    """The noise [B, C, h, w] in `z` that a prediction implies.
-
-    A velocity v is sqrt(abar) eps - sqrt(1 - abar) z0, a sample z0 itself (Salimans and Ho, arXiv 2202.00512).
-    """
-    if prediction == "epsilon":
-        return out
-    abar = alphas_cumprod.to(z)[timestep].reshape(-1, 1, 1, 1)
-    if prediction == "v_prediction":
-        return abar.sqrt() * out + (1 - abar).sqrt() * z
-    return (z - abar.sqrt() * out) / (1 - abar).sqrt()
 
 
 def latent_scale(path: Path, config: Any) -> None:

@@ -17,7 +17,7 @@ class ClassConditionalLatentDiffusion(Backbone):
 
     Args:
         vae, unet: diffusers models, or any with the same calls and `config`.
-        alphas_cumprod, prediction: see `Backbone`.
+        alphas_cumprod, prediction, options: see `Backbone`.
         names: one for each class, if known; the null class has none.
 
     Raises:
@@ -34,9 +34,10 @@ class ClassConditionalLatentDiffusion(Backbone):
         alphas_cumprod: Tensor,
         names: Sequence[str] | None = None,
         prediction: str = "epsilon",
+        **options: Any,
     ) -> None:
         embedded = unet.config.num_class_embeds
         if not embedded or (names is not None and len(names) != embedded - 1):
             given = "" if names is None else f" for {len(names)} names"
             raise UsageError(f"unet: num_class_embeds is {embedded}{given}; expected the classes and the null class")
-        super().__init__(vae, unet, alphas_cumprod, classes=embedded - 1, names=names, prediction=prediction)
+        super().__init__(vae, unet, alphas_cumprod, classes=embedded - 1, names=names, prediction=prediction, **options)

@@ -33,7 +33,7 @@ class ClassContextLatentDiffusion(Backbone):
     Args:
         vqvae, unet: diffusers models.
         class_embedder: [classes + 1, width] embedding, the null class last.
-        alphas_cumprod, names, prediction: see `Backbone`.
+        alphas_cumprod, names, prediction, options: see `Backbone`.
 
     Raises:
         UsageError: the parts do not fit.
@@ -54,9 +54,10 @@ class ClassContextLatentDiffusion(Backbone):
         alphas_cumprod: Tensor,
         names: Sequence[str] | None = None,
         prediction: str = "epsilon",
+        **options: Any,
     ) -> None:
         classes = class_embedder.num_embeddings - 1
-        super().__init__(vqvae, unet, alphas_cumprod, classes=classes, names=names, prediction=prediction)
+        super().__init__(vqvae, unet, alphas_cumprod, classes=classes, names=names, prediction=prediction, **options)
         if (width := unet.config.cross_attention_dim) != class_embedder.embedding_dim:
             raise UsageError(
                 f"class embedder: its {class_embedder.embedding_dim} channels are not the UNet's {width} "

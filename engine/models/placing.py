@@ -42,6 +42,8 @@ def place(diffusion: Diffusion, device: torch.device) -> None:
         module.to(device)
     # A step recorded or compiled on the device must find them there.
     diffusion.alphas_cumprod = diffusion.alphas_cumprod.to(device)
+    if (times := getattr(diffusion, "times", None)) is not None:
+        diffusion.times = times.to(device)  # type: ignore[attr-defined]
     diffusion.null_condition(1)
 
 

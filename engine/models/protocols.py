@@ -8,13 +8,19 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from .conditions import Condition
 from .norms import PlainNorms
 
 
 class Diffusion(Protocol):
-    """A latent diffusion model with a null condition and one condition for each label."""
+    """A latent diffusion model with a null condition and one condition for each label.
 
-    alphas_cumprod: Tensor  # [T] float64
+    One whose denoiser says something else than noise also has `prediction` (one of `predictions.PREDICTIONS`) and
+    `answer`, called like `predict_noise`: what the denoiser says of the same latents, from which guidance makes both
+    noise and clean estimate (`predictions.to_noise`, `to_clean`).
+    """
+
+    alphas_cumprod: Tensor  # [T] float64, of variance-preserving latents
     latent_shape: tuple[int, int, int]
     image_size: int
     labels: list[str]
@@ -32,15 +38,15 @@ class Diffusion(Protocol):
         """Scaled latents to an image [B, 3, H, W], nominally in [-1, 1] and not clamped."""
         ...
 
-    def predict_noise(self, z: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
+    def predict_noise(self, z: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Noise in `z` [B, *latent_shape] at timesteps [B]."""
         ...
 
-    def condition(self, targets: Tensor) -> Tensor:
-        """Conditions of label indices [B]."""
+    def condition(self, targets: Tensor) -> Condition:
+        """Conditions of label indices [B]: a tensor or several, each batch first."""
         ...
 
-    def null_condition(self, batch: int) -> Tensor:
+    def null_condition(self, batch: int) -> Condition:
         """The unconditional model's condition, `batch` times."""
         ...
 

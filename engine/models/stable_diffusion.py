@@ -96,7 +96,7 @@ class StableDiffusion(Backbone):
 
     Args:
         vae, unet, text_encoder, tokenizer: parts of a diffusers folder.
-        alphas_cumprod, prediction, image_size: see `Backbone`.
+        alphas_cumprod, options: see `Backbone`.
 
     Raises:
         UsageError: the parts or the image size do not fit.
@@ -115,11 +115,9 @@ class StableDiffusion(Backbone):
         text_encoder: Any,
         tokenizer: Any,
         alphas_cumprod: Tensor,
-        *,
-        prediction: str = "epsilon",
-        image_size: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(vae, unet, alphas_cumprod, prediction=prediction, image_size=image_size)
+        super().__init__(vae, unet, alphas_cumprod, **options)
         width = unet.config.cross_attention_dim
         widths = set(width) if isinstance(width, list | tuple) else {width}
         if widths != {text_encoder.config.hidden_size}:

@@ -17,6 +17,7 @@ from ..core.targets import Targets
 from ..errors import UsageError
 from ..guidance.schedule import ddim
 from ..guidance.spans import STEP_PARTS, listening
+from ..models.conditions import cat
 from ..runtime.spec import DTYPES, flat
 from .costs import count_costs, measure_limits
 from .recorder import Recorder, Span
@@ -262,9 +263,10 @@ def _eager_steps(engine: EngineCore, config: Config, slots: int, device: torch.d
 def _unguided_seconds(engine: EngineCore, config: Config, slots: int, device: torch.device) -> float:
     """Median time of a step without guidance: both noise predictions as one batch, and the DDIM update."""
     spec = engine.spec(engine.settings(config))
-    z, timestep, timestep_prev, condition, *_ = spec.example(slots)
+    z, timestep, timestep_prev, *_ = spec.example(slots)
     levels = engine.diffusion.alphas_cumprod.to(z)
-    both = torch.cat([engine.diffusion.null_condition(slots), condition])
+    target = torch.zeros(slots, dtype=torch.long, device=z.device)
+    both = cat(engine.diffusion.null_condition(slots), engine.diffusion.condition(target))
     with engine.frozen():
         predict_noise = engine.predict_noise(slots)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
 from ..guidance.step import Scale
+from ..models.conditions import CONDITION, Condition, named, tensors
 from .spec import INPUTS
 
 WATCHED = 3  # first calls whose results are looked at for NaN
@@ -47,7 +48,7 @@ class CompiledStep:
         z: Tensor,  # [B, C, h, w]
         timestep: Tensor,  # [B]
         timestep_prev: Tensor,  # [B]
-        condition: Tensor,
+        condition: Condition,
         image: Tensor,  # [B, 3, H, W] in [0, 1]
         target: Tensor,  # [B]
         *,
@@ -58,8 +59,11 @@ class CompiledStep:
     ) -> tuple[Tensor, ...]:
         """See `GuidedStep`."""
         scales = (guidance_scale, class_scale, distance_scale, angle_deg)
-        condition = condition.to(self.expected["condition"][0])  # a half-precision model's own is half
-        given = (z, timestep, timestep_prev, condition, image, target, *(_per_sample(s, z) for s in scales))
+        held = tensors(condition)
+        kinds = [self.expected[name][0] for name in named([CONDITION], len(held)) if name in self.expected]
+        # A half-precision model's own are half.
+        held = tuple(c.to(kind) for c, kind in zip(held, kinds, strict=True))
+        given = (z, timestep, timestep_prev, *held, image, target, *(_per_sample(s, z) for s in scales))
         self._check(given)
         out = tuple(self.run(*given))
         if self._calls < WATCHED:
@@ -72,7 +76,8 @@ class CompiledStep:
         if self.batches is not None and batch not in self.batches:
             known = ", ".join(map(str, self.batches))
             raise UsageError(f"{self.runtime}: built for batches of {known}, got {batch}; pad or build it for that too")
-        for name, tensor in zip(INPUTS, given, strict=True):
+        count = len(given) - len(INPUTS) + 1
+        for name, tensor in zip(named(INPUTS, count), given, strict=True):
             dtype, shape = self.expected[name]
             if tensor.dtype != dtype or tuple(tensor.shape) != (batch, *shape):
                 raise UsageError(

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..models.conditions import Condition, floats_to
+from ..models.predictions import EPSILON, to_noise
 from ..models.protocols import Classifier, Diffusion
 
 
@@ -21,6 +23,7 @@ class _CastDiffusion:
         self.image_size = inner.image_size
         self.labels = inner.labels
         self.conditioning = inner.conditioning
+        self.prediction: str = getattr(inner, "prediction", EPSILON)
 
     def modules(self) -> list[nn.Module]:
         return self.inner.modules()
@@ -31,20 +34,22 @@ class _CastDiffusion:
     def decode(self, z: Tensor) -> Tensor:
         return self.inner.decode(z.to(self.dtype)).float()
 
-    def predict_noise(self, z: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        return self.inner.predict_noise(z.to(self.dtype), timestep, self._like_weights(condition)).float()
+    def predict_noise(self, z: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        if self.prediction == EPSILON:
+            return self.inner.predict_noise(z.to(self.dtype), timestep, floats_to(condition, self.dtype)).float()
+        abar = self.alphas_cumprod.to(z)[timestep].reshape(-1, 1, 1, 1)
+        return to_noise(self.prediction, self.answer(z, timestep, condition), z, abar.sqrt(), (1 - abar).sqrt())
 
-    def condition(self, targets: Tensor) -> Tensor:
-        return self._wide(self.inner.condition(targets))
+    def answer(self, z: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        # Not rounded here: another answer than noise is put together with the latents, and in half precision what is
+        # left of the image where nearly all is noise would be lost.
+        return self.inner.answer(z, timestep, floats_to(condition, self.dtype))  # type: ignore[attr-defined]
 
-    def null_condition(self, batch: int) -> Tensor:
-        return self._wide(self.inner.null_condition(batch))
+    def condition(self, targets: Tensor) -> Condition:
+        return floats_to(self.inner.condition(targets), torch.float32)
 
-    def _like_weights(self, condition: Tensor) -> Tensor:
-        return condition.to(self.dtype) if condition.is_floating_point() else condition
-
-    def _wide(self, condition: Tensor) -> Tensor:
-        return condition.float() if condition.is_floating_point() else condition
+    def null_condition(self, batch: int) -> Condition:
+        return floats_to(self.inner.null_condition(batch), torch.float32)
 
 
 def in_precision(diffusion: Diffusion, classifier: Classifier, dtype: torch.dtype) -> tuple[Diffusion, Classifier]:

@@ -13,6 +13,7 @@ from counterlens.export.store import Store, weights_digest
 
 from ..config import Settings, StepOptions
 from ..guidance.pullback import PullbackMode
+from ..models.conditions import Condition, tensors
 from ..models.protocols import Classifier, Diffusion
 from ..models.tiny import TinyDecoder
 from ..provenance import WeightHashes
@@ -109,7 +110,15 @@ class Runners:
             "encode": self.diffusion.encode,
             "decode": self.diffusion.decode,
         }
-        return {name: runners[what].part(slots) if what in runners else own[name] for name, what in PARTS.items()}
+        if runners:
+            parts = {name: runners[what].part(slots) for name, what in PARTS.items()}
+            run = parts["predict_noise"]
+
+            def predict_noise(z: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+                return run(z, timestep, *tensors(condition))
+
+            return parts | {"predict_noise": predict_noise}
+        return own
 
     def taken(self, settings: Settings, slots: Iterable[int]) -> dict[str, dict[str, str]]:
         """What runs the guided step and each part beside it, by slot count: `{"guided-step": {"1": "eager", ...}}`."""

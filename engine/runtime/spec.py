@@ -22,6 +22,7 @@ from .. import guidance, models
 from ..config import StepOptions
 from ..errors import UsageError
 from ..guidance.step import EXACT, GuidedStep
+from ..models.conditions import CONDITION, floats_to, grouped, named, tensors
 from ..models.protocols import Classifier, Decoder, Diffusion
 from .fingerprint import fingerprint
 from .precision import in_precision
@@ -93,8 +94,9 @@ class Spec:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the inputs, in order."""
-        return SIGNATURES[self.what][0]
+        """Names of the inputs, in order; a condition of several tensors is several inputs."""
+        names = SIGNATURES[self.what][0]
+        return named(names, len(tensors(self.diffusion.null_condition(1)))) if CONDITION in names else names
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -160,7 +162,7 @@ class Spec:
             return flat(self.step())
         diffusion, classifier = in_precision(self.diffusion, self.classifier, DTYPES[self.dtype])
         parts: dict[str, Callable[..., Any]] = {
-            "unet": diffusion.predict_noise,
+            "unet": lambda z, timestep, *condition: diffusion.predict_noise(z, timestep, grouped(condition)),
             "vae-encoder": diffusion.encode,
             "vae-decoder": diffusion.decode,
             "classifier": classifier.logits,
@@ -174,7 +176,7 @@ class Spec:
         steps, size = len(self.diffusion.alphas_cumprod), self.diffusion.image_size
         target = torch.randint(len(self.diffusion.labels), (batch,), generator=g)
         timestep = torch.randint(steps // 10, steps * 7 // 10, (batch,), generator=g)
-        condition = self.diffusion.condition(target.to(self.device))
+        condition = tensors(floats_to(self.diffusion.condition(target.to(self.device)), torch.float32))
         scales = dict(zip(SCALES, (3.0, 2.0, 0.25, 45.0), strict=True))
         z = torch.randn((batch, *self.diffusion.latent_shape), generator=g)
         image = torch.rand((batch, 3, size, size), generator=g)
@@ -191,7 +193,7 @@ class Spec:
             "z": z,
             "timestep": timestep,
             "timestep_prev": timestep - steps // 20,
-            "condition": condition.float() if condition.is_floating_point() else condition,
+            **dict(zip(named([CONDITION], len(condition)), condition, strict=True)),
             "image": image,
             "target": target,
             **{name: torch.full((batch,), value) for name, value in scales.items()},
@@ -200,11 +202,14 @@ class Spec:
 
 
 def flat(step: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
-    """A GuidedStep as a function of positional tensors, `INPUTS` in order."""
+    """A GuidedStep as a function of positional tensors: `INPUTS` in order, a condition's tensors one by one."""
+    before, behind = INPUTS.index(CONDITION), len(INPUTS) - INPUTS.index(CONDITION) - 1
 
     def guided_step(*inputs: Tensor) -> tuple[Tensor, ...]:
-        first = len(INPUTS) - len(SCALES)
-        return step(*inputs[:first], **dict(zip(SCALES, inputs[first:], strict=True)))
+        last = len(inputs) - behind
+        models, scales = inputs[last : len(inputs) - len(SCALES)], inputs[-len(SCALES) :]
+        condition = grouped(inputs[before:last])
+        return step(*inputs[:before], condition, *models, **dict(zip(SCALES, scales, strict=True)))
 
     return guided_step
 

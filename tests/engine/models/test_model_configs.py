@@ -17,6 +17,7 @@ from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.schedule import SPACINGS
 from counterlens.engine.guidance.solvers import SOLVERS
 from counterlens.engine.models.fields import SCHEDULERS, read_noise_levels
+from counterlens.engine.models.flow import FLOW_SCHEDULERS
 from counterlens.engine.models.load import open_diffusion
 from tests.tiny import DIFFUSIONS, IMAGE_SIZE, LABELS, tiny_unet
 
@@ -142,7 +143,7 @@ def test_what_is_not_done_here_is_refused_by_file_and_field(
 def test_every_family_of_schedulers_is_known_or_refused() -> None:
     names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     assert set(SCHEDULERS) < set(names)
-    for name in set(names) - set(SCHEDULERS):
+    for name in set(names) - {*SCHEDULERS, *FLOW_SCHEDULERS}:
         with pytest.raises(UsageError, match=rf"^here\.json: _class_name is '{name}'"):
             read_noise_levels(Path("here.json"), {"_class_name": name, "beta_start": 1e-4, "beta_end": 0.02})
 
