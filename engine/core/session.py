@@ -194,6 +194,11 @@ class Session:
             images = (decode or self.models.diffusion.decode)(self.sampler.z0[[rows[id] for id in wanted]])
         return dict(zip(wanted, ((images + 1) / 2).clamp(0, 1).cpu(), strict=True))
 
+    def labels_of(self, id: int) -> tuple[int, int]:
+        """The prediction and the target of a sample that takes steps."""
+        sample = next(sample for sample in self._running.values() if sample.id == id)
+        return sample.source, sample.wanted
+
     def _checked(self, config: Config) -> tuple[Settings, int]:
         """The settings of a config, which these slots can take, and how many steps they are."""
         if config not in self._settings:

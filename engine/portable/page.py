@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -23,6 +24,7 @@ DIGEST = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02
 ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
 # What a page needs of the package: the wasm backend with its glue in one module, and the wasm itself.
 FILES = {"ort.mjs": "dist/ort.wasm.bundle.min.mjs", "ort.wasm": "dist/ort-wasm-simd-threaded.wasm"}
+HERE = Path(__file__).parent
 SINGLE, INDEX = "counterfactual.html", "index.html"
 NOWHERE, OWN_HOST = "'none'", "'self'"
 HOW = f"get it with `npm pack onnxruntime-web@{VERSION}` where npm reaches its registry, and give the file (--ort-web)"
@@ -93,6 +95,18 @@ def _from_folder(path: Path) -> WebRuntime:
         raise UsageError(f"ort-web: {path} is no unpacked onnxruntime-web ({error}); {HOW}") from error
 
 
+def html_of(page: Path, **values: str) -> str:
+    """A page with the parts that all pages share, and these values, in the places named `@LIKE_THIS@`."""
+    parts = re.split(r"<!-- ([A-Z]+) -->\n", (HERE / "parts.html").read_text())[1:]
+    held = dict(zip(parts[::2], map(str.rstrip, parts[1::2]), strict=True)) | values
+    return re.sub(r"@([A-Z]+)@", lambda place: held[place[1]], page.read_text())
+
+
+def script_of(page: Path) -> str:
+    """A page's script, after what all pages share."""
+    return (HERE / "page.js").read_text() + "\n" + page.read_text()
+
+
 def page_files(single: bool) -> list[str]:
     """Names of what `write_page` writes."""
     return [SINGLE] if single else [INDEX, *FILES]
@@ -110,10 +124,8 @@ def write_page(folder: Path, cards: dict[str, dict[str, Any]], runtime: WebRunti
     Raises:
         CounterlensError: a file cannot be written.
     """
-    here = Path(__file__).parent
-    script = (here / "page.js").read_text()
-    html = (here / "page.html").read_text()
-    style = html.split("<style>")[1].split("</style>")[0]
+    script = script_of(HERE / "offline.js")
+    style = (HERE / "page.css").read_text()
     assets = ""
     if single:
         held = runtime.files | {
@@ -130,7 +142,7 @@ def write_page(folder: Path, cards: dict[str, dict[str, Any]], runtime: WebRunti
         f"default-src 'none'; script-src {_hash(script)} blob: 'wasm-unsafe-eval'; worker-src blob:; "
         f"style-src {_hash(style)}; img-src data: blob:; connect-src {NOWHERE if single else OWN_HOST}"
     )
-    page = html.replace("@CSP@", policy).replace("@ASSETS@", assets).replace("@SCRIPT@", script)
+    page = html_of(HERE / "offline.html", CSP=policy, STYLE=style, ASSETS=assets, SCRIPT=script)
     if single:
         write_atomically(folder / SINGLE, page)
     else:

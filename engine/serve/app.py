@@ -20,7 +20,8 @@ from ..errors import CounterlensError
 from ..saliency.table import METHODS
 from .guard import Guard, Keys, Limits
 from .kserve import add_routes
-from .server import Server
+from .page import add_page, facts
+from .server import Server, Shares
 from .tasks import LAST, Event, Tasks
 from .telemetry import Metrics
 from .wire import (
@@ -69,7 +70,9 @@ async def finish(server: Server, name: str, ticket: Ticket[Counterfactual], sali
     """Wait for a task's result and tell it as its last event."""
     try:
         result = await asyncio.wrap_future(ticket.future)
-        server.tasks.say(name, "result", await server.answer(result, ticket, saliency))
+        answered = await server.answer(result, ticket, saliency)
+        # Whoever comes back may not have the image any more.
+        server.tasks.say(name, "result", answered | {"input": to_base64(png(result.input))})
     except CounterlensError as error:
         server.tasks.say(name, "error", problem_of(error).body())
 
@@ -113,6 +116,7 @@ def make_app(
     server = Server(engine, worker, metrics, limits, tasks)
     app = FastAPI(title="counterlens", version="1", description="Explanations of one classifier.", docs_url="/docs")
     running: set[asyncio.Task[None]] = set()
+    offered = facts(engine)
 
     @app.exception_handler(CounterlensError)
     async def ours(request: Request, error: CounterlensError) -> JSONResponse:
@@ -166,9 +170,13 @@ def make_app(
             return JSONResponse(answered)
         name = uuid.uuid4().hex
 
-        def tell(step: int, total: int, preview: Tensor | None) -> None:
+        def tell(step: int, total: int, preview: Tensor | None, shares: Shares | None) -> None:
             data: dict[str, Any] = {"step": step, "total": total}
-            server.tasks.say(name, "progress", data if preview is None else data | {"image": to_base64(png(preview))})
+            if preview is not None:
+                data["image"] = to_base64(png(preview))
+            if shares is not None:
+                data["source_confidence"], data["target_confidence"] = (round(p, 6) for p in shares)
+            server.tasks.say(name, "progress", data)
 
         # Steps are told in this event loop, and so not before the task is there.
         ticket = server.submit(image, asked, tell)
@@ -235,9 +243,9 @@ def make_app(
     @app.get("/v1/models", tags=["server"])
     async def models() -> dict[str, Any]:
         """What is served."""
-        facts = {"image_size": engine.image_size, "labels": engine.labels, "slots": list(engine.slots)}
-        return {"models": [{"name": server.name, **engine.names, **facts, "speeds": sorted(engine.speeds),
-                            "methods": list(METHODS)}]}  # fmt: skip
+        shape = {"image_size": engine.image_size, "labels": engine.labels, "slots": list(engine.slots)}
+        return {"models": [{"name": server.name, **engine.names, **shape, "speeds": sorted(engine.speeds),
+                            "methods": list(METHODS), **offered}]}  # fmt: skip
 
     @app.get("/healthz", tags=["server"])
     async def healthz() -> dict[str, str]:
@@ -257,7 +265,9 @@ def make_app(
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     add_routes(app, server)
-    guarded = Guard(app, keys or Keys(None), limits, metrics)
+    keys = keys or Keys(None)
+    add_page(app, server, asks_for_keys=bool(keys.keys))
+    guarded = Guard(app, keys, limits, metrics)
     if not cors_origins:
         return guarded
     from starlette.middleware.cors import CORSMiddleware

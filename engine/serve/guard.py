@@ -22,7 +22,8 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-OPEN = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")  # need no key
+OPEN = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/", "/page.css",
+        "/page.js")  # fmt: skip  # need no key
 REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 
 

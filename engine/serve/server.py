@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.core import EngineCore
 from ..core.result import Counterfactual
+from ..metrics.msi_score import MSI
 from ..saliency.explain import explain_by
 from .guard import Limits
 from .tasks import KEPT, KEPT_S, Event, Tasks
@@ -20,12 +21,23 @@ from .wire import CounterfactualRequest, Problem, SaliencyRequest, answer_of, co
 from .worker import Ticket, Worker
 
 T = TypeVar("T")
+Shares = tuple[float, float]  # see `Ticket.shares`
 
 
 async def _gone(request: Request) -> None:
     """Returns once the caller is gone; told by the connection, because asking for it costs more than all else."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def area_curves(scores: MSI) -> dict[str, list[float]]:
+    """Of one map: the explained quantity with the most salient `areas` of the pixels alone, and with all but these."""
+    of = scores.area_curves
+    assert of is not None
+    assert of.keep is not None
+    assert of.remove is not None
+    named = {"areas": of.areas, "keep_area": of.keep, "remove_area": of.remove}
+    return {name: [round(v, 6) for v in rows[0].tolist()] for name, rows in named.items()}
 
 
 class Server:
@@ -48,14 +60,17 @@ class Server:
         return await asyncio.wrap_future(self.worker.call(run))
 
     def submit(
-        self, image: Tensor, asked: CounterfactualRequest, on_step: Callable[[int, int, Tensor | None], None] | None
+        self,
+        image: Tensor,
+        asked: CounterfactualRequest,
+        on_step: Callable[[int, int, Tensor | None, Shares | None], None] | None,
     ) -> Ticket[Counterfactual]:
         """Put a counterfactual into the worker's queue; `on_step` is told in the event loop."""
         loop = asyncio.get_running_loop()
 
         def stepped(ticket: Ticket[Counterfactual], preview: Tensor | None) -> None:
             if on_step is not None:
-                loop.call_soon_threadsafe(on_step, ticket.step, ticket.total, preview)
+                loop.call_soon_threadsafe(on_step, ticket.step, ticket.total, preview, ticket.shares)
 
         return self.worker.submit(
             image, asked.target, config_of(asked, self.engine.config), budget_s=asked.budget_s,
@@ -95,7 +110,8 @@ class Server:
                 self.engine, image[None], explained=asked.target, method=asked.method, quantity=asked.quantity
             )
         )
-        return made.record(0) | {"map": to_base64(await asyncio.to_thread(png, made.saliency[0]))}
+        shown = to_base64(await asyncio.to_thread(png, made.saliency[0]))
+        return made.record(0) | area_curves(made.msi) | {"map": shown}
 
     async def keep(self, name: str, ticket: Ticket[Counterfactual]) -> None:
         """Keep a task for a caller that comes back.

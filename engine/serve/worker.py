@@ -7,6 +7,7 @@ others have worked `SHARE` times as long as one of its own ticks takes comes nex
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -75,6 +76,8 @@ class Ticket(Generic[T]):
         future: the result, or why there is none.
         step, total: guided steps that the sample has taken, and of how many; 0, 0 before the first.
         slots: how many samples its lane guides at once; 0 before it is in one.
+        shares: of the latest preview: probability of the label that was predicted before, and of the target; None where
+            they are not finite.
         arrived, started, finished: `time.perf_counter` at arrival, when it got into a lane, and when it was done.
     """
 
@@ -85,6 +88,7 @@ class Ticket(Generic[T]):
     step: int = 0
     total: int = 0
     slots: int = 0
+    shares: tuple[float, float] | None = None
     cancelled: bool = False
     on_step: Callable[[Ticket[T], Tensor | None], None] | None = None
     preview: bool = False
@@ -220,7 +224,7 @@ class Worker:
             image, target, config, seed: see `core.session.Session.submit`.
             budget_s: seconds from now until the answer; what there is by then comes back.
             on_step: told after each of its steps, in the worker's thread; with `preview` also the clean estimate
-                [3, H, W] in [0, 1], which costs a decoder pass.
+                [3, H, W] in [0, 1], which costs a decoder pass and a prediction (`Ticket.shares`).
 
         Raises:
             UsageError: an argument does not fit. Full, Draining, Late: it is not taken.
@@ -408,6 +412,11 @@ class Worker:
             self.places += lane.slots
         wanted = [id for id in stepped if id in lane.requests and lane.requests[id].ticket.preview]
         previews = lane.session.previews(wanted) if wanted else {}
+        if previews:
+            seen = self.engine.probabilities(torch.stack([*previews.values()]), (lane.slots,))
+            for id, p in zip(previews, seen, strict=True):
+                one, other = p[[*lane.session.labels_of(id)]].tolist()
+                lane.requests[id].ticket.shares = (one, other) if math.isfinite(one + other) else None
         for id, (step, total) in stepped.items():
             request = lane.requests.get(id)
             if request is None:
