@@ -283,7 +283,7 @@ def explain_images(
         picture, arrays = folder / f"{name}.png", folder / f"{name}.safetensors"
         record = {"image": item.name, "status": "done", "input_sha256": item.sha256(), **found.record(0)}
         line = run.line(name, record)
-        save_overlay(found.images[0], found.saliency[0], picture, line)
+        save_overlay(found.images[0], found.saliency[0], picture, line, found.regions[0])
         maps = {"saliency": found.saliency[0].contiguous(), "scores": found.scores[0].contiguous()}
         write_atomically(arrays, save(maps, metadata={"counterlens": json.dumps(line)}))
         return record | {"path": str(picture), "arrays": str(arrays)}
@@ -414,7 +414,8 @@ def _show_evaluation(scored: dict[str, Explanations], out: Path, facts: dict[str
     captions = [first.labels[int(t)] for t in first.target[:SHOWN]]
     notes = {name: [f"MSI {v:.2f}" for v in s.msi.score[:SHOWN].tolist()] for name, s in scored.items()}
     maps = {name: minmax(s.saliency[:SHOWN]) for name, s in scored.items()}
-    write_png(draw_methods(first.images[:SHOWN], captions, maps, notes), out / "methods.png", facts)
+    regions = {name: s.regions[:SHOWN] for name, s in scored.items()}
+    write_png(draw_methods(first.images[:SHOWN], captions, maps, notes, regions), out / "methods.png", facts)
     charts = [
         (*METRICS[metric].axes, {name: s.curves[metric] for name, s in scored.items()}) for metric in first.curves
     ]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..images.files import save_png, to_uint8
 from ..showing import one_line
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
 
 ALREADY = "is already the prediction"  # how the error of a sample that is skipped ends
 
@@ -190,6 +194,30 @@ class Counterfactuals:
             labels=self.labels,
             provenance=self.provenance[i] if self.provenance else {},
         )
+
+    def figure(self, most: int = 8) -> Figure:
+        """Inputs, counterfactuals and what became darker and brighter, as a matplotlib figure.
+
+        Args:
+            most: rows; further images are left out.
+
+        Raises:
+            CounterlensError: matplotlib is missing.
+        """
+        from ..images.figures import counterfactuals_figure
+
+        return counterfactuals_figure(self, most)
+
+    def to_pil(self, most: int = 8) -> Image.Image:
+        """`figure`, drawn."""
+        from ..images.figures import drawn
+
+        return drawn(self.figure(most))
+
+    def _repr_html_(self) -> str | None:
+        from ..images.figures import as_html
+
+        return as_html(self)
 
     def status(self, i: int) -> str:
         """What became of a sample, see `Counterfactual.status`."""

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..portable import overlay as colours
 from .files import to_uint8
 
 CELL = 96
@@ -15,7 +16,6 @@ CAPTION = 20
 LEFT = 124
 TITLE = 34
 GAP = 4
-FULL_CHANGE = 0.5  # the mean absolute difference that is drawn at full brightness
 INK, FAINT, GOOD, BAD = "#1c1c1c", "#707070", "#1b7f3b", "#b3261e"
 
 
@@ -42,9 +42,8 @@ def change_map(
     before: Tensor,  # [B, 3, H, W]
     after: Tensor,  # [B, 3, H, W]
 ) -> Tensor:
-    """Mean absolute difference over channels, from black (none) over red and yellow to white: [B, 3, H, W]."""
-    x = ((after - before).abs().mean(dim=1) / FULL_CHANGE).clamp(0, 1)
-    return torch.stack([(x * 3).clamp(0, 1), (x * 3 - 1).clamp(0, 1), (x * 3 - 2).clamp(0, 1)], dim=1)
+    """See `portable.overlay.change`, for tensors: [B, 3, H, W]."""
+    return torch.from_numpy(colours.change(before.cpu().numpy(), after.cpu().numpy()))
 
 
 def _paste(picture: Image.Image, image: Tensor, corner: tuple[int, int]) -> None:
@@ -67,12 +66,12 @@ def draw_strips(strips: list[Strip]) -> Image.Image:
         rows = (
             ("input", strip.inputs, strip.captions_before, [FAINT] * len(strip.inputs)),
             ("counterfactual", strip.images, strip.captions_after, [GOOD if g else BAD for g in strip.good]),
-            ("where it changed", changes, [""] * len(changes), [FAINT] * len(changes)),
+            ("darker, brighter", changes, [""] * len(changes), [FAINT] * len(changes)),
         )
-        for r, (name, tiles, captions, colours) in enumerate(rows):
+        for r, (name, tiles, captions, inks) in enumerate(rows):
             y = top + TITLE + r * row_height
             draw.text((8, y + CELL // 2 - 8), name, fill=INK, font=text)
-            for c, (tile, caption, colour) in enumerate(zip(tiles, captions, colours, strict=True)):
+            for c, (tile, caption, colour) in enumerate(zip(tiles, captions, inks, strict=True)):
                 x = LEFT + c * (CELL + GAP)
                 _paste(picture, tile, (x, y))
                 draw.text((x + CELL // 2, y + CELL + 3), caption, fill=colour, font=text, anchor="ma")

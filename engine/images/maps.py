@@ -30,15 +30,22 @@ def overlay(
     return torch.from_numpy(colours.overlay(images.cpu().numpy(), saliency.cpu().numpy()))
 
 
-def save_overlay(image: Tensor, saliency: Tensor, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+def save_overlay(
+    image: Tensor,
+    saliency: Tensor,
+    path: Path,
+    facts: Mapping[str, Any] | None = None,
+    region: Tensor | None = None,  # [H, W] bool
+) -> None:
     """Write the image and its overlay side by side, enlarged without smoothing to 256 pixels at least.
 
-    `facts` go into the file, see `images.write_png`.
+    A region is outlined; `facts` go into the file, see `images.write_png`.
 
     Raises:
         CounterlensError: the file cannot be written.
     """
-    write_png(colours.side_by_side(image.cpu().numpy(), saliency.cpu().numpy()), path, facts)
+    outlined = None if region is None else region.cpu().numpy()
+    write_png(colours.side_by_side(image.cpu().numpy(), saliency.cpu().numpy(), outlined), path, facts)
 
 
 def _picture(image: Tensor) -> Image.Image:
@@ -50,8 +57,9 @@ def draw_methods(
     captions: Sequence[str],
     maps: Mapping[str, Tensor],  # method to [N, H, W] in [0, 1]
     notes: Mapping[str, Sequence[str]],  # method to N texts under its maps
+    regions: Mapping[str, Tensor] | None = None,  # method to [N, H, W] bool
 ) -> Image.Image:
-    """Inputs in the first row, one row of overlays for each method."""
+    """Inputs in the first row, one row of overlays for each method, regions outlined."""
     rows: list[tuple[str, Tensor, Sequence[str]]] = [("input", images, captions)]
     rows += [(name, overlay(images, maps[name]), notes[name]) for name in maps]
     height = CELL + CAPTION
@@ -63,6 +71,8 @@ def draw_methods(
         for c, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
             x = LEFT + c * (CELL + GAP)
             picture.paste(_picture(tile).resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
+            if regions is not None and name in regions and (times := CELL // max(tile.shape[1:])):
+                colours.draw_outline(picture, regions[name][c].cpu().numpy(), (x, y), times)
             draw.text((x + CELL // 2, y + CELL + 3), text, fill=FAINT, font=font, anchor="ma")
     return picture
 

@@ -29,6 +29,9 @@ from .methods import explain_with, predicted
 from .table import METHODS, check_methods
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
     from ..config import Config
     from ..core.core import EngineCore
     from ..core.result import Counterfactuals
@@ -73,6 +76,41 @@ class Explanations:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def regions(self) -> Tensor:
+        """The smallest region of highest ranks that decides, as `sufficient_area` says: [B, H, W] bool, empty if none.
+
+        Shown alone it keeps the answer, and hidden it takes it away, by a half of the probability together.
+        """
+        area = self.msi.sufficient_area
+        counts = torch.where(area < 1, (area * self.scores[0].numel()).round(), 0).long() if len(self) else area.long()
+        ranks = self.scores.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return (ranks < counts[:, None]).reshape(self.scores.shape)
+
+    def figure(self, most: int = 8) -> Figure:
+        """Images, maps over them with `regions` outlined, and MSI's curves, as a matplotlib figure.
+
+        Args:
+            most: rows; further images are left out.
+
+        Raises:
+            CounterlensError: matplotlib is missing.
+        """
+        from ..images.figures import explanations_figure
+
+        return explanations_figure(self, most)
+
+    def to_pil(self, most: int = 8) -> Image.Image:
+        """`figure`, drawn."""
+        from ..images.figures import drawn
+
+        return drawn(self.figure(most))
+
+    def _repr_html_(self) -> str | None:
+        from ..images.figures import as_html
+
+        return as_html(self)
 
     def record(self, i: int) -> dict[str, Any]:
         """One image as plain values: method, target, probability, every metric, MSI's curves, counterfactual."""
