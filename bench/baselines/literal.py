@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from counterlens.engine.models.conditions import cat
 from counterlens.engine.models.protocols import Classifier, Diffusion
 
 
@@ -80,7 +81,7 @@ def literal_step(
     batch = z.shape[0]
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        conditions = torch.cat([diffusion.null_condition(batch), diffusion.condition(target)])
+        conditions = cat(diffusion.null_condition(batch), diffusion.condition(target))
         timesteps = torch.full((2 * batch,), t, dtype=torch.long, device=z.device)
         eps_u, eps_c = diffusion.predict_noise(torch.cat([z, z]), timesteps, conditions).chunk(2)
         seen = eps_u.detach() if detached else eps_u

@@ -43,6 +43,7 @@ class Backbone:
     conditioning: str = "class"  # what conditions are made from: class or text
     networks: ClassVar[dict[str, str | type]]  # folder to its class, or diffusers' of that name: the denoiser, the VAE
     others: ClassVar[tuple[str, ...]] = ()  # more folders
+    optional: ClassVar[tuple[str, ...]] = ()  # folders that there may be, all of them or none
     sized: ClassVar[bool] = False  # whether it takes other image sizes than its own
     own_side: ClassVar[int | None] = None  # latent side, where the denoiser's config does not say one
     packed: ClassVar[int] = 1  # side of the square of latents that becomes one channel vector before the denoiser

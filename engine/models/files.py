@@ -18,9 +18,10 @@ from .fields import check_fields
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # What a class was called when weights that are still published were saved.
-LEGACY = {"DiTTransformer2DModel": "Transformer2DModel"}
+LEGACY = {"DiTTransformer2DModel": "Transformer2DModel", "PixArtTransformer2DModel": "Transformer2DModel"}
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
-DOWNLOADED = ["*.json", "*.txt", "*.model", "*/diffusion_pytorch_model*.safetensors", "*model.safetensors"]
+DOWNLOADED = ["*.json", "*.txt", "*.model", "*/diffusion_pytorch_model*.safetensors", "*model.safetensors",
+              "*/model-*-of-*.safetensors"]  # fmt: skip
 NOT_DOWNLOADED = ["*non_ema*", "*fp16*", "safety_checker/*"]
 
 
@@ -44,6 +45,11 @@ def find_folder(name: str | Path, what: str) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED))
     except (OSError, ValueError) as error:
+        if type(error).__name__ == "GatedRepoError":
+            raise CounterlensError(
+                f"{what}: {name!r} is gated: accept its terms on https://huggingface.co/{name} and log in with "
+                "`hf auth login`, or give the path of a folder that has it"
+            ) from error
         raise CounterlensError(
             f"{what}: {name!r} is no folder here, not in the local cache, and the hub cannot be asked "
             f"({type(error).__name__}). Where there is a network, run `hf download {name} --local-dir FOLDER "
@@ -111,6 +117,19 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def missing_weights(folder: Path, name: str) -> list[str]:
+    """Weight files of a part that are not there: those of its index, or `name`.safetensors where there is none.
+
+    Raises:
+        CounterlensError: the index cannot be read.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        if re.fullmatch(r"\w+", index.name.removesuffix(".safetensors.index.json")):  # of no variant (.fp16)
+            named = read_json(index).get("weight_map", {})
+            return sorted(n for n in set(map(str, named.values())) if not (folder / n).is_file())
+    return [] if weight_files(folder) else [f"{name}.safetensors"]
+
+
 def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^") -> Any:
     """A module from its folder, every tensor accounted for, frozen and in eval mode.
 
@@ -150,6 +169,8 @@ def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^"
             raise CounterlensError(
                 f"{files[0]}: {problem.replace('_', ' ')}: {', '.join(keys[:4])} ({len(keys)} in all)"
             )
+    if "_class_name" in config and dtype_of(module) != dtype and not getattr(module, "_keep_in_fp32_modules", None):
+        nn.Module.to(module, dtype)  # of some classes (SD3Transformer2DModel) diffusers takes the file's dtype instead
     return module.eval().requires_grad_(False)
 
 

@@ -11,8 +11,9 @@ import torch
 
 from ..errors import CounterlensError, UsageError
 from .backbone import Backbone
-from .files import WEIGHTS, check_dtype, find_folder, read_json, weight_files
+from .files import WEIGHTS, check_dtype, find_folder, missing_weights, read_json
 
+VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model")  # each holds all of a tokenizer's
 GROUP = "counterlens.backbones"  # of entry points: names as below, and `module:Class`
 # Each family by what tells its folders: the class that model_index.json names, the one that the config of its denoiser
 # or VAE names, or else a folder that there is. Later lines go before earlier ones.
@@ -27,6 +28,16 @@ BACKBONES: dict[str, str | type[Backbone]] = {
     "transformer": "dit:DiffusionTransformer",
     "DiTTransformer2DModel": "dit:DiffusionTransformer",
     "DiTPipeline": "dit:DiffusionTransformer",
+    "PixArtTransformer2DModel": "pixart:PixArt",
+    "PixArtAlphaPipeline": "pixart:PixArt",
+    "PixArtSigmaPipeline": "pixart:PixArt",
+    "SD3Transformer2DModel": "sd3:StableDiffusion3",
+    "StableDiffusion3Pipeline": "sd3:StableDiffusion3",
+    "FluxTransformer2DModel": "flux:Flux",
+    "FluxPipeline": "flux:Flux",
+    "AutoencoderDC": "sana:Sana",
+    "SanaTransformer2DModel": "sana:Sana",
+    "SanaPipeline": "sana:Sana",
 }
 
 
@@ -88,20 +99,21 @@ def _classes(folder: Path) -> dict[str, str | None]:
 def missing_files(folder: Path, backbone: type[Backbone]) -> list[str]:
     """Files that a model of this family needs and the folder lacks, relative to it."""
     out = []
-    for part in (*backbone.networks, *backbone.others, "scheduler"):
+    present = [part for part in backbone.optional if (folder / part).is_dir()]
+    for part in (*backbone.networks, *backbone.others, *(backbone.optional if present else ()), "scheduler"):
         inside = folder / part
         if part == "scheduler":
             wanted, weights = "scheduler_config.json", False
-        elif part == "tokenizer":
+        elif part.startswith("tokenizer"):
             wanted, weights = "tokenizer_config.json", False
-            if not (inside / "tokenizer.json").is_file():
+            if not any((inside / name).is_file() for name in VOCABULARIES):
                 out += [f"{part}/{n}" for n in ("vocab.json", "merges.txt") if not (inside / n).is_file()]
         else:
             wanted, weights = "config.json", True
         if not (inside / wanted).is_file():
             out.append(f"{part}/{wanted}")
-        if weights and not weight_files(inside):
-            out.append(f"{part}/{WEIGHTS[part not in backbone.networks]}.safetensors")
+        if weights:
+            out += [f"{part}/{name}" for name in missing_weights(inside, WEIGHTS[part not in backbone.networks])]
     return out
 
 

@@ -53,3 +53,24 @@ def open_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if config.get("use_attention_mask"):
         raise UsageError(f"{path}: use_attention_mask is set: the prompt's padding is hidden, which is not supported")
     return read_part(transformers.CLIPTextModel, folder / "text_encoder", dtype), open_tokenizer(folder / "tokenizer")
+
+
+# What a text encoder's config calls the model that each class reads.
+KINDS = {
+    "CLIPTextModel": ("clip_text_model", "clip"),
+    "CLIPTextModelWithProjection": ("clip_text_model", "clip"),
+    "T5EncoderModel": ("t5",),
+    "Gemma2Model": ("gemma2", "gemma2_text"),
+}
+
+
+def open_encoder(folder: Path, kind: str, dtype: torch.dtype) -> Any:
+    """A text encoder of a class of transformers.
+
+    Raises:
+        UsageError: the folder holds another kind. CounterlensError: see `read_part`.
+    """
+    path = folder / "config.json"
+    if (said := read_json(path).get("model_type", KINDS[kind][0])) not in KINDS[kind]:
+        raise UsageError(f"{path}: model_type is {said!r}; expected {KINDS[kind][0]}")
+    return read_part(getattr(import_transformers(), kind), folder, dtype)

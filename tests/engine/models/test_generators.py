@@ -1,0 +1,283 @@
+"""PixArt, Stable Diffusion 3, FLUX.1 and Sana from folders on disk: against their pipelines and the literal step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from bench.baselines.literal import filter_angles, literal_step
+from counterlens.engine.chance import carried_over
+from counterlens.engine.guidance.schedule import ddim
+from counterlens.engine.guidance.step import GuidedStep
+from counterlens.engine.models.image_classifiers import open_classifier
+from counterlens.engine.models.load import open_diffusion
+from counterlens.engine.models.predictions import flow_sigmas
+from counterlens.engine.models.protocols import SigmoidClassifier, SoftmaxClassifier
+from counterlens.engine.models.wide import WideFloats
+from counterlens.engine.packs.architectures import StridedClassifier
+from tests import tiny
+from tests.tiny import IMAGE_SIZE, LABELS
+from tests.tiny_generators import GENERATORS, VARIANTS
+
+pytest.importorskip("transformers", reason="needs transformers (the extra `models`)")
+pytest.importorskip("sentencepiece", reason="needs sentencepiece, which trains the tiny T5 tokenizer")
+SCALES = {"guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+NEAR_LIMIT = {torch.float64: 1e-7, torch.float32: 1e-3}  # radians
+BATCH = 4
+PROMPTS = ["a photo of a thing 1.", "a photo of a thing 3."]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("generators")
+    made = {name: save(base / name) for name, save in (GENERATORS | VARIANTS).items()}
+    return made | {"clip": tiny.save_clip(base / "clip")}
+
+
+@cache
+def opened(folder: Path, dtype: str = "float32") -> Any:
+    diffusion = open_diffusion(folder, dtype=dtype, image_size=IMAGE_SIZE)
+    diffusion.describe(LABELS[:BATCH])  # of the classifiers' labels, the targets here
+    return diffusion
+
+
+def classifiers(folders: dict[str, Path], dtype: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(0)
+    module = StridedClassifier(width=8).to(dtype).eval().requires_grad_(False)
+    clip = open_classifier(folders["clip"], image_size=IMAGE_SIZE, labels=LABELS)
+    clip.module.to(dtype).requires_grad_(False)
+    return {"softmax": SoftmaxClassifier(module, LABELS), "sigmoid": SigmoidClassifier(module, LABELS), "clip": clip}
+
+
+def inputs(diffusion: Any, dtype: torch.dtype, batch: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    z = torch.randn(batch, *diffusion.latent_shape, generator=g, dtype=torch.float64).to(dtype)
+    image = torch.rand(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=g, dtype=torch.float64).to(dtype)
+    return z, image, torch.arange(batch) % 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["pixart", "sd3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux", "sana"))]
+)
+def test_step_equals_literal_in_both_pullbacks(folders: dict[str, Path], name: str, dtype: torch.dtype) -> None:
+    diffusion = opened(folders[name], str(dtype).removeprefix("torch."))
+    z, image, target = inputs(diffusion, dtype)
+    timestep, angle = torch.full((BATCH,), 401), carried_over(45.0, diffusion.latent_shape[0])
+    for kind, classifier in classifiers(folders, dtype).items():
+        with torch.no_grad():
+            expected, score, reference = literal_step(
+                diffusion, classifier, z, 401, 381, image, target, **SCALES, angle_deg=angle
+            )
+            condition = diffusion.condition(target)
+            got, both = (
+                GuidedStep(diffusion, classifier, mode=mode)(
+                    z, timestep, timestep - 20, condition, image, target, **SCALES, angle_deg=angle
+                )[0]
+                for mode in ("functional", "autograd")
+            )
+        off = filter_angles(score, reference, "zero").flatten(1) - math.radians(angle)
+        kept = (off.abs() >= NEAR_LIMIT[dtype]).all(1)
+        assert kept.sum() >= BATCH - 2
+        for made in (got, both):
+            error = (made - expected).abs().flatten(1).amax(1) / expected.abs().flatten(1).amax(1)
+            assert error[kept].max() <= TOLERANCE[dtype], (kind, error)
+        assert score.abs().amax() > 0
+
+
+def pipeline_of(folder: Path, kind: str, **options: Any) -> Any:
+    made = getattr(diffusers, kind).from_pretrained(folder, low_cpu_mem_usage=False, **options)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def encoded(pipeline: Any, name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Two prompts and the empty one, as the pipeline gives them to its denoiser."""
+    if name in ("pixart", "alpha"):
+        said, mask, empty, empty_mask = pipeline.encode_prompt(PROMPTS, True, negative_prompt="")
+        return (said, mask), (empty, empty_mask)
+    if name.startswith("sd3"):
+        said, empty, pooled, empty_pooled = pipeline.encode_prompt(PROMPTS, None, None)
+        return (said, pooled), (empty, empty_pooled)
+    if name.startswith("flux"):
+        options = {"max_sequence_length": 512 if pipeline.transformer.config.guidance_embeds else 256}
+        return tuple(pipeline.encode_prompt(p, None, **options)[:2] for p in (PROMPTS, ["", ""]))  # type: ignore[return-value]
+    instruction = inspect.signature(diffusers.SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    said, mask, empty, empty_mask = pipeline.encode_prompt(PROMPTS, True, complex_human_instruction=instruction)
+    return (said, mask), (empty, empty_mask)
+
+
+KINDS = {
+    "pixart": "PixArtSigmaPipeline", "alpha": "PixArtAlphaPipeline", "sd3": "StableDiffusion3Pipeline",
+    "sd3-without-t5": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux-schnell": "FluxPipeline",
+    "sana": "SanaPipeline",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_conditions_are_the_pipelines_and_encoders_are_freed(folders: dict[str, Path], name: str) -> None:
+    diffusion = opened(folders[name])
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-without-t5" else {}
+    with torch.no_grad():
+        expected = encoded(pipeline_of(folders[name], KINDS[name], **absent), name)
+    assert diffusion.text.held == {}
+    assert all(module in (diffusion.vae, diffusion.denoiser) for module in diffusion.modules())
+    for got, want in zip(
+        (diffusion.condition(torch.tensor([1, 3])), diffusion.null_condition(2)), expected, strict=True
+    ):
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-6, atol=1e-6)
+    assert not torch.equal(*diffusion.condition(torch.tensor([1, 3]))[0])
+    if name == "sd3-without-t5":
+        assert diffusion.null_condition(1)[0][:, -256:].abs().max() == 0
+
+
+# Timesteps of a short run, and where its last step arrives: at the clean latents.
+TAUS = (800, 600, 400, 200, 100)
+
+
+def ours(diffusion: Any, z: Tensor) -> Tensor:
+    """The run without guidance, from noised latents to the clean estimate of its last step."""
+    levels, null = diffusion.alphas_cumprod, diffusion.null_condition(len(z))
+    z0 = z
+    for t, t_prev in zip(TAUS, (*TAUS[1:], 0), strict=True):
+        eps = diffusion.predict_noise(z, torch.full((len(z),), t), null)
+        z, z0 = ddim(z, eps, levels[t].to(z).expand(len(z)), levels[t_prev].to(z).expand(len(z)))
+    return z if levels[0] == 1 or diffusion.prediction == "epsilon" else z0
+
+
+def noised(diffusion: Any, z0: Tensor, noise: Tensor) -> Tensor:
+    abar = diffusion.alphas_cumprod[TAUS[0]].to(z0)
+    return abar.sqrt() * z0 + (1 - abar).sqrt() * noise
+
+
+def transcribed_flow(diffusion: Any, velocity: Callable[[Tensor, float], Tensor], z0: Tensor, noise: Tensor) -> Tensor:
+    """A flow pipeline's loop in its own latents: x += (next share of noise - share) velocity."""
+    shares = [float(flow_sigmas(diffusion.alphas_cumprod)[t]) for t in TAUS] + [0.0]
+    x = (1 - shares[0]) * z0 + shares[0] * noise
+    for share, after in pairwise(shares):
+        x = x + (after - share) * velocity(x, share)
+    return x
+
+
+def transcribed(name: str, diffusion: Any, z0: Tensor, noise: Tensor) -> Tensor:
+    """The pipeline's loop written out; in its own latents, with the denoiser called as the pipeline calls it."""
+    denoiser, (said, second) = diffusion.denoiser, diffusion.null_condition(len(z0))
+    b = len(z0)
+    if name in ("pixart", "alpha"):
+        levels = diffusion.alphas_cumprod
+        x = levels[TAUS[0]].sqrt() * z0 + (1 - levels[TAUS[0]]).sqrt() * noise
+        sizes = {"resolution": None, "aspect_ratio": None}
+        if name == "alpha":
+            sizes = {"resolution": torch.full((b, 2), float(IMAGE_SIZE)), "aspect_ratio": torch.ones(b, 1)}
+            sizes = {key: value.to(z0) for key, value in sizes.items()}
+        for t, t_prev in zip(TAUS, (*TAUS[1:], 0), strict=True):
+            eps = denoiser(
+                x, encoder_hidden_states=said, encoder_attention_mask=second, timestep=torch.full((b,), t),
+                added_cond_kwargs=sizes,
+            ).sample.chunk(2, dim=1)[0]  # fmt: skip
+            clean = (x - (1 - levels[t]).sqrt() * eps) / levels[t].sqrt()
+            x = levels[t_prev].sqrt() * clean + (1 - levels[t_prev]).sqrt() * eps
+        return x
+
+    def velocity(x: Tensor, share: float) -> Tensor:
+        time = torch.full((b,), 1000 * share, dtype=x.dtype)
+        if name.startswith("sd3"):
+            return denoiser(x, encoder_hidden_states=said, pooled_projections=second, timestep=time).sample
+        if name == "sana":
+            return denoiser(x, encoder_hidden_states=said, encoder_attention_mask=second, timestep=time).sample
+        places = torch.tensor([[0, row, column] for row in range(2) for column in range(2)], dtype=x.dtype)
+        tokens = torch.stack(
+            [x[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].reshape(b, -1) for r in range(2) for c in range(2)], dim=1
+        )
+        guidance = torch.full((b,), 3.5, dtype=torch.float32) if denoiser.config.guidance_embeds else None
+        out = denoiser(
+            tokens, encoder_hidden_states=said, pooled_projections=second, timestep=time / 1000, img_ids=places,
+            txt_ids=torch.zeros(said.shape[1], 3, dtype=x.dtype), guidance=guidance,
+        ).sample  # fmt: skip
+        made = torch.empty_like(x)
+        for i in range(4):
+            r, c = divmod(i, 2)
+            made[:, :, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2] = out[:, i].reshape(b, 16, 2, 2)
+        return made
+
+    return transcribed_flow(diffusion, velocity, z0, noise)
+
+
+@pytest.mark.parametrize("name", ["pixart", "alpha", "sd3", "sd3.5", "flux", "flux-schnell", "sana"])
+def test_unguided_run_equals_the_pipelines_loop_written_out(folders: dict[str, Path], name: str) -> None:
+    diffusion = opened(folders[name], "float64")
+    noise, image, _ = inputs(diffusion, torch.float64, 2)
+    with torch.no_grad():
+        z0 = diffusion.encode(image)
+        got = ours(diffusion, noised(diffusion, z0, noise))
+        with WideFloats():
+            expected = transcribed(name, diffusion, z0, noise)
+    assert (got - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def through_pipeline(name: str, folder: Path, diffusion: Any, z0: Tensor, noise: Tensor) -> Tensor:
+    """The same run by diffusers' own pipeline: image to image where there is one, else from the noised latents."""
+    told: dict[str, Any] = {"prompt": ["", ""], "output_type": "latent", "num_inference_steps": len(TAUS)}
+    if name == "pixart":
+        pipeline = pipeline_of(folder, "PixArtSigmaPipeline")
+        pipeline.scheduler = Between.from_config(
+            diffusers.DDIMScheduler(
+                beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, set_alpha_to_one=False
+            ).config
+        )
+        x = noised(diffusion, z0, noise)
+        return pipeline(**told, latents=x, guidance_scale=1.0, use_resolution_binning=False).images
+    told["sigmas"] = [t / 1000 for t in TAUS]
+    if name == "sana":
+        pipeline = pipeline_of(folder, "SanaPipeline")
+        share = flow_sigmas(diffusion.alphas_cumprod)[TAUS[0]].float()
+        x, options = (1 - share) * z0 + share * noise, {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        options |= {"use_resolution_binning": False, "guidance_scale": 1.0, "complex_human_instruction": None}
+        pipeline.check_inputs = lambda *args, **kwargs: None  # asks for multiples of 32 of every autoencoder
+        return pipeline(**told, latents=x, **options).images
+    kind = "StableDiffusion3Img2ImgPipeline" if name.startswith("sd3") else "FluxImg2ImgPipeline"
+    pipeline = pipeline_of(folder, kind)
+    given = pipeline.scheduler.scale_noise
+    pipeline.scheduler.scale_noise = lambda sample, timestep, _: given(sample, timestep, noise)  # instead of a seed's
+    told |= {"strength": 1.0, "height": IMAGE_SIZE, "width": IMAGE_SIZE, "image": z0}
+    if name.startswith("sd3"):
+        return pipeline(**told, guidance_scale=1.0).images
+    told["max_sequence_length"] = 512 if name == "flux" else 256
+    out = pipeline(**told, guidance_scale=3.5).images
+    return pipeline._unpack_latents(out, IMAGE_SIZE, IMAGE_SIZE, 4)
+
+
+class Between(diffusers.DDIMScheduler):
+    """DDIM at the timesteps of this file instead of its own."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        self.num_inference_steps, self.timesteps = num_inference_steps, torch.tensor(TAUS)
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Any:
+        after = (*TAUS[1:], 0)[TAUS.index(int(timestep))]
+        self.num_inference_steps = 1000 // (int(timestep) - after)
+        self.config["num_train_timesteps"] = self.num_inference_steps * (int(timestep) - after)
+        return super().step(model_output, timestep, sample, **options)
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd3", "sd3.5", "flux", "flux-schnell", "sana"])
+def test_unguided_run_equals_diffusers_pipeline(folders: dict[str, Path], name: str) -> None:
+    diffusion = opened(folders[name])
+    noise, image, _ = inputs(diffusion, torch.float32, 2)
+    with torch.no_grad():
+        z0 = diffusion.encode(image)
+        expected = through_pipeline(name, folders[name], diffusion, z0, noise)
+        got = ours(diffusion, noised(diffusion, z0, noise))
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
