@@ -16,6 +16,7 @@ from .multistep import SOLVERS
 
 ModeName = Literal["official", "realistic", "audit"]
 SpeedName = Literal["exact", "balanced", "fast"]
+FitName = Literal["auto", "crop", "pad", "squash", "native"]
 PresetName = Literal[
     "imagenet-class", "imagenet-text", "pairs-class", "pairs-text", "celeba-text", "flowers-text", "pets-text"
 ]
@@ -147,7 +148,7 @@ PRESET_PROMPTS = {"pets-text": "pets", "flowers-text": "flowers"}
 OFFICIAL_PROMPTS = {"imagenet": "openai-imagenet", "age": "official-age"}
 OFFICIAL_CHOICES = (
     "mode official",
-    "files are resized bilinearly instead of by Lanczos",
+    "files are resized bilinearly instead of by Lanczos and cropped to the middle, profiles are ignored",
     "one noise for all images, from the seed itself, instead of one from each image's own pixels",
     "images that the classifier already takes for the target are run instead of skipped",
     "prompts name ImageNet's classes as OpenAI does, and say 'a old person' (text-conditional models)",
@@ -215,6 +216,10 @@ class Config(Overrides):
     match_official: bool = Field(
         False, description="As the authors' code: bilinear resize, one noise, their prompts, ..."
     )
+    fit: FitName = Field(
+        "auto",
+        description="Of files: auto (as the classifier's own processor), crop, pad, squash or native.",
+    )
     seed: int = Field(
         0, ge=0, le=MAX_SEED, description="Of everything random; combined with each image's own pixels or id."
     )
@@ -238,6 +243,11 @@ class Config(Overrides):
         """How image files are resized."""
         return "bilinear" if self.match_official else "lanczos"
 
+    @property
+    def fit_name(self) -> FitName:
+        """How image files are fitted; the authors' code crops."""
+        return "crop" if self.match_official else self.fit
+
     def settings(
         self,
         pack_settings: dict[str, dict[str, Any]],
@@ -257,6 +267,8 @@ class Config(Overrides):
         if self.match_official and (self.mode_name != "official" or self.speed not in (None, "exact")):
             other = f"mode {self.mode}" if self.mode_name != "official" else f"speed {self.speed}"
             raise UsageError(f"match_official: the authors' code has no {other}; leave mode and speed out")
+        if self.match_official and self.fit not in ("auto", "crop"):
+            raise UsageError(f"match_official: the authors' code crops; leave fit {self.fit} out")
         if self.mode_name == "official":
             published = PRESETS[self.preset or OFFICIAL_PRESET].model_dump()
             base = published if self.preset else dict(pack_settings.get("official", published))

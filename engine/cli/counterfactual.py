@@ -28,9 +28,13 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..core.photos import Photo
+    from ..core.result import Counterfactual
     from ..engine import Engine
     from ..images.sources import Sample
     from ..outputs import Run
+
+RESTORED = ".restored.png"  # how the file of a restored photo ends
 
 
 @with_options
@@ -45,6 +49,9 @@ def counterfactual(
     manifest: Annotated[Path | None, typer.Option(help="Table with the columns image and target.")] = None,
     recursive: RecursiveOption = False,
     budget: Annotated[float | None, typer.Option(help="Seconds for each image; then what there is.")] = None,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="The change also laid over the photo, at its own size.")
+    ] = False,
     overwrite: OverwriteFlag = False,
     resume: ResumeFlag = False,
     as_json: JsonFlag = False,
@@ -77,21 +84,27 @@ def counterfactual(
     failed = 0
     facts = {
         "command": "counterlens counterfactual", **engine.facts(config), "target": target, "budget_s": budget,
+        **({"restore": True} if restore else {}),
     }  # fmt: skip
+    endings = (".png", RESTORED) if restore else (".png",)
     sources = [Source(item.path.stem, {"image": item.name, "target": item.target}, item.own_file) for item in items]
+    kept = 0
     with (
         progress_bar("counterfactuals") as progress,
         open_run(
-            out, facts, sources=sources, endings=(".png",), overwrite=overwrite, resume=resume,
+            out, facts, sources=sources, endings=endings, overwrite=overwrite, resume=resume,
             say=errors.print,
         ) as run,
     ):  # fmt: skip
-        for record in _counterfactual_records(engine, items, choices, run, budget, progress):
+        for record in _counterfactual_records(engine, items, choices, run, budget, restore, progress):
             failed += record["status"] == "failed"
+            kept += record.get("restored_flipped", False)
             if as_json:
                 print_json(record)
             rows.append(counterfactual_row(record))
     console.table(COUNTERFACTUAL_COLUMNS, rows)
+    if restore and (flips := sum(row[5] == "yes" for row in rows)):
+        console.print(f"{kept} of {flips} flips survive in the restored photos")
     if failed:
         raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
 
@@ -102,6 +115,7 @@ def _counterfactual_records(
     targets: list[str | int],
     run: Run,
     budget_s: float | None,
+    restore: bool,
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Yield one line per image in order, batch by batch, as it was written; what cannot be read or written is one too.
@@ -111,6 +125,7 @@ def _counterfactual_records(
     import torch
 
     from ..images.files import save_png
+    from ..images.restoring import save_restored
     from ..runtime.spec import SLOTS
 
     task = progress.task_ids[0]
@@ -119,28 +134,44 @@ def _counterfactual_records(
     told = 0
     for b, rows in enumerate(batches):
         records: dict[int, dict[str, Any]] = {i: {"image": items[i].name} for i in rows}
-        loaded: dict[int, torch.Tensor] = {}
+        loaded: dict[int, Photo] = {}
         for i in rows:
             try:
-                loaded[i] = items[i].load(engine.image_size, engine.config.interpolation)
+                loaded[i] = engine.read(items[i].file(), items[i].name)
                 records[i]["input_sha256"] = items[i].sha256()
             except (CounterlensError, OSError) as error:
                 records[i] |= {"status": "failed", "error": str(error).removeprefix(f"{items[i].name}: ")}
 
-        def show(i: int, n: int, b: int = b) -> None:
-            progress.update(task, completed=b + i / n, total=len(batches))
+        _say_own_answers(engine, items, loaded, records)
+        shapes: dict[tuple[int, int], list[int]] = {}  # images of one shape share a batch
+        for i, photo in loaded.items():
+            shapes.setdefault(photo.frame.size, []).append(i)
+        results: dict[int, Counterfactual] = {}
+        for s, alike in enumerate(shapes.values()):
 
-        if loaded:
-            result = engine.counterfactual(
-                torch.stack(list(loaded.values())), [targets[i] for i in loaded], on_step=show, budget_s=budget_s
-            )
-        for k, i in enumerate(loaded):
-            records[i] |= result.record(k) | {"runtime": result.provenance[k]["runtime"]}
+            def show(i: int, n: int, done: float = b + s / len(shapes), share: float = 1 / len(shapes)) -> None:
+                progress.update(task, completed=done + share * i / n, total=len(batches))
+
+            images = torch.stack([loaded[i].image for i in alike])
+            made = engine.counterfactual(images, [targets[i] for i in alike], on_step=show, budget_s=budget_s)
+            results.update(zip(alike, made, strict=True))
+        for i, result in sorted(results.items()):
+            records[i] |= result.record() | {"runtime": result.provenance["runtime"]}
             if records[i]["status"] != "done":
                 continue
             path = run.folder / f"{run.names[i]}.png"
             try:
-                save_png(result.images[k], path, run.line(run.names[i], records[i]))
+                if restore:
+                    picture, said = engine.restore(items[i].file(), loaded[i], result.image, items[i].name)
+                    records[i] |= {
+                        "restored_path": str(path.with_name(run.names[i] + RESTORED)),
+                        "restored_prediction": said.label,
+                        "restored_target_confidence": round(said.probabilities[result.target].item(), 6),
+                        "restored_flipped": said.label == records[i]["target"],
+                    }
+                    line = run.line(run.names[i], records[i])
+                    save_restored(picture, Path(records[i]["restored_path"]), line)
+                save_png(result.image, path, run.line(run.names[i], records[i]))
                 records[i]["path"] = str(path)
             except CounterlensError as error:
                 records[i] |= {"status": "failed", "error": str(error)}
@@ -153,3 +184,21 @@ def _counterfactual_records(
             run.append(line)
             yield line
     yield from (line for line in run.done[told:] if line is not None)
+
+
+def _say_own_answers(
+    engine: Engine, items: list[Sample], photos: dict[int, Photo], records: dict[int, dict[str, Any]]
+) -> None:
+    """Record how each image lies in its file, and the answer of the classifier's own pipeline; a difference is said."""
+    from ..core.photos import Said, disagreement
+
+    answers = dict(zip(photos, engine.own_answers(list(photos.values())), strict=True))
+    for i, photo in photos.items():
+        records[i] |= photo.frame.record()
+        if (own := answers[i]) is None:
+            continue
+        records[i] |= {"own_prediction": own.label, "own_confidence": round(own.confidence, 6)}
+        p = engine.probabilities(photo.image[None])[0]
+        ours = Said(engine.labels[int(p.argmax())], p.max().item(), p)
+        if (said := disagreement(photo, own, ours)) is not None:
+            errors.print(f"warning: {items[i].name}: {said}", style="yellow")

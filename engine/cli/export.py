@@ -21,8 +21,8 @@ from .options import (
 )
 
 WHOLE = ("counterfactual", "saliency")
-# An artefact is the same for every seed; how the engine itself runs is no part of it.
-ExportedRun = Annotated[Config, without("pack", "classifier", "seed")]
+# An artefact is the same for every seed and reads no files; how the engine itself runs is no part of it.
+ExportedRun = Annotated[Config, without("pack", "classifier", "seed", "fit")]
 ExportedModels = Annotated[
     EngineOptions,
     without("neighbours", "dtype", "device", "runtime", "attention", "checkpointing", "memory_budget"),

@@ -51,15 +51,18 @@ def check_running(diffusion: Diffusion, runtime: str, checkpointing: bool, atten
             raise UsageError(f"attention: xformers cannot be used: {'; '.join(reasons)}")
 
 
-def check_images(images: Tensor, size: int) -> None:
-    """Refuse what is no batch of images [B, 3, size, size] in [0, 1]; NaN passes.
+def check_images(images: Tensor, size: int, multiple: int | None = None) -> None:
+    """Refuse what is no batch of images in [0, 1], [B, 3, size, size] or with sides that are multiples; NaN passes.
 
     Raises:
         UsageError: says what does not fit.
     """
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1:] != (3, size, size):
+    sides = images.shape[2:] if isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == 3 else ()
+    others = multiple is not None and len(sides) == 2 and min(sides) > 0 and not any(n % multiple for n in sides)
+    if sides != (size, size) and not others:
         shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise UsageError(f"images: expected [B, 3, {size}, {size}], got {shape}; load_image resizes files")
+        more = "" if multiple is None else f", or other multiples of {multiple}"
+        raise UsageError(f"images: expected [B, 3, {size}, {size}]{more}, got {shape}; load_image resizes files")
     if not images.is_floating_point():
         raise UsageError(f"images: expected floating point in [0, 1], got {images.dtype}")
     if images.numel() and (images.min() < 0 or images.max() > 1):

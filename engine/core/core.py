@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from counterlens.export.store import Store
 
-from ..config import SPEEDS, Config, Settings, default_settings, preset_misfit
+from ..config import SPEEDS, Config, Settings, StepOptions, default_settings, preset_misfit
 from ..errors import UsageError
-from ..guidance.memory import checkpointed, largest_batch
+from ..guidance.memory import checkpointed, largest_batch, step_bytes
 from ..guidance.pullback import PullbackMode
 from ..guidance.sampler import Observer, Sampler
 from ..guidance.schedule import carried_strength
 from ..guidance.spans import span
+from ..guidance.step import GuidedStep
 from ..labels import distinct_names
 from ..models.attention import memory_efficient_attention
 from ..models.freezing import frozen
@@ -35,6 +38,7 @@ from ..runtime.registry import AUTO, EAGER
 from ..runtime.runners import REAL_IMAGES, Runners
 from ..runtime.spec import SLOTS, Spec
 from .checks import check_images, check_models, check_running
+from .photos import Photo, Said, check_native, read, restored, say
 from .result import Counterfactual, Counterfactuals
 from .session import Session, padded_batches
 from .targets import TargetLabels, Targets, one_each
@@ -134,13 +138,11 @@ class EngineCore:
         self.targets = TargetLabels(self.labels, neighbours)
         self.slots: tuple[int, ...] = SLOTS
         self._check_source(self.config)
+        self.memory_budget = memory_budget
+        self._bytes: dict[tuple[StepOptions, tuple[int, int]], int] = {}
+        self._slots: dict[tuple[int, int], tuple[int, ...]] = {}  # of images of other sizes, by height and width
         if memory_budget is not None:
-            with self._prepared():
-                settings = self.settings(self.config)
-                most = largest_batch(
-                    diffusion, classifier, settings, memory_budget, SLOTS, self.pullback, self.runners.decoder(settings)
-                )
-            self.slots = tuple(s for s in SLOTS if s <= most)
+            self.slots = self._fitting_slots(memory_budget)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -153,12 +155,29 @@ class EngineCore:
         own = [] if self.guidance_decoder is None else [self.guidance_decoder.module]
         return [*self.diffusion.modules(), self.classifier.module, *own]
 
-    def sampler(self, config: Config | None = None, slots: int = SLOTS[-1], observe: Observer | None = None) -> Sampler:
+    def sampler(
+        self,
+        config: Config | None = None,
+        slots: int = SLOTS[-1],
+        observe: Observer | None = None,
+        sides: tuple[int, int] | None = None,
+    ) -> Sampler:
         """Slots for samples that come and go, at the step of this config; use it inside `frozen`.
 
         Results are bit-identical to those of `counterfactual` where that uses as many slots. `observe`: see there.
+        `sides` are height and width of the images where they are not the model's own: such samples run in eager.
+
+        Raises:
+            UsageError: a runtime was named whose artefacts are of another size.
         """
         settings = self.settings(config or self.config)
+        if observe is None and sides is not None and not self.is_own_size(sides):
+            self.check_runtime_for(sides)
+            eager = GuidedStep(
+                self.diffusion, self.classifier, settings.graph, decoder=self.runners.decoder(settings),
+                mode=self.pullback, backend=self.backend,
+            )  # fmt: skip
+            return Sampler(self.diffusion, slots, eager, settings.graph, decode=self.diffusion.decode)
         if observe is not None:
             return Sampler(
                 self.diffusion, slots, self.runners.step(settings).observed(), settings.graph,
@@ -190,9 +209,59 @@ class EngineCore:
         """The noise prediction beside the guided steps, compiled where the store has it."""
         return self.runners.functions(self.settings(self.config), slots)["predict_noise"]
 
-    def slots_for(self, batch: int) -> int:
-        """The slot count that a batch of this size is padded to."""
-        return next((s for s in self.slots if s >= batch), self.slots[-1])
+    def slots_for(self, batch: int, sides: tuple[int, int] | None = None) -> int:
+        """The slot count that a batch of this size is padded to; `sides`: see `slots_of`."""
+        slots = self.slots if sides is None else self.slots_of(sides)
+        return next((s for s in slots if s >= batch), slots[-1])
+
+    def slots_of(self, sides: tuple[int, int]) -> tuple[int, ...]:
+        """The slot counts that fit into the memory budget for images of this height and width.
+
+        Raises:
+            UsageError: not one sample fits.
+        """
+        if self.memory_budget is None or self.is_own_size(sides):
+            return self.slots
+        if sides not in self._slots:
+            self._slots[sides] = self._fitting_slots(self.memory_budget, sides)
+        return self._slots[sides]
+
+    def _fitting_slots(self, budget: float, sides: tuple[int, int] | None = None) -> tuple[int, ...]:
+        settings = self.settings(self.config)
+        with self._prepared():
+            most = largest_batch(
+                self.diffusion, self.classifier, settings, budget, SLOTS, self.pullback,
+                self.runners.decoder(settings), sides,
+            )  # fmt: skip
+        return tuple(s for s in SLOTS if s <= most)
+
+    def step_bytes(self, sides: tuple[int, int], config: Config | None = None) -> int:
+        """Peak bytes of a guided step of one image of this height and width, weights left out; measured once."""
+        settings = self.settings(config or self.config)
+        key = (settings.graph, sides)
+        with _OPENING, self._prepared():
+            if key not in self._bytes:
+                self._bytes[key] = step_bytes(
+                    self.diffusion, self.classifier, 1, settings, self.pullback, self.runners.decoder(settings), sides
+                )
+        return self._bytes[key]
+
+    def is_own_size(self, sides: Sequence[int]) -> bool:
+        """Whether images of this height and width are the square ones that the models were made for."""
+        return tuple(sides) == (self.image_size, self.image_size)
+
+    def check_runtime_for(self, sides: tuple[int, int]) -> None:
+        """Refuse a runtime that was named for images of another size than what it compiles for.
+
+        Raises:
+            UsageError: says which do.
+        """
+        if self.runtime not in (AUTO, EAGER):
+            size = self.image_size
+            raise UsageError(
+                f"runtime: what {self.runtime} runs is compiled for images of {size}x{size}, these are "
+                f"{sides[1]}x{sides[0]} (fit native); runtime eager or auto take them"
+            )
 
     def spec(self, settings: Settings, **fields: Any) -> Spec:
         """What is compiled for these settings; fields are those of `Spec` that the settings leave open."""
@@ -246,6 +315,7 @@ class EngineCore:
             "preset": config.preset,
             "speed": config.speed,
             "match_official": config.match_official,
+            "fit": config.fit_name,
             "settings": self.settings(config).model_dump(),
             # Of another noise path, where `settings` has the strength of the same noise level.
             **({"strength_asked": config.settings(self.pack_settings, self.speeds).strength} if self.carries else {}),
@@ -273,6 +343,8 @@ class EngineCore:
         self._check_source(config)
         if config.preset and (reason := preset_misfit(config.preset, self.diffusion.conditioning, len(self.labels))):
             raise UsageError(f"preset: {reason}")
+        if config.fit == "native":
+            check_native(self)
         settings = config.settings(self.pack_settings, self.speeds)
         if self.carries:
             used = carried_strength(settings.strength, self.diffusion.alphas_cumprod)
@@ -431,9 +503,36 @@ class EngineCore:
 
     def meet_images(self, images: Tensor) -> None:
         """Keep the first images, if they are finite: artefacts are held to eager on them."""
-        if self.runners.real_images is None and len(images) and images[:REAL_IMAGES].isfinite().all():
+        if (
+            self.runners.real_images is None
+            and len(images)
+            and self.is_own_size(images.shape[2:])
+            and images[:REAL_IMAGES].isfinite().all()
+        ):
             self.runners.real_images = images[:REAL_IMAGES].detach().clone()
 
     def check_images(self, images: Tensor) -> None:
         """See `checks.check_images`."""
-        check_images(images, self.image_size)
+        check_images(images, self.image_size, self.multiple)
+
+    @property
+    def multiple(self) -> int | None:
+        """What sides of images of other shapes are multiples of; None where the model takes square ones of its size."""
+        return getattr(self.diffusion, "multiple", None) if getattr(self.diffusion, "rectangular", False) else None
+
+    def read(
+        self, file: Path | BytesIO, name: str | None = None, config: Config | None = None, *, own: bool = True
+    ) -> Photo:
+        """Read an image file as the fit of the config lays it out; see `photos.read`, errors too."""
+        return read(self, file, name, config or self.config, own=own)
+
+    def own_answers(self, photos: Sequence[Photo]) -> list[Said | None]:
+        """What the classifier's own pipeline says of each untouched file; None where it has no processor of its own."""
+        said = iter(say(self, [photo.own for photo in photos if photo.own is not None]))
+        return [None if photo.own is None else next(said) for photo in photos]
+
+    def restore(
+        self, file: Path | BytesIO, photo: Photo, after: Tensor, name: str | None = None, config: Config | None = None
+    ) -> tuple[Image.Image, Said]:
+        """A counterfactual's change laid over the photo at its own size; see `photos.restored`, errors too."""
+        return restored(self, file, photo, after, name, config or self.config)

@@ -16,6 +16,7 @@ from ..guidance.sampler import PATIENCE, Job, Observer, Outcome, Sampler, check_
 from ..guidance.schedule import schedule_of
 from ..images.files import as_saved
 from ..models.protocols import Diffusion
+from ..runtime.registry import EAGER
 from ..runtime.runners import REAL_IMAGES
 from ..runtime.spec import SLOTS
 from .result import ALREADY, Counterfactual, noise_seed
@@ -31,14 +32,17 @@ class Models(Protocol):
     config: Config
     diffusion: Diffusion
     targets: TargetLabels
-    slots: tuple[int, ...]
 
     def check_images(self, images: Tensor) -> None: ...
     def meet_images(self, images: Tensor) -> None: ...
     def settings(self, config: Config) -> Settings: ...
     def probabilities(self, images: Tensor, sizes: Sequence[int] | None = None) -> Tensor: ...
-    def slots_for(self, batch: int) -> int: ...
-    def sampler(self, config: Config | None, slots: int, observe: Observer | None = None) -> Sampler: ...
+    def slots_for(self, batch: int, sides: tuple[int, int] | None = None) -> int: ...
+    def slots_of(self, sides: tuple[int, int]) -> tuple[int, ...]: ...
+    def is_own_size(self, sides: Sequence[int]) -> bool: ...
+    def sampler(
+        self, config: Config | None, slots: int, observe: Observer | None = None, sides: tuple[int, int] | None = None
+    ) -> Sampler: ...
     def open_whole(self, settings: Settings, slots: int) -> WholeSampler | None: ...
     def facts(self, config: Config, batch: int = 1) -> dict[str, Any]: ...
 
@@ -91,6 +95,7 @@ class Session:
         self.whole, self.patience = whole, PATIENCE
         self.graph = models.settings(self.config).graph
         self.sampler: Sampler | WholeSampler | None = None
+        self.sides: tuple[int, int] | None = None  # height and width of its images, the first one's
         self.total = 0  # ticks that the first batch needs, if no sample ends early
         self._settings: dict[Config, tuple[Settings, int]] = {}  # with their steps
         self._facts: dict[Config, dict[str, Any]] = {}
@@ -130,6 +135,7 @@ class Session:
         if budget_s is not None and not budget_s > 0:
             raise UsageError(f"budget_s: expected seconds above 0, got {budget_s}")
         self.models.check_images(image[None])
+        self._check_sides((image.shape[1], image.shape[2]))
         seed = noise_seed(image, config) if seed is None else seed
         sample = _Sample(self._next_id, image, target, seed, config, settings, steps, budget_s)
         self._next_id += 1
@@ -209,20 +215,31 @@ class Session:
             _keep(self._settings, config, (settings, steps))
         return self._settings[config]
 
+    def _check_sides(self, sides: tuple[int, int]) -> None:
+        """Refuse an image of another size than the first: they cannot share a batch."""
+        self.sides = self.sides or sides
+        if sides != self.sides:
+            height, width = self.sides
+            raise UsageError(
+                f"images: one of {sides[1]}x{sides[0]} among those of {width}x{height}; samples in the same slots need "
+                "the same size; run them apart"
+            )
+
     def _begin(self) -> None:
         """Predict the new samples, find their targets, and hand those that can start to the sampler."""
         new, self._new = self._new, []
         self.models.meet_images(torch.stack([sample.image for sample in new[:REAL_IMAGES]]))
-        size = self.slots or self.models.slots[-1]
+        assert self.sides is not None
+        size = self.slots or self.models.slots_of(self.sides)[-1]
         for start in range(0, len(new), size):
             self._predict(new[start : start + size])
         todo = [sample for sample in new if sample.error is None]
         self._done += [sample for sample in new if sample.error is not None]
         if todo and self.sampler is None:
-            slots = self.slots or self.models.slots_for(len(todo))
+            slots = self.slots or self.models.slots_for(len(todo), self.sides)
             self.sampler = self._whole_sampler(todo, slots)
             if self.sampler is None:
-                self.sampler = self.models.sampler(self.config, slots, self._watch())
+                self.sampler = self.models.sampler(self.config, slots, self._watch(), self.sides)
             self.sampler.live = self.slots is not None
             self.total = count_ticks([sample.steps for sample in todo], slots)
         for sample in todo:
@@ -234,6 +251,7 @@ class Session:
         """A whole run's file for a batch whose samples share their settings and end together."""
         settings = samples[0].settings
         alike = all(s.settings == settings and s.budget_s is None and not s.config.match_official for s in samples)
+        alike = alike and self.models.is_own_size(samples[0].image.shape[1:])
         return self.models.open_whole(settings, slots) if self.whole and alike else None
 
     def _predict(self, samples: Sequence[_Sample]) -> None:
@@ -254,7 +272,8 @@ class Session:
                 sample.error = "the image holds NaN or infinite values"
 
     def _probabilities(self, images: Tensor) -> Tensor:
-        return self.models.probabilities(images, None if self.slots is None else (self.slots,))
+        sides = (images.shape[2], images.shape[3])
+        return self.models.probabilities(images, self.models.slots_of(sides) if self.slots is None else (self.slots,))
 
     def _watch(self) -> Observer | None:
         observe = self.observe
@@ -269,7 +288,7 @@ class Session:
     def _measure(self, samples: Sequence[_Sample]) -> list[Counterfactual]:
         """What became of the samples; every measure is of the image as the saved 8-bit file holds it."""
         out: list[Counterfactual] = []
-        size = self.slots or self.models.slots_for(len(samples))
+        size = self.slots or self.models.slots_for(len(samples), self.sides)
         for start in range(0, len(samples), size):
             some = samples[start : start + size]
             rows = [*some, *[some[0]] * (size - len(some))]  # always the same shape: the last bits depend on it
@@ -298,6 +317,7 @@ class Session:
             slots = 1 if self.sampler is None else self.sampler.slots
             made = self.models.facts(sample.config, slots) | {"budget_s": None}
             made |= {"runtime": NAME} if isinstance(self.sampler, WholeSampler) else {}
+            made |= {} if self.models.is_own_size(sample.image.shape[1:]) else {"runtime": EAGER}
             _keep(self._facts, sample.config, made)
         if sample.budget_s is not None:
             made = made | {"budget_s": sample.budget_s}

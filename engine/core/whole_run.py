@@ -276,6 +276,10 @@ def export_counterfactual(
         raise UsageError(
             "match_official: a whole run draws each image's own noise and skips what is the target already"
         )
+    if config.fit == "native":
+        raise UsageError(
+            f"fit: a file takes images of one size, {engine.image_size}x{engine.image_size}; no native there"
+        )
     if engine.device.type != "cpu":
         raise UsageError(f"device: a whole run is written and checked on the CPU, the models are on {engine.device}")
     if pages and batch not in (None, 1):

@@ -101,15 +101,18 @@ def step_bytes(
     settings: Settings,
     pullback: PullbackMode = "functional",
     decoder: Decoder | None = None,
+    sides: tuple[int, int] | None = None,
 ) -> int:
     """Peak bytes of one guided step's tensors, the weights left out; runs the step once, on noise.
 
-    `decoder` is the tiny one, where the settings ask for it.
+    `decoder` is the tiny one, where the settings ask for it; `sides` are height and width, the model's own without it.
     """
     device = next(diffusion.modules()[0].parameters()).device
-    size = diffusion.image_size
-    z = torch.zeros(batch, *diffusion.latent_shape, device=device)
-    image = z if settings.distance == "latent" else torch.full((batch, 3, size, size), 0.5, device=device)
+    channels, side, _ = diffusion.latent_shape
+    height, width = sides or (diffusion.image_size, diffusion.image_size)
+    factor = diffusion.image_size // side
+    z = torch.zeros(batch, channels, height // factor, width // factor, device=device)
+    image = z if settings.distance == "latent" else torch.full((batch, 3, height, width), 0.5, device=device)
     target = torch.zeros(batch, dtype=torch.long, device=device)
     timestep = torch.full((batch,), 101, device=device)
     condition = diffusion.condition(target)
@@ -136,6 +139,7 @@ def largest_batch(
     slots: Sequence[int],
     pullback: PullbackMode = "functional",
     decoder: Decoder | None = None,
+    sides: tuple[int, int] | None = None,
 ) -> int:
     """The largest of `slots` whose guided step, weights included, fits into `budget` bytes.
 
@@ -145,8 +149,8 @@ def largest_batch(
         UsageError: one sample does not fit; the message says how much it needs.
     """
     fixed = weight_bytes([*diffusion.modules(), classifier.module, *([] if decoder is None else [decoder.module])])
-    one = step_bytes(diffusion, classifier, 1, settings, pullback, decoder)
-    two = step_bytes(diffusion, classifier, 2, settings, pullback, decoder) if budget > fixed + one else one
+    one = step_bytes(diffusion, classifier, 1, settings, pullback, decoder, sides)
+    two = step_bytes(diffusion, classifier, 2, settings, pullback, decoder, sides) if budget > fixed + one else one
     fitting = [s for s in slots if fixed + one + (s - 1) * (two - one) <= budget]
     if not fitting:
         raise UsageError(

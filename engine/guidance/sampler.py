@@ -340,7 +340,7 @@ class Sampler:
                 self._encoded.append(sample)
             else:
                 one = sample.z[None]
-                noise = seeded_noise(self.diffusion.latent_shape, [sample.job.seed], one)
+                noise = seeded_noise(tuple(sample.z.shape), [sample.job.seed], one)  # type: ignore[arg-type]
                 sample.z = add_noise(one, noise, alphas_cumprod[sample.schedule.start].expand(1))[0]
                 self._ready.append(sample)
         self._share(samples, started)

@@ -17,7 +17,7 @@ from ..errors import CounterlensError, UsageError
 
 ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
-    ".pnm", ".avif", ".jp2", ".tga",
+    ".pnm", ".avif", ".jp2", ".tga", ".heic", ".heif",
 )  # fmt: skip
 PARQUET = (".parquet", ".pq")
 DELIMITERS = (",", ";", "\t", "|")
@@ -109,11 +109,7 @@ def read_folder(root: Path, recursive: bool = False) -> Folder:
     if out.images:
         others, out.parquet = others + out.parquet, []
     if others:
-        heic = any(path.suffix.lower() in (".heic", ".heif") for path in others)
-        out.notes.append(
-            f"{_count(others, 'file')} left out, not read by the ending: {_some(others, root)}"
-            + (" (HEIC: save it as JPEG or PNG)" if heic else "")
-        )
+        out.notes.append(f"{_count(others, 'file')} left out, not read by the ending: {_some(others, root)}")
     return out
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +19,19 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
+from .colour import to_srgb
+from .fitting import Frame, frame, take
 
 if TYPE_CHECKING:  # reading pixels needs no PyTorch, and `counterlens run` does without it
     from torch import Tensor
 
 MAX_PIXELS = 64_000_000
+T = TypeVar("T")
 TIMES = ("started", "seconds", "path")
 MAX_BYTES = 2**29  # of a file; some decoders hold all of it
 # What Pillow may open. Not all that it can: some of its formats start other programs (EPS) or hold no picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "DIB", "PPM", "AVIF", "JPEG2000", "TGA", "ICO", "PCX")
+HEIC = tuple(b"ftyp" + kind for kind in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"))
 DARK = 16  # of 255: an image of more than 8 bits without a brighter pixel was made for another range, such as 12 bits
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,46 +61,108 @@ def decoding(name: object, what: str = "cannot be read as an image") -> Iterator
         raise CounterlensError(f"{name}: {what} ({reason[:200]})") from error
 
 
-def load_image(file: Path | BytesIO, size: int, name: str | None = None, interpolation: str = "lanczos") -> Tensor:
+def load_image(
+    file: Path | BytesIO, size: int, name: str | None = None, interpolation: str = "lanczos", fit: str = "squash"
+) -> Tensor:
     """Read any common image as RGB at `size` x `size`: [3, size, size] float32 in [0, 1].
 
-    EXIF rotation is applied, transparency is laid over white, pixels of more than 8 bits are reduced to 8 by the range
-    of their type (floating point: 0 to 1), and other sizes are resized directly to the square. Of a file with several
-    pictures the first is read, with a warning.
+    EXIF rotation is applied, colour profiles are converted to sRGB, transparency is laid over white, and pixels of more
+    than 8 bits are reduced to 8 by the range of their type (floating point: 0 to 1). Of a file with several pictures
+    the first is read, with a warning.
 
     Args:
         file: a path, or the bytes of a file.
         size: side in pixels.
         name: in messages, instead of the path.
         interpolation: `lanczos`, or `bilinear` as in the authors' code; both antialiased.
+        fit: of pictures that are not square: `squash`, `crop` or `pad` (black), see `fitting.frame`. `EngineCore.read`
+            knows what a classifier's own processor does.
 
     Raises:
         CounterlensError: the file is none (a folder, a pipe, a device: it is not opened), cannot be decoded, has more
-            than 64 megapixels (refused before decoding), or uses so little of its pixels' range that it would be black;
-            the message names it.
+            than 64 megapixels (refused before decoding), is more than 50 times as long as wide, or uses so little of
+            its pixels' range that it would be black; the message names it.
     """
     import torch
 
-    return torch.from_numpy(load_pixels(file, size, name, interpolation)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(load_pixels(file, size, name, interpolation, fit)).permute(2, 0, 1).contiguous()
 
 
 def load_pixels(
-    file: Path | BytesIO, size: int, name: str | None = None, interpolation: str = "lanczos"
+    file: Path | BytesIO, size: int, name: str | None = None, interpolation: str = "lanczos", fit: str = "squash"
 ) -> NDArray[np.float32]:
     """What `load_image` reads, as an array [size, size, 3] in [0, 1]."""
     path = name or file
-    check_file(file, path)
-    with decoding(path):
+    picture = open_picture(file, path)
+    return as_pixels(take(picture, framed(fit, picture, path, size), interpolation))
+
+
+def as_pixels(picture: Image.Image) -> NDArray[np.float32]:
+    """A picture as an array [height, width, 3] in [0, 1]."""
+    return np.asarray(picture, dtype=np.float32) / np.float32(255)
+
+
+def framed(fit: str, picture: Image.Image, name: object, size: int, factor: int = 1, most: float = math.inf) -> Frame:
+    """See `fitting.frame`; errors name the file."""
+    try:
+        return frame(fit, picture.size, size, factor, most)
+    except CounterlensError as error:
+        raise CounterlensError(f"{name}: {error}") from error
+
+
+def open_picture(file: Path | BytesIO, name: object, managed: bool = True) -> Image.Image:
+    """The picture in a file, upright, in RGB; see `load_image`, errors too.
+
+    Args:
+        file: a path, or the bytes of a file.
+        name: in messages.
+        managed: colour profiles are converted to sRGB; else they are ignored.
+    """
+    return _opened(file, name, lambda image: _decode(image, name, managed))
+
+
+def open_both(file: Path | BytesIO, name: object, managed: bool = True) -> tuple[Image.Image, Image.Image]:
+    """The picture as `open_picture` gives it, and as other programs read it.
+
+    They turn it by its EXIF and have Pillow convert it to RGB, and nothing else: no profile is followed, transparency
+    is dropped, and greys of 16 bits are cut off at 255.
+    """
+    return _opened(
+        file, name, lambda image: (_decode(image, name, managed), _turned(image.convert("RGB"), image))
+    )  # fmt: skip
+
+
+def _opened(file: Path | BytesIO, name: object, decode: Callable[[Image.Image], T]) -> T:
+    check_file(file, name)
+    with decoding(name):
         try:
-            with Image.open(file, formats=FORMATS) as image:
-                rgb = _decode(image, path)
+            if isinstance(file, BytesIO):
+                file.seek(0)
+            with Image.open(file, formats=_formats(file)) as image:
+                return decode(image)
         except Image.DecompressionBombError as error:
-            raise CounterlensError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels") from error
+            raise CounterlensError(f"{name}: more than {MAX_PIXELS // 10**6} megapixels") from error
         except UnidentifiedImageError as error:
-            raise CounterlensError(f"{path}: not an image that can be read{_hint(file)}") from error
-        if rgb.size != (size, size):
-            rgb = rgb.resize((size, size), Image.Resampling[interpolation.upper()])
-        return np.asarray(rgb, dtype=np.float32) / np.float32(255)
+            raise CounterlensError(f"{name}: not an image that can be read{_hint(file)}") from error
+
+
+def _formats(file: Path | BytesIO) -> tuple[str, ...]:
+    """What may be in the file: HEIC as well, where pillow-heif is installed and the file looks like one."""
+    if _start(file)[4:12] not in HEIC:
+        return FORMATS
+    try:
+        import pillow_heif
+    except ImportError:
+        return FORMATS
+    pillow_heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def _start(file: Path | BytesIO) -> bytes:
+    if isinstance(file, BytesIO):
+        return bytes(file.getbuffer()[:64])
+    with open(file, "rb") as opened:
+        return opened.read(64)
 
 
 def check_file(file: Path | str | BytesIO, name: object) -> None:
@@ -127,50 +194,58 @@ def check_file(file: Path | str | BytesIO, name: object) -> None:
 
 def _hint(file: Path | BytesIO) -> str:
     """What a file that Pillow does not know is, where a person can do something about it."""
-    if isinstance(file, BytesIO):
-        start = bytes(file.getbuffer()[:32])
-    else:
-        with open(file, "rb") as opened:
-            start = opened.read(32)
-    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
-        return " (HEIC; save it as JPEG or PNG)"
+    start = _start(file)
+    if start[4:12] in HEIC:
+        more = "" if "HEIF" in _formats(file) else ", or install what reads it: pip install pillow-heif"
+        return f" (HEIC; save it as JPEG or PNG{more})"
     if start.startswith(b"version https://git-lfs"):
         return " (a pointer of Git LFS; fetch the picture with `git lfs pull`)"
     return ""
 
 
-def _decode(image: Image.Image, path: object) -> Image.Image:
+def _turned(picture: Image.Image, image: Image.Image) -> Image.Image:
+    """A picture as the EXIF of its file says; `ImageOps.exif_transpose` would fail where other entries are broken."""
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _decode(image: Image.Image, path: object, managed: bool) -> Image.Image:
     """The first picture of an open file, upright, in RGB."""
     if image.width * image.height > MAX_PIXELS:
         raise CounterlensError(
             f"{path}: {image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} megapixels"
         )
     if getattr(image, "is_animated", False) and image.format != "MPO":  # cameras keep previews and depth in those
-        warnings.warn(f"{path}: {getattr(image, 'n_frames', 'several')} pictures; the first is read", stacklevel=3)
+        warnings.warn(f"{path}: {getattr(image, 'n_frames', 'several')} pictures; the first is read", stacklevel=4)
     deep = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    # Pillow turns TIFFs on its own, and then their EXIF says nothing of it. `ImageOps.exif_transpose` would write the
-    # other entries of the EXIF anew, which fails where they are broken.
-    image.load()
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    rgb = _to_rgb(image, path, deep)
-    return rgb if turn is None else rgb.transpose(turn)
+    image.load()  # Pillow turns TIFFs on its own, and then their EXIF says nothing of it
+    return _turned(_to_rgb(image, path, deep, managed), image)
 
 
-def _to_rgb(image: Image.Image, path: object, deep: bool) -> Image.Image:
+def _to_rgb(image: Image.Image, path: object, deep: bool, managed: bool) -> Image.Image:
+    profile = image.info.get("icc_profile") if managed else None
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bits(image, path)
     elif deep and image.mode in ("L", "LA", "RGB", "RGBA", "RGBX"):
         channels: Any = [image.getchannel(band).getextrema() for band in image.getbands() if band not in "AX"]
         if max(high for _, high in channels) <= DARK:
             raise CounterlensError(f"{path}: 16-bit pixels, all nearly black; save it with 8 bits")
+    alpha, grey = None, image.mode in ("L", "LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         bands: Any = image.getextrema()
         if bands[3][1] == 0 and any(low != high for low, high in bands[:3]):
             raise CounterlensError(f"{path}: a picture whose every pixel is transparent; save it without transparency")
-        background = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
+        alpha = image.getchannel("A")
+    image = image.getchannel(0) if grey else image if image.mode == "CMYK" else image.convert("RGB")
+    if profile:
+        image.info["icc_profile"] = profile
+        image = to_srgb(image, path)
+    image = image.convert("RGB")
+    if alpha is not None:  # laid over the white of sRGB
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image
 
 
 def _to_8_bits(image: Image.Image, path: object) -> Image.Image:

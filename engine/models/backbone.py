@@ -47,6 +47,7 @@ class Backbone:
     sized: ClassVar[bool] = False  # whether it takes other image sizes than its own
     own_side: ClassVar[int | None] = None  # latent side, where the denoiser's config does not say one
     packed: ClassVar[int] = 1  # side of the square of latents that becomes one channel vector before the denoiser
+    rectangular: ClassVar[bool] = False  # whether images need not be square, nor all of one size
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class Backbone:
         factor = vae_factor(vae.config)
         self.image_size = image_size or self.own_size(denoiser.config, vae.config)
         check_image_size(self.image_size, factor, self.patch(denoiser.config))
+        self.multiple = factor * self.patch(denoiser.config)  # of which sides in pixels are multiples
         side = self.image_size // factor
         self.latent_shape = (latent_channels(vae.config), side, side)
         self.labels: list[str] = list(names or [])

@@ -17,7 +17,8 @@ from . import norms
 from .files import find_folder, id2label_names, read_json, read_part, read_tensors
 from .freezing import frozen
 from .gradient_check import check_gradient
-from .preprocessing import Preprocessing, difference, from_processor
+from .preprocessing import Preprocessing, difference, from_processor, measured_geometry, pixels_of
+from .processors import keep_processor
 from .protocols import SigmoidClassifier, SoftmaxClassifier
 from .stable_diffusion import make_prompts
 from .text import import_transformers, open_tokenizer
@@ -45,7 +46,14 @@ class Logits(nn.Module):
         self,
         image: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:
-        logits = logits_of(self.module(_like(self.preprocessing(image), self.module))).to(image.dtype)
+        return self.of_pixels(self.preprocessing(image))
+
+    def of_pixels(
+        self,
+        pixels: Tensor,  # [B, 3, h, w], preprocessed
+    ) -> Tensor:
+        """Logits [B, labels]."""
+        logits = logits_of(self.module(_like(pixels, self.module))).to(pixels.dtype)
         if self.binary:
             # softmax of (0, x) is (1 - sigmoid(x), sigmoid(x)): its log is what binary cross-entropy asks for.
             logits = logits.reshape(len(logits), 1)
@@ -82,14 +90,21 @@ class LinearOnFeatures(nn.Module):
         self,
         image: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:
-        pixels = _like(self.preprocessing(image), self.backbone)
+        return self.of_pixels(self.preprocessing(image))
+
+    def of_pixels(
+        self,
+        pixels: Tensor,  # [B, 3, h, w], preprocessed
+    ) -> Tensor:
+        """Logits [B, labels]."""
+        dtype, pixels = pixels.dtype, _like(pixels, self.backbone)
         if self.blocks == 1:
             out = [self.backbone(pixels).last_hidden_state]
         else:
             hidden = self.backbone(pixels, output_hidden_states=True).hidden_states[-self.blocks :]
             out = [self.backbone.layernorm(h) for h in hidden]  # type: ignore[operator]
         features = [h[:, 0] for h in out] + ([out[-1][:, self.skip :].mean(dim=1)] if self.patches else [])
-        return self.head(torch.cat(features, dim=1)).to(image.dtype)  # [B, labels]
+        return self.head(torch.cat(features, dim=1)).to(dtype)  # [B, labels]
 
 
 class ZeroShot(nn.Module):
@@ -108,11 +123,18 @@ class ZeroShot(nn.Module):
         self,
         image: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:
-        features = self.model.vision_model(_like(self.preprocessing(image), self.model)).pooler_output  # type: ignore[operator]
+        return self.of_pixels(self.preprocessing(image))
+
+    def of_pixels(
+        self,
+        pixels: Tensor,  # [B, 3, h, w], preprocessed
+    ) -> Tensor:
+        """Logits [B, labels]."""
+        features = self.model.vision_model(_like(pixels, self.model)).pooler_output  # type: ignore[operator]
         if hasattr(self.model, "visual_projection"):
             features = self.model.visual_projection(features)  # type: ignore[operator]
         features = nn.functional.normalize(features, dim=-1)
-        return (self.scale * features @ self.prompts.to(features.dtype).T + self.bias).to(image.dtype)  # [B, labels]
+        return (self.scale * features @ self.prompts.to(features.dtype).T + self.bias).to(pixels.dtype)  # [B, labels]
 
 
 def logits_of(out: Any) -> Tensor:
@@ -170,8 +192,16 @@ def wrap_classifier(
     """
     if output not in OUTPUTS:
         raise UsageError(f"output: expected one of {', '.join(OUTPUTS)}, got {output!r}")
-    preprocessing = Preprocessing(image_size, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation)
-    return finish(Logits(preprocessing, module, output), labels, image_size, output)
+    # As torchvision reads them: one number is of the shorter side.
+    one_side = isinstance(resize, int) or (resize is None and crop is not None)
+    preprocessing = Preprocessing(
+        image_size, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation,
+        geometry="crop" if one_side else "squash",
+    )  # fmt: skip
+    classifier = finish(Logits(preprocessing, module, output), labels, image_size, output)
+    if resize is not None:
+        keep_processor(classifier, preprocessing.of_picture)
+    return classifier
 
 
 def finish(module: nn.Module, labels: Sequence[str], image_size: int, output: Output = "softmax") -> ImageClassifier:
@@ -328,7 +358,7 @@ def open_classifier(
     except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:200]
         raise CounterlensError(f"{folder}: no preprocessor_config.json that can be read ({why})") from error
-    preprocessing = from_processor(processor, image_size)
+    preprocessing, process = from_processor(processor, image_size), pixels_of(processor)
     if not hasattr(transformers, architecture):
         raise UsageError(
             f"classifier: {folder / 'config.json'}: architecture {architecture!r} is not one of transformers'"
@@ -339,7 +369,8 @@ def open_classifier(
             raise UsageError(f"labels: {architecture} is zero-shot, it has none of its own; give them")
         module = read_part(loader, folder, torch.float32)
         zero_shot = _zero_shot(preprocessing, module, folder, make_prompts(labels, prompts))
-        return finish(zero_shot, labels, image_size, "softmax" if architecture == "CLIPModel" else "sigmoid")
+        made = finish(zero_shot, labels, image_size, "softmax" if architecture == "CLIPModel" else "sigmoid")
+        return keep_processor(made, process)
     if architecture.endswith("ForImageClassification"):
         if head is not None:
             raise UsageError(f"head: {architecture} has a head of its own")
@@ -348,10 +379,10 @@ def open_classifier(
         names = list(labels) if labels else id2label_names(module.config.id2label) or []
         if module.config.num_labels == 1:
             output, names = "binary", names if len(names) == 2 else [f"not {names[0]}", names[0]]
-        return finish(Logits(preprocessing, module, output), names, image_size, output)
+        return keep_processor(finish(Logits(preprocessing, module, output), names, image_size, output), process)
     if head is None:
         raise UsageError(f"head: {architecture} has no classes; give the safetensors file of a linear head")
-    return _linear(preprocessing, loader, folder, Path(head), labels, image_size)
+    return keep_processor(_linear(preprocessing, loader, folder, Path(head), labels, image_size), process)
 
 
 def _zero_shot(preprocessing: Preprocessing, model: Any, folder: Path, prompts: list[str]) -> ZeroShot:
@@ -440,9 +471,11 @@ def _held(
     Raises:
         UsageError: it does not.
     """
-    if found := difference(classifier.module.preprocessing, transform, image_size):  # type: ignore[arg-type]
+    preprocessing: Any = classifier.module.preprocessing
+    if found := difference(preprocessing, transform, image_size):
         raise UsageError(f"preprocessing: {what} do more than resize, centre crop and normalise ({found})")
-    return classifier
+    preprocessing.geometry = measured_geometry(preprocessing, transform, image_size)
+    return keep_processor(classifier, transform)
 
 
 def _timm(name: str, image_size: int, labels: Sequence[str] | None, weights: str | Path | None) -> ImageClassifier:

@@ -106,6 +106,7 @@ class StableDiffusion(Backbone):
     networks = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}  # noqa: RUF012
     others = ("text_encoder", "tokenizer")
     sized = True
+    rectangular = True
     unet: Any = property(attrgetter("denoiser"))
 
     def __init__(

@@ -23,7 +23,7 @@ WRONG = {
     "mode": "quick", "preset": "mine", "speed": "warp", "seed": "-1", "steps": "0", "strength": "0", "angle": "181",
     "guidance_scale": "-1", "class_scale": "-0.1", "distance_scale": "much", "noise": "none", "solver": "euler",
     "spacing": "even", "guidance_start": "1", "guidance_end": "0", "filter": "some", "gradient": "half",
-    "guidance_decoder": "big", "distance": "l2", "guidance_every": "0",
+    "guidance_decoder": "big", "distance": "l2", "guidance_every": "0", "fit": "stretch",
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def options_of(command: str, of: typer.Typer = app) -> dict[str, Any]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_field_is_an_option_with_its_help(command: str) -> None:
     given = options_of(command)
-    run_fields = set(Config.model_fields) - OF_THE_MODELS - ({"seed"} if command == "export" else set())
+    run_fields = set(Config.model_fields) - OF_THE_MODELS - ({"seed", "fit"} if command == "export" else set())
     of_the_engine = set(EngineOptions.model_fields) - (NOT_IN_A_FILE if command == "export" else set())
     assert run_fields | of_the_engine <= set(given)
     for model, names in ((Config, run_fields), (EngineOptions, of_the_engine)):

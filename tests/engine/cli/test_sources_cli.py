@@ -34,7 +34,7 @@ def hard(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noq
     (folder / "good.png").write_bytes(first.read_bytes())
     Image.open(second).save(folder / "3" / "good too.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\1\0\x1a\1\2\0\1\0\0\0x\0\0\0")
     (folder / "cut.png").write_bytes(first.read_bytes()[:90])
-    (folder / "IMG_1.HEIC").write_bytes(first.read_bytes())
+    (folder / "IMG_1.CR3").write_bytes(first.read_bytes())
     os.mkfifo(folder / "pipe.png")
     (folder / "loop").symlink_to(folder)
     return folder
@@ -45,7 +45,7 @@ def test_a_hard_folder(command: str, hard: Path, tmp_path: Path) -> None:
     result = over(command, hard, tmp_path / "out")
     one_line_error(result, 1, "cut.png", "2 of 4" if command != "audit" else "pipe.png")
     said = result.stderr.replace("\n", "")
-    for words in ("1 file left out, not read by the ending: IMG_1.HEIC", "loop is a link to", "named pipe"):
+    for words in ("1 file left out, not read by the ending: IMG_1.CR3", "loop is a link to", "named pipe"):
         assert words in said
 
 

@@ -87,18 +87,15 @@ def test_each_image_once_whatever_links_lead_back(tmp_path: Path) -> None:
 
 def test_what_is_passed_over_is_said(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
-    for name in ("IMG_1.HEIC", "b.xyz", "notes.txt", "x.parquet"):
+    for name in ("IMG_1.CR3", "b.xyz", "notes.txt", "x.parquet"):
         (tmp_path / name).touch()
     save(tmp_path / "cat" / "deep" / "c.png")
     deeper, left = open_source(tmp_path).notes
     assert "1 folder below class folders not read (--recursive does): cat/deep" in deeper
-    assert left == (
-        "4 files left out, not read by the ending: IMG_1.HEIC, b.xyz, notes.txt, x.parquet "
-        "(HEIC: save it as JPEG or PNG)"
-    )
+    assert left == "4 files left out, not read by the ending: IMG_1.CR3, b.xyz, notes.txt, x.parquet"
     (tmp_path / "a.png").unlink()
     (tmp_path / "x.parquet").unlink()
-    with pytest.raises(UsageError, match=r"holds no image \(.*IMG_1\.HEIC"):
+    with pytest.raises(UsageError, match=r"holds no image \(.*IMG_1\.CR3"):
         open_source(tmp_path)
 
 
