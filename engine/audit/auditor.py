@@ -29,6 +29,7 @@ from .rows import PICTURES, Row
 
 if TYPE_CHECKING:
     from ..core.core import EngineCore
+    from ..core.photos import Photo
 
 
 class Auditor:
@@ -105,6 +106,8 @@ class Auditor:
             config["neighbours"] = digest({str(k): v for k, v in engine.targets.neighbours.items()})
         if self.config.match_official:
             config["match_official"] = True
+        if self.config.fit != "auto":
+            config["fit"] = self.config.fit
         if engine.device.type != "cpu":  # whose results are not the CPU's, bit by bit
             config["device"] = engine.device.type
         source = {"kind": self.source.kind, "samples": len(self.source.samples), "digest": self.source.digest()}
@@ -144,50 +147,65 @@ class Auditor:
 
     def _predict(self, places: Sequence[int]) -> Iterator[tuple[int, int, float]]:
         """Place, prediction and confidence of the samples in these places that can be read."""
-        images, errors = self.read([self.source.samples[n] for n in places])
-        readable = [n for n, error in zip(places, errors, strict=True) if error is None]
-        if readable:
-            confidence, predicted = self.engine.probabilities(images).max(dim=1)
-            yield from zip(readable, predicted.tolist(), confidence.tolist(), strict=True)
+        read = self.read([self.source.samples[n] for n in places], own=False)
+        found = {n: photo.image for n, photo in zip(places, read, strict=True) if not isinstance(photo, str)}
+        answers: dict[int, tuple[int, float]] = {}
+        for some in by_shape(found):
+            confidence, predicted = self.engine.probabilities(torch.stack([found[n] for n in some])).max(dim=1)
+            answers |= dict(zip(some, zip(predicted.tolist(), confidence.tolist(), strict=True), strict=True))
+        yield from ((n, *answers[n]) for n in found)
 
     # One part
 
     def read(
-        self, samples: Sequence[Sample], pool: ThreadPoolExecutor | None = None
-    ) -> tuple[Tensor, list[str | None]]:
-        """Images [n, 3, H, W] of the samples that can be read, and for each sample None or what is wrong with it."""
-        size = self.engine.image_size
+        self,
+        samples: Sequence[Sample],
+        pool: ThreadPoolExecutor | None = None,
+        *,
+        own: bool = True,
+        config: Config | None = None,
+    ) -> list[Photo | str]:
+        """Each sample as the models see it, or what is wrong with it; `own`, `config`: see `EngineCore.read`."""
 
-        def one(sample: Sample) -> Tensor | str:
+        def one(sample: Sample) -> Photo | str:
             try:
-                return sample.load(size, self.config.interpolation)
+                return self.engine.read(sample.file(), sample.name, config or self.config, own=own)
             except CounterlensError as error:
                 return str(error).removeprefix(f"{sample.name}: ")
 
-        loaded = list(pool.map(one, samples) if pool else map(one, samples))
-        images = [x for x in loaded if isinstance(x, Tensor)]
-        stacked = torch.stack(images) if images else torch.zeros(0, 3, size, size)
-        return stacked, [x if isinstance(x, str) else None for x in loaded]
+        return list(pool.map(one, samples) if pool else map(one, samples))
+
+    def squares(self, chosen: Sequence[Chosen]) -> dict[str, Tensor]:
+        """Images [3, H, W] of one shape, whatever the fit, by id: those that can be read."""
+        config = self.config.model_copy(update={"fit": "auto"}) if self.config.fit == "native" else self.config
+        read = self.read([c.sample for c in chosen], own=False, config=config)
+        return {c.sample.id: photo.image for c, photo in zip(chosen, read, strict=True) if not isinstance(photo, str)}
 
     def explain(
         self,
         part: int,
         chosen: Sequence[Chosen],
-        images: Tensor,  # [n, 3, H, W], those that could be read
-        unread: Sequence[str | None],
+        read: Sequence[Photo | str],
         on_step: Callable[[int, int], None] | None = None,
     ) -> tuple[list[Row], dict[str, bytes]]:
-        """The rows of a part, one for each chosen sample, and the bytes of their images by path."""
+        """The rows of a part, one for each chosen sample as it was read, and the bytes of their images by path."""
         started = time.perf_counter()
         items = [Item(self._blank(part, c), c) for c in chosen]
-        read = iter(images)
-        for item, error in zip(items, unread, strict=True):
-            if error is None:
-                item.pictures["image"] = next(read)
-            else:
-                item.row.fail(error)
+        photos: dict[int, Photo] = {}
+        for place, (item, photo) in enumerate(zip(items, read, strict=True)):
+            if isinstance(photo, str):
+                item.row.fail(photo)
+                continue
+            photos[place] = photo
+            item.pictures["image"] = photo.image
+            said = photo.frame.record()
+            item.row.update(fit=said["fit"], photo=said["photo"], box=said["box"])
+        for place, answer in zip(photos, self.engine.own_answers(list(photos.values())), strict=True):
+            if answer is not None:
+                items[place].row.update(own_prediction=answer.label, own_confidence=answer.confidence)
         explainer = Explainer(self.engine, self.config, self.options, self.judges)
-        explainer.explain([item for item in items if item.pictures], on_step)
+        for some in by_shape({place: photo.image for place, photo in photos.items()}):
+            explainer.explain([items[place] for place in some], on_step)
         files: dict[str, bytes] = {}
         for place, item in enumerate(items):
             row = item.row
@@ -216,6 +234,14 @@ class Auditor:
             config_hash=self.identity["config_hash"],
             model_hash=self.identity["model_hash"],
         )
+
+
+def by_shape(images: Mapping[int, Tensor]) -> list[list[int]]:
+    """The keys of images that have one shape, and can share a batch, together."""
+    groups: dict[torch.Size, list[int]] = {}
+    for key, image in images.items():
+        groups.setdefault(image.shape, []).append(key)
+    return list(groups.values())
 
 
 def open_auditor(

@@ -99,8 +99,7 @@ class Worker:
         said: dict[str, list[Any]] = {"part": [], "samples": [], "flips": [], "failures": []}
         for number in batch["item"].tolist():
             chosen = self.parts[number]
-            images, unread = self.auditor.read([c.sample for c in chosen])
-            rows, files = self.auditor.explain(number, chosen, images, unread)
+            rows, files = self.auditor.explain(number, chosen, self.auditor.read([c.sample for c in chosen]))
             self.results.write_part(number, rows, files)
             said["part"].append(number)
             said["samples"].append(len(rows))

@@ -279,11 +279,11 @@ def run_disagreement(
         if facts is not None and facts["asked"] == count:
             return facts
     drawn = draw_samples(chosen, count, auditor.config.seed)
-    images, errors = auditor.read([c.sample for c in drawn])
-    ids = [c.sample.id for c, error in zip(drawn, errors, strict=True) if error is None]
+    found = auditor.squares(drawn)
+    ids = list(found)
     if len(ids) < 2 or len(auditor.engine.labels) < 2:
         return None
-    facts, maps = find(auditor.engine, images, ids, auditor.config, on_step)
+    facts, maps = find(auditor.engine, torch.stack(list(found.values())), ids, auditor.config, on_step)
     facts["asked"] = count
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **maps)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import torch
 
 from ..errors import CounterlensError, UsageError
 from ..files import real, write_atomically
@@ -145,17 +146,15 @@ def estimate(auditor: Auditor, shortcuts: int = 0, shard: tuple[int, int] | None
     count = sum(len(parts[p]) for p in shard_of(parts, shard))
     size = min(len(chosen), auditor.options.part_size, auditor.engine.slots[-1])
     some = [chosen[i * len(chosen) // max(size, 1)] for i in range(size)]
-    images, unread = auditor.read([c.sample for c in some])
-    auditor.explain(0, some, images, unread)  # the first run also loads and compiles
+    auditor.explain(0, some, auditor.read([c.sample for c in some]))  # the first run also loads and compiles
     started = time.perf_counter()
-    images, unread = auditor.read([c.sample for c in some])
-    rows, files = auditor.explain(0, some, images, unread)
+    rows, files = auditor.explain(0, some, auditor.read([c.sample for c in some]))
     seconds = (time.perf_counter() - started) * count / max(size, 1)
     asked = min(shortcuts, len(chosen)) if shard is None and auditor.options.counterfactuals else 0
-    if asked and len(images) > 1 and len(auditor.engine.labels) > 1:
-        ids = [c.sample.id for c, error in zip(some, unread, strict=True) if error is None]
+    images = auditor.squares(some) if asked else {}
+    if len(images) > 1 and len(auditor.engine.labels) > 1:
         started = time.perf_counter()
-        find(auditor.engine, images, ids, auditor.config)
+        find(auditor.engine, torch.stack(list(images.values())), list(images), auditor.config)
         seconds += (time.perf_counter() - started) * asked / len(images)
     kept = sum(map(len, files.values())) + len(table_bytes(rows, {}))
     return Estimate(count, seconds, int(kept * count / max(size, 1)), size)

@@ -31,6 +31,13 @@ class Row:
     id: Annotated[str, "The sample's id: its path in the source's folder, or the source's own id."]
     file: Annotated[str | None, "Path of the image, where it is a file."] = None
     slices: Annotated[dict[str, str], "Groups of the sample: columns of the source that --slice names."]
+    fit: Annotated[str | None, "How the picture became the image: crop, pad, squash or native."] = None
+    photo: Annotated[list[float] | None, "Width and height of the picture, upright, in pixels."] = None
+    box: Annotated[list[float] | None, "Left, top, width and height of what the image shows of it, in pixels."] = None
+    own_prediction: Annotated[str | None, "What the classifier's own processor makes it say of the untouched file."] = (
+        None
+    )
+    own_confidence: Annotated[float | None, "Probability of that."] = None
     label: Annotated[str | None, "True label, where the source says one."] = None
     prediction: Annotated[str | None, "What the classifier says of the image."] = None
     confidence: Annotated[float | None, "Probability of the prediction."] = None

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..files import real, sweep, write_atomically
@@ -32,6 +30,7 @@ from .rows import Row
 
 if TYPE_CHECKING:
     from ..core.core import EngineCore
+    from ..core.photos import Photo
 
 
 @dataclass
@@ -96,10 +95,10 @@ def run_parts(
 ) -> None:
     """Explain parts in order: the next one is read and the last one written while one is explained."""
     with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(2) as side:
-        ahead: Future[tuple[Tensor, list[str | None]]] | None = None
+        ahead: Future[list[Photo | str]] | None = None
         behind: Future[None] | None = None
 
-        def read(part: int) -> tuple[Tensor, list[str | None]]:
+        def read(part: int) -> list[Photo | str]:
             return auditor.read([c.sample for c in parts[part]], readers)
 
         def write(part: int, rows: Sequence[Row], files: dict[str, bytes]) -> None:
@@ -107,14 +106,14 @@ def run_parts(
             on_rows(rows)
 
         for k, part in enumerate(todo):
-            images, unread = (ahead or side.submit(read, part)).result()
+            photos = (ahead or side.submit(read, part)).result()
             ahead = side.submit(read, todo[k + 1]) if k + 1 < len(todo) else None
             size = len(parts[part])
 
             def stepped(i: int, n: int, size: int = size) -> None:
                 on_step(i, n, size)
 
-            rows, files = auditor.explain(part, parts[part], images, unread, stepped)
+            rows, files = auditor.explain(part, parts[part], photos, stepped)
             if behind is not None:
                 behind.result()
             results.made = conditions(auditor.engine, auditor.config)

@@ -84,6 +84,7 @@ def audit(
     started = time.perf_counter()
     from ..audit.auditor import open_auditor
     from ..audit.run import run_audit
+    from ..core.photos import disagreement
 
     if overwrite and resume:
         raise UsageError("overwrite: not together with --resume")
@@ -108,6 +109,9 @@ def audit(
             if as_json:
                 said = row.record().items()
                 print_json({k: v for k, v in said if v is not None and not k.endswith(("_grid", "_curve"))})
+            own, ours = (row.own_prediction, row.own_confidence), (row.prediction, row.confidence)
+            if own[0] is not None and ours[0] not in (None, own[0]):
+                errors.print(f"warning: {row.id}: {disagreement(own, ours, row.fit)}", style="yellow")
             if row.status == "failed":
                 errors.print(f"error: {row.id}: {row.error}", style="red")
 

@@ -190,7 +190,7 @@ def _say_own_answers(
     engine: Engine, items: list[Sample], photos: dict[int, Photo], records: dict[int, dict[str, Any]]
 ) -> None:
     """Record how each image lies in its file, and the answer of the classifier's own pipeline; a difference is said."""
-    from ..core.photos import Said, disagreement
+    from ..core.photos import disagreement
 
     answers = dict(zip(photos, engine.own_answers(list(photos.values())), strict=True))
     for i, photo in photos.items():
@@ -198,7 +198,8 @@ def _say_own_answers(
         if (own := answers[i]) is None:
             continue
         records[i] |= {"own_prediction": own.label, "own_confidence": round(own.confidence, 6)}
-        p = engine.probabilities(photo.image[None])[0]
-        ours = Said(engine.labels[int(p.argmax())], p.max().item(), p)
-        if (said := disagreement(photo, own, ours)) is not None:
+        confidence, predicted = engine.probabilities(photo.image[None])[0].max(dim=0)
+        ours = engine.labels[int(predicted)], confidence.item()
+        if ours[0] != own.label:
+            said = disagreement((own.label, own.confidence), ours, photo.frame.fit)
             errors.print(f"warning: {items[i].name}: {said}", style="yellow")

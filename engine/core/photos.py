@@ -98,9 +98,9 @@ def read(engine: Models, file: Path | BytesIO, name: str | None, config: Config,
         picture, plain = open_picture(file, path, managed), None
     else:
         picture, plain = open_both(file, path, managed)
-    fit: str = config.fit_name if picture.width != picture.height or config.fit_name == "native" else "squash"
+    fit: str = config.fit_name
     if fit == "auto":
-        fit = own_fit(engine)
+        fit = own_fit(engine, square=picture.width == picture.height)
     factor, most = 1, math.inf
     if fit == "native":
         factor = check_native(engine)
@@ -112,14 +112,16 @@ def read(engine: Models, file: Path | BytesIO, name: str | None, config: Config,
     return Photo(image.contiguous(), made, None if process is None or plain is None else process(plain))
 
 
-def own_fit(engine: Models) -> str:
-    """The fit that shows a square model what the classifier's own pipeline shows it.
+def own_fit(engine: Models, square: bool = False) -> str:
+    """The fit that shows a square model what the classifier's own pipeline shows it; of square pictures any does.
 
     Raises:
         UsageError: there is none.
     """
     geometry = geometry_of(engine.classifier)
     if geometry in (None, "whole"):
+        if square:
+            return "squash"
         does = "keeps a picture's own ratio" if geometry else "neither crops, squashes nor pads in a way known here"
         raise UsageError(
             f"fit: this classifier's own processor {does}, which auto cannot do for pictures that are not square; say "
@@ -204,20 +206,18 @@ def restored(
     process = find_processor(engine.classifier)
     if process is not None:
         return out, say(engine, [process(out)])[0]
-    fit = own_fit(engine) if out.width != out.height else "squash"
+    fit = own_fit(engine, square=out.width == out.height)
     seen = take(out, framed(fit, out, path, engine.image_size), config.interpolation, padding_of(engine.classifier))
     p = engine.probabilities(torch.from_numpy(as_pixels(seen)).permute(2, 0, 1)[None])[0]
     return out, Said(engine.labels[int(p.argmax())], p.max().item(), p)
 
 
-def disagreement(photo: Photo, own: Said | None, ours: Said) -> str | None:
-    """How the classifier's answer to the image differs from that of its own pipeline to the file; None if it does not.
+Answer = tuple[str | None, float | None]  # a label and its probability
 
-    Only another label counts.
-    """
-    if own is None or own.label == ours.label:
-        return None
+
+def disagreement(own: Answer, ours: Answer, fit: str | None) -> str:
+    """Says that the classifier's own pipeline has another label for a file than we; labels with their probabilities."""
     return (
-        f"the classifier's own processor gets {own.label!r} ({own.confidence:.3f}) from this file, and here it says "
-        f"{ours.label!r} ({ours.confidence:.3f}; fit {photo.frame.fit})"
+        f"the classifier's own processor gets {own[0]!r} ({own[1] or 0:.3f}) from this file, and here it says "
+        f"{ours[0]!r} ({ours[1] or 0:.3f}; fit {fit})"
     )
