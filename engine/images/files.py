@@ -138,7 +138,7 @@ def _opened(file: Path | BytesIO, name: object, decode: Callable[[Image.Image], 
         try:
             if isinstance(file, BytesIO):
                 file.seek(0)
-            with Image.open(file, formats=_formats(file)) as image:
+            with Image.open(file, formats=formats_of(file)) as image:
                 return decode(image)
         except Image.DecompressionBombError as error:
             raise CounterlensError(f"{name}: more than {MAX_PIXELS // 10**6} megapixels") from error
@@ -146,7 +146,7 @@ def _opened(file: Path | BytesIO, name: object, decode: Callable[[Image.Image], 
             raise CounterlensError(f"{name}: not an image that can be read{_hint(file)}") from error
 
 
-def _formats(file: Path | BytesIO) -> tuple[str, ...]:
+def formats_of(file: Path | BytesIO) -> tuple[str, ...]:
     """What may be in the file: HEIC as well, where pillow-heif is installed and the file looks like one."""
     if _start(file)[4:12] not in HEIC:
         return FORMATS
@@ -196,7 +196,7 @@ def _hint(file: Path | BytesIO) -> str:
     """What a file that Pillow does not know is, where a person can do something about it."""
     start = _start(file)
     if start[4:12] in HEIC:
-        more = "" if "HEIF" in _formats(file) else ", or install what reads it: pip install pillow-heif"
+        more = "" if "HEIF" in formats_of(file) else ", or install what reads it: pip install pillow-heif"
         return f" (HEIC; save it as JPEG or PNG{more})"
     if start.startswith(b"version https://git-lfs"):
         return " (a pointer of Git LFS; fetch the picture with `git lfs pull`)"

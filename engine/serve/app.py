@@ -29,6 +29,7 @@ from .wire import (
     PredictionRequest,
     Problem,
     SaliencyRequest,
+    config_of,
     from_base64,
     parse_json,
     png,
@@ -157,7 +158,7 @@ def make_app(
         worker.check_room()
         fields, data = await fields_of(request)
         asked = validated(CounterfactualRequest, fields)
-        image = await server.image(data)
+        image = await server.image(data, config_of(asked, engine.config))
         accept, prefer = request.headers.get("accept", ""), request.headers.get("prefer", "")
         streams = "text/event-stream" in accept
         if not streams and "respond-async" not in prefer:

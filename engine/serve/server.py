@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from torch import Tensor
 
+from ..config import Config
 from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..metrics.msi_score import MSI
@@ -50,10 +51,12 @@ class Server:
         self.tasks = tasks or Tasks()
         self.name = engine.names.get("pack") or Path(engine.names.get("model", "model")).name
 
-    async def image(self, data: bytes) -> Tensor:
-        """An uploaded image, decoded beside the event loop."""
-        size, interpolation = self.engine.image_size, self.engine.config.interpolation
-        return await asyncio.to_thread(read_image, data, size, self.limits.pixels, interpolation)
+    async def image(self, data: bytes, config: Config | None = None) -> Tensor:
+        """An uploaded image, decoded beside the event loop; square without a config."""
+        if config is None:
+            config = self.engine.config
+            config = config.model_copy(update={"fit": "auto"}) if config.fit == "native" else config
+        return await asyncio.to_thread(read_image, data, self.engine, self.limits.pixels, config)
 
     async def call(self, run: Callable[[], T]) -> T:
         """Something short that needs the models."""

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..config import Config
+from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..errors import CounterlensError, UsageError
-from ..images.files import FORMATS, decoding, load_image, to_uint8
+from ..images.files import decoding, formats_of, to_uint8
 from .worker import Cancelled, Draining, Full, Late
 
 MAX_DEPTH = 32  # of a JSON body
@@ -139,8 +140,8 @@ def to_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def read_image(data: bytes, size: int, max_pixels: int, interpolation: str = "lanczos") -> Tensor:
-    """An uploaded file as [3, size, size] in [0, 1].
+def read_image(data: bytes, engine: EngineCore, max_pixels: int, config: Config) -> Tensor:
+    """An uploaded file as [3, H, W] in [0, 1], fitted as the config says.
 
     Raises:
         Problem: 413, more pixels than allowed, refused before decoding. CounterlensError: no image.
@@ -148,12 +149,12 @@ def read_image(data: bytes, size: int, max_pixels: int, interpolation: str = "la
     file = BytesIO(data)
     if not data:
         raise Problem(400, "image: an empty file", "image")
-    with decoding("image"), Image.open(file, formats=FORMATS) as opened:
+    with decoding("image"), Image.open(file, formats=formats_of(file)) as opened:
         pixels = opened.width * opened.height
     if pixels > max_pixels:
         raise Problem(413, f"image: {pixels / 1e6:.1f} megapixels, more than {max_pixels / 1e6:.1f}", "image")
     file.seek(0)
-    return load_image(file, size, "image", interpolation)
+    return engine.read(file, "image", config, own=False).image
 
 
 def png(

@@ -30,6 +30,7 @@ from ..guidance.schedule import schedule_of
 
 T = TypeVar("T")
 SHARE = 3.0
+Group = tuple[StepOptions, torch.Size]  # the graph and the image's shape: samples that share both share a batch
 LANES = 2  # of one graph that are busy at once
 AHEAD = 3  # batches that a lane of all slots holds beside the one in them: inverted, encoded, or waiting for a pass
 PATIENCE_FULL = 8  # of a lane with more than a batch behind its slots: a decoder pass for few costs all of them more
@@ -101,7 +102,7 @@ class _Request:
     target: str | int
     seed: int | None
     config: Config
-    graph: StepOptions
+    graph: Group
     total: int  # ticks that it takes at least
     budget_s: float | None
 
@@ -160,7 +161,7 @@ class Worker:
         self.rate = 0.0  # samples a second lately, 0 before the first
         self._waiting: deque[_Request] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._lanes: list[tuple[StepOptions, _Lane]] = []
+        self._lanes: list[tuple[Group, _Lane]] = []
         self._change = threading.Condition()
         self._stop = False
         self._worked_s = 0.0  # in ticks
@@ -238,7 +239,7 @@ class Worker:
         total = len(schedule_of(settings, self.engine.diffusion.alphas_cumprod))
         total *= 2 if settings.noise == "inversion" else 1
         ticket: Ticket[Counterfactual] = Ticket(on_step=on_step, preview=preview)
-        request = _Request(ticket, image, target, seed, config, settings.graph, total, budget_s)
+        request = _Request(ticket, image, target, seed, config, (settings.graph, image.shape), total, budget_s)
         with self._change:
             self.check_room()
             before = self.waiting
