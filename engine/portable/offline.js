@@ -154,8 +154,7 @@ async function begin() {
   $("evidence").hidden = !evidence;
   document.body.classList.toggle("both", Boolean(evidence));
   $("scales").hidden = !card.inputs.some((input) => input.name === "class_scale");
-  prepare(card.image_size, card.page.ground, (name) => {
-    $("input").setAttribute("aria-label", name);
+  prepare(card.image_size, card.page.ground, () => {
     touched = true;
     return explain();
   });

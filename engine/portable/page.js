@@ -17,6 +17,7 @@ let size = 1, ground = "#1a1a1a", filled = false, taken = () => {};
 function problem(...said) {
   $("problem").replaceChildren(...said);
   document.body.classList.remove("busy");
+  if (said[0]) $("problem").scrollIntoView({ block: "nearest" });
 }
 
 // Images
@@ -112,7 +113,11 @@ function showAnswer(source, wanted, said) {  // each a label's name and share; s
 function prepare(side, colour, then) {  // the pages' canvases; `then` is told of every new image
   size = side;
   ground = colour;
-  taken = then;
+  taken = (name) => {
+    $("hint").hidden = true;
+    $("input").setAttribute("aria-label", name);
+    return then(name);
+  };
   for (const id of ["input", "map", "output", "difference", "ink"]) $(id).width = $(id).height = size;
   if (size > 96) for (const canvas of document.querySelectorAll(".picture canvas")) canvas.style.imageRendering = "auto";
   empty();

@@ -1,9 +1,9 @@
 // The server's page: what is asked goes to the interface beside it, and answers come step by step.
 const SPEEDS = {
   turbo: ["Instant", "a few steps, with a generator that was trained for so few"],
-  fast: ["Quick", "the shortest run, good for a first look"],
-  balanced: ["Balanced", "a little longer"],
-  exact: ["Thorough", "nothing is shortened"],
+  fast: ["Quick", "takes short cuts, good for a first look"],
+  balanced: ["Balanced", "takes fewer short cuts"],
+  exact: ["Thorough", "takes no short cuts"],
 };
 const MODES = {
   realistic: ["Natural", "only changes that a real image could show"],
@@ -132,8 +132,7 @@ const bitmap = (base64) => createImageBitmap(new Blob([unpacked(base64)], { type
 
 // The image, and what the model says of it
 
-function renewed(name) {
-  $("input").setAttribute("aria-label", name);
+function renewed() {
   leaveResult();
   return renew();
 }
@@ -187,7 +186,7 @@ function showTargets() {
     more = found.length - shown.length;
     if (target !== OTHER && !shown.includes(target)) shown.unshift(target);
     choices = shown.map(named);
-    $("found").textContent = !wanted ? `the ${shown.length} likeliest are shown`
+    $("found").textContent = !wanted ? `the ${shares ? "likeliest" : "first"} ${FEW} are shown`
       : found.length ? `${found.length} found${more ? ", go on typing" : ""}` : "no such label";
   }
   offerTargets([[OTHER, "whatever is next"], ...choices], target, (i) => {
@@ -256,7 +255,7 @@ async function follow(path, json, again) {
   const mine = new AbortController();
   setAsking(mine);
   $("progress").textContent = "The run begins.";
-  if ($("output").getBoundingClientRect().bottom > innerHeight) {
+  if (json && $("output").getBoundingClientRect().bottom > innerHeight) {
     const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
     $("output").scrollIntoView({ block: "nearest", behavior: calm ? "auto" : "smooth" });
   }
@@ -445,6 +444,7 @@ async function takeInput(image) {
   const picture = await bitmap(image);
   brush($("input")).drawImage(picture, 0, 0, size, size);
   $("input").setAttribute("aria-label", "The image of this result");
+  $("hint").hidden = true;
   filled = true;
   given = planes($("input"));
   const said = await call("v1/predictions", { json: { image: image64() } });

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from starlette.testclient import TestClient
@@ -103,3 +109,232 @@ def test_a_model_without_a_pack_has_no_samples_and_no_adapter(client: TestClient
     assert model["default_mode"] in model["modes"]
     found = client.post("/v1/saliency", files={"image": png(torch.rand(3, 16, 16))}, data={"method": "rise"}).json()
     assert len(found["areas"]) == len(found["keep_area"]) == len(found["remove_area"])
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def address(engine: EngineCore, worker: Worker) -> Iterator[str]:
+    with listening(make_app(engine, worker)) as made:
+        yield made
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """An application at a port of this machine."""
+    uvicorn = pytest.importorskip("uvicorn")
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False, lifespan="off"))
+    held = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [held]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{held.getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs a Chromium (apt-get install chromium)")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
+    with sync_api.sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield made
+        made.close()
+
+
+class Tab:
+    """A tab of its own session, and what it said on the console and asked for."""
+
+    def __init__(self, browser: Any, width: int = 1280, **options: Any) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 844}, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def __enter__(self) -> Tab:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.context.close()
+
+    def open(self, file: bytes) -> None:
+        """Open an image and wait for what the model says of it."""
+        self.page.set_input_files("#file", {"name": "image.png", "mimeType": "image/png", "buffer": file})
+        self.page.wait_for_selector("#run:enabled")
+
+    def answered(self, times: int = 1) -> str:
+        """What the page says of the result."""
+        self.page.wait_for_selector(f"body[data-answers='{times}']")
+        return self.page.inner_text("#answer")
+
+
+def test_a_person_sees_an_image_change_and_comes_back_to_it(browser: Any, address: str) -> None:
+    with Tab(browser, 390) as tab:
+        page = tab.page
+        page.goto(address)
+        page.wait_for_selector("body[data-ready]")
+        assert page.is_visible("#hint")
+        tab.open(picture(5))
+        assert page.locator("#before .first").count() == 1
+        page.press("#run", "Enter")
+        first = tab.answered()
+        assert first.startswith("The model said")
+        last = page.inner_text("#at")
+        assert re.match(r"Step (\d+) of \1\n\S+: [<>]?.*% · ", last)
+        assert "NaN" not in page.get_attribute("#target-line", "points")
+        page.press("#step", "Home")
+        page.wait_for_selector("#step[aria-valuetext^=Before]")
+        page.press("#step", "ArrowRight")
+        page.wait_for_selector("#step[aria-valuetext^='Step 1 of']")
+        page.select_option("#method", "rise")
+        page.wait_for_selector("body[data-maps]")
+        assert page.inner_text("#score").startswith("MSI ")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        link = page.url
+        assert "#task=" in link
+        assert tab.said == []
+        assert all(url.startswith((address, "blob:", "data:")) for url in tab.asked)
+    with Tab(browser) as tab:  # somebody else, with the link alone
+        tab.page.goto(link)
+        assert tab.answered() == first
+        assert tab.page.inner_text("#at") == last
+        assert tab.said == []
+        assert httpx.delete(link.replace("#task=", "v1/counterfactuals/")).status_code == 204
+        tab.page.reload()
+        tab.page.get_by_text("This result is gone").wait_for()
+        tab.open(picture(6))
+        tab.page.click("#run")
+        assert tab.answered().startswith("The model said")
+        assert not tab.page.is_visible("#problem")
+        # A browser says itself that an answer was 404.
+        assert [text for text in tab.said if "404" not in text] == []
+
+
+def test_a_run_that_is_stopped_gives_its_place_free(browser: Any, address: str, worker: Worker) -> None:
+    gate = threading.Event()
+    with Tab(browser) as tab:
+        tab.page.goto(address)
+        tab.page.wait_for_selector("body[data-ready]")
+        tab.open(picture(7))
+        steps = worker.steps
+        worker.call(lambda: gate.wait(20))
+        tab.page.click("#run")
+        tab.page.get_by_role("button", name="Stop").wait_for()
+        while not worker.waiting:
+            time.sleep(0.01)
+        tab.page.keyboard.press("Escape")
+        tab.page.get_by_role("button", name="Show the change").wait_for()
+        assert tab.page.inner_text("#answer") == "Stopped."
+        while not all(request.ticket.cancelled for request in worker._waiting):
+            time.sleep(0.01)
+        gate.set()
+        assert worker.call(lambda: worker.steps).result(timeout=20) == steps
+        assert worker.busy_slots == worker.waiting == 0
+        tab.page.click("#run")  # and the page goes on
+        tab.answered()
+        assert tab.said == []
+
+
+@pytest.mark.slow
+def test_a_key_is_asked_for_and_kept_out_of_addresses(
+    browser: Any, engine: EngineCore, worker: Worker, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("secret\n")
+    with listening(make_app(engine, worker, keys=Keys(file))) as address, Tab(browser) as tab:
+        tab.page.goto(address)
+        tab.page.fill("#key", "wrong")
+        tab.page.press("#key", "Enter")
+        tab.page.get_by_text("This key is not accepted here.").wait_for()
+        tab.page.fill("#key", "secret")
+        tab.page.press("#key", "Enter")
+        tab.page.wait_for_selector("body[data-ready]")
+        assert not tab.page.is_visible("#door")
+        tab.open(picture(8))
+        tab.page.click("#run")
+        tab.answered()
+        tab.page.reload()
+        tab.answered()  # it is kept for this tab
+        assert not any("secret" in url for url in tab.asked)
+        assert [text for text in tab.said if "401" not in text] == []
+
+
+REFUSALS = [
+    (429, {"Retry-After": "7"}, "The server is busy. There should be room in about 7 seconds."),
+    (413, {}, "The image is too large for this server (why)."),
+    (422, {}, "The server cannot do this: why."),
+    (503, {}, "The server is being started or stopped and takes nothing just now."),
+    (0, {}, "The server cannot be reached."),
+]
+
+
+def test_what_goes_wrong_is_said_in_a_sentence_and_tried_again(browser: Any, address: str) -> None:
+    with Tab(browser) as tab:
+        tab.page.goto(address)
+        tab.page.wait_for_selector("body[data-ready]")
+        tab.open(picture(9))
+        for status, headers, sentence in REFUSALS:
+
+            def refuse(route: Any, *, status: int = status, headers: dict[str, str] = headers) -> None:
+                if status:
+                    route.fulfill(status=status, headers=headers, json={"detail": "why"})
+                else:
+                    route.abort()
+
+            tab.page.route("**/v1/counterfactuals", refuse)
+            tab.page.click("#run")
+            tab.page.get_by_text(sentence).wait_for()
+            tab.page.unroute("**/v1/counterfactuals")
+            assert tab.page.is_enabled("#run")
+        tab.page.get_by_role("button", name="Try again").click()
+        tab.answered()
+        assert not tab.page.is_visible("#problem")
+        broken = 'event: progress\ndata: {"step": 1, "total": 3}\n\n'
+        tab.page.route(
+            "**/v1/counterfactuals", lambda route: route.fulfill(content_type="text/event-stream", body=broken)
+        )
+        tab.page.click("#run")
+        tab.page.get_by_text("The connection broke off before the result was there.").wait_for()
+        assert [text for text in tab.said if "Failed to load resource" not in text] == []
+
+
+@pytest.mark.slow
+def test_a_thousand_labels_are_searched(browser: Any, address: str) -> None:
+    labels = [f"label {i}" for i in range(999)] + ["a very long name of a label, such as photographs have them"]
+    chances = dict(zip(labels, [0.5, 0.3, *[0.2 / 998] * 998], strict=True))
+
+    def models(route: Any) -> None:
+        told = route.fetch().json()
+        told["models"][0] |= {"labels": labels, "image_size": 224}
+        route.fulfill(json=told)
+
+    with Tab(browser, 390) as tab:
+        tab.page.route("**/v1/models", models)
+        tab.page.route("**/v1/predictions", lambda route: route.fulfill(json={"probabilities": chances}))
+        tab.page.goto(address)
+        tab.page.wait_for_selector("body[data-ready]")
+        tab.open(picture(4, size=300))
+        assert tab.page.locator("#before li").count() == 8
+        tab.page.fill("#find", "VERY long")
+        tab.page.get_by_role("button", name=labels[-1]).click()
+        tab.page.fill("#find", "")
+        assert tab.page.get_by_role("button", name=labels[-1]).get_attribute("aria-pressed") == "true"
+        assert tab.page.is_disabled("[data-target='0']")
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= 390
+        sent: list[Any] = []
+        tab.page.route(
+            "**/v1/counterfactuals", lambda route: (sent.append(route.request.post_data_json), route.abort())
+        )
+        tab.page.click("#run")
+        tab.page.get_by_text("The server cannot be reached.").wait_for()
+        assert sent[0]["target"] == 999
+        assert pixels(base64.b64decode(sent[0]["image"])).shape == (224, 224, 3)
