@@ -43,6 +43,11 @@ NEEDED: dict[str, dict[str, tuple[Any, str]]] = {
         "norm_type": ("group", "a decoder that sees the codes as well"),
         "lookup_from_codebook": (False, "latents that are numbers of codes"),
     },
+    "PixArtTransformer2DModel": {"attention_type": ("default", "boxes beside the context (GLIGEN)")},
+    "SanaTransformer2DModel": {
+        "guidance_embeds": (False, "the guidance scale as a condition (distilled: Sana-Sprint)")
+    },
+    "AutoencoderDC": {"in_channels": (3, "images that are not RGB")},
     "AutoencoderTiny": {"shift_factor": (0.0, "latents of another scale")},
 }
 

@@ -163,7 +163,8 @@ def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^"
             folder, local_files_only=True, use_safetensors=not pickled, output_loading_info=True, **ours
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CounterlensError(f"{folder}: cannot be loaded as {loader.__name__} ({error})") from error
+        said = " ".join(str(error).split())
+        raise CounterlensError(f"{folder}: cannot be loaded as {loader.__name__} ({said})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(k for k in map(str, info.get(problem) or []) if not re.search(ignore, k)):
             raise CounterlensError(

@@ -117,27 +117,40 @@ def missing_files(folder: Path, backbone: type[Backbone]) -> list[str]:
     return out
 
 
+def foreign(file: str) -> str:
+    """What a file of weights beside or instead of a model's folders seems to be, and what to do."""
+    if file.endswith(".gguf"):
+        return (
+            f"{file} holds quantised weights (GGUF), which are not read; take the model's folder in diffusers' layout"
+        )
+    if "lora" in file.lower() or file == "adapter_model.safetensors":
+        return f"{file} looks like a LoRA, which only changes a model; fuse it into one and save that with diffusers"
+    return f"{file} looks like an original checkpoint: see `counterlens convert`"
+
+
 def open_diffusion(
     name: str | Path,
     *,
     dtype: str = "float32",
     image_size: int | None = None,
 ) -> Backbone:
-    """Open a folder of a family in `BACKBONES` (Stable Diffusion, class-conditional LDM, DiT, ...), or a hub id.
+    """Open a folder of a family in `BACKBONES` (Stable Diffusion, DiT, PixArt, FLUX.1, ...), or a hub id.
 
     Args:
         name: a folder in diffusers' layout (`unet/`, `vae/`, ...), or `owner/name`.
         dtype: of the weights: float32, float16 or bfloat16 (float64 for tests).
-        image_size: side in pixels, for Stable Diffusion alone; the model's own without it.
+        image_size: side in pixels, for families of prompts alone; the model's own without it.
 
     Raises:
         UsageError: the name or an option does not fit. CounterlensError: files are missing or corrupt.
     """
+    if (path := Path(name).expanduser()).is_file():
+        raise UsageError(f"model: {path} is a file, expected a folder in diffusers' layout; {foreign(path.name)}")
     folder = find_folder(name, "model")
     backbone = find_backbone(folder)
     if backbone is None:
-        single = sorted(p.name for p in folder.iterdir() if p.suffix in (".ckpt", ".safetensors"))
-        hint = f"; {single[0]} looks like an original checkpoint: see `counterlens convert`" if single else ""
+        single = sorted(p.name for p in folder.iterdir() if p.suffix in (".ckpt", ".safetensors", ".gguf"))
+        hint = f"; {foreign(single[0])}" if single else ""
         if said := [f"{part}/ is a {name}" for part, name in _classes(folder).items() if name is not None]:
             raise UsageError(f"model: {folder}: no family that is known ({', '.join(said)}); see {GROUP}")
         raise UsageError(f"model: {folder} has none of unet/, transformer/ and class_embedder/{hint}")

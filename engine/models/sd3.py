@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .backbone import vae_factor
 from .prompted import Prompted, TextParts, check_width, pipeline_of
 
 T5_TOKENS = 256  # as its pipeline pads prompts for T5
@@ -35,6 +36,16 @@ class StableDiffusion3(Prompted):
     }
     others = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional = ("text_encoder_3", "tokenizer_3")
+
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, **options)
+        config = self.denoiser.config
+        factor = vae_factor(self.vae.config) * int(config.patch_size)
+        if self.image_size // factor > (most := int(config.pos_embed_max_size)):
+            raise UsageError(
+                f"image_size: {self.image_size} is more than the {most * factor} that the denoiser knows places for "
+                "(pos_embed_max_size)"
+            )
 
     @classmethod
     def more(cls, folder: Path, dtype: torch.dtype) -> dict[str, Any]:

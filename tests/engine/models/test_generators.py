@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
+import shutil
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import diffusers
@@ -16,16 +19,26 @@ import torch
 from torch import Tensor
 
 from bench.baselines.literal import filter_angles, literal_step
+from bench.published import AUTOENCODERS, PUBLISHED
 from counterlens.engine.chance import carried_over
+from counterlens.engine.config import PRESETS
+from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.schedule import ddim
 from counterlens.engine.guidance.step import GuidedStep
+from counterlens.engine.images.files import save_png
+from counterlens.engine.models import prompted
+from counterlens.engine.models.backbone import check_parts
 from counterlens.engine.models.image_classifiers import open_classifier
 from counterlens.engine.models.load import open_diffusion
 from counterlens.engine.models.predictions import flow_sigmas
 from counterlens.engine.models.protocols import SigmoidClassifier, SoftmaxClassifier
 from counterlens.engine.models.wide import WideFloats
 from counterlens.engine.packs.architectures import StridedClassifier
+from counterlens.engine.runtime import artefacts
+from counterlens.engine.runtime.spec import Spec
+from counterlens.export import Store
 from tests import tiny
+from tests.engine.cli.test_cli import run
 from tests.tiny import IMAGE_SIZE, LABELS
 from tests.tiny_generators import GENERATORS, VARIANTS
 
@@ -272,7 +285,10 @@ class Between(diffusers.DDIMScheduler):
         return super().step(model_output, timestep, sample, **options)
 
 
-@pytest.mark.parametrize("name", ["pixart", "sd3", "sd3.5", "flux", "flux-schnell", "sana"])
+@pytest.mark.parametrize(
+    "name",
+    ["pixart", "sd3", "flux", "sana", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3.5", "flux-schnell"))],
+)
 def test_unguided_run_equals_diffusers_pipeline(folders: dict[str, Path], name: str) -> None:
     diffusion = opened(folders[name])
     noise, image, _ = inputs(diffusion, torch.float32, 2)
@@ -281,3 +297,159 @@ def test_unguided_run_equals_diffusers_pipeline(folders: dict[str, Path], name: 
         expected = through_pipeline(name, folders[name], diffusion, z0, noise)
         got = ours(diffusion, noised(diffusion, z0, noise))
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def copied(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def edit(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "fields", "said"),
+    [
+        ("sana", "transformer", {"guidance_embeds": True}, r"guidance_embeds is True: the guidance scale"),
+        ("flux", "vae", {"latent_channels": 4}, "vae"),
+        ("pixart", "transformer", {"mystery": 3}, "mystery"),
+        ("sd3", "text_encoder_3", {"model_type": "umt5"}, r"text_encoder_3/config\.json: model_type is 'umt5'"),
+        ("flux", "scheduler", {"shift_terminal": 0.1}, "shift_terminal"),
+        ("sana", "scheduler", {"prediction_type": "mystery"}, "prediction_type"),
+        ("sd3", "scheduler", {"invert_sigmas": True}, "invert_sigmas"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(
+    folders: dict[str, Path], name: str, part: str, fields: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    folder = copied(folders[name], tmp_path / name)
+    config = "scheduler_config.json" if part == "scheduler" else "config.json"
+    edit(folder / part / config, **fields)
+    with pytest.raises((UsageError, CounterlensError), match=said) as caught:
+        open_diffusion(folder, image_size=IMAGE_SIZE)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_missing_or_not_its_own_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(folders["sd3"], tmp_path / "sd3")
+    shutil.rmtree(folder / "tokenizer_2")
+    shutil.rmtree(folder / "text_encoder")
+    (folder / "text_encoder_3" / "model.safetensors").unlink()
+    shards = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "text_encoder_3" / "model.safetensors.index.json").write_text(json.dumps(shards))
+    (folder / "text_encoder_3" / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(CounterlensError, match="is not complete") as caught:
+        open_diffusion(folder)
+    for path in ("text_encoder/config.json", "tokenizer_2/tokenizer_config.json"):
+        assert path in str(caught.value)
+    assert "text_encoder_3/model-00002-of-00002.safetensors" in str(caught.value)
+    assert "00001-of" not in str(caught.value)
+
+    shutil.rmtree(folder)
+    folder = copied(folders["sd3"], folder)
+    shutil.rmtree(folder / "text_encoder_3")
+    shutil.rmtree(folder / "tokenizer_3")
+    with pytest.warns(UserWarning, match="no text_encoder_3/.*zeros"):
+        open_diffusion(folder, image_size=IMAGE_SIZE)
+    with pytest.raises(UsageError, match=r"^image_size: 80 is more than the 64 .*pos_embed_max_size"):
+        open_diffusion(folders["sd3-without-t5"], image_size=80)
+    with pytest.raises(UsageError, match=r"^image_size: 20 is no multiple of 8"):
+        open_diffusion(folders["flux"], image_size=20)
+
+    folder = copied(folders["pixart"], tmp_path / "pixart")
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(folders["sd3"] / "vae", folder / "vae")
+    with pytest.raises(UsageError, match=r"^latent channels: the denoiser takes 4, the VAE makes 16"):
+        open_diffusion(folder)
+    folder = copied(folders["flux"], tmp_path / "flux")
+    for part in ("text_encoder_2", "tokenizer_2"):
+        shutil.rmtree(folder / part)
+        shutil.copytree(folders["sd3"] / part.replace("2", "3"), folder / part)
+    with pytest.raises(UsageError, match=r"^text_encoder_2: its 40 channels are not the denoiser's 24 \(joint"):
+        open_diffusion(folder, image_size=IMAGE_SIZE)
+    diffusion = opened(folders["pixart"])
+    with pytest.raises(UsageError, match=r"^prompts: .* tokens, text_encoder reads 300"):
+        diffusion.describe(["a"], prompts=["word " * 400])
+    with pytest.raises(UsageError, match=r"^classes: this model is text-conditional"):
+        diffusion.describe(["a"], classes=[1])
+
+
+def test_files_that_are_no_models_are_refused_by_name(tmp_path: Path) -> None:
+    files = {"flux1-dev-Q4.gguf": "GGUF", "pytorch_lora_weights.safetensors": "LoRA", "sd3.safetensors": "convert"}
+    for name, said in files.items():
+        folder = tmp_path / said
+        folder.mkdir()
+        (folder / name).touch()
+        for given in (folder, folder / name):
+            with pytest.raises(UsageError, match=rf"^model: .*{name}.*{said}"):
+                open_diffusion(given)
+
+
+def test_a_gated_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*args: object, **options: object) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CounterlensError, match=r"^model: 'black-forest-labs/FLUX.1-dev' is gated: accept its terms"):
+        open_diffusion("black-forest-labs/FLUX.1-dev")
+
+
+def test_encoders_are_read_again_for_other_prompts(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompted, "AT_ONCE", 2)
+    diffusion = open_diffusion(folders["pixart"], image_size=IMAGE_SIZE)
+    before = diffusion.null_condition(1)
+    diffusion.describe(LABELS)
+    assert set(diffusion._embeddings) == {""}
+    many = diffusion.condition(torch.tensor([2, 5, 2]))
+    assert diffusion.text.held == {}
+    assert len(diffusion._embeddings) == 3
+    diffusion.describe(["thing 2"], prompts=["a photo of a thing 2."])
+    for one, other in zip(diffusion.condition(torch.tensor([0])), many, strict=True):
+        assert torch.equal(one, other[:1])
+        assert torch.equal(other[0], other[2])
+    assert all(map(torch.equal, before, diffusion.null_condition(1)))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameters_and_layouts(name: str) -> None:
+    said = PUBLISHED[name]
+    family = resolve_name(f"counterlens.engine.models.{said.family}")
+    denoiser, vae = (getattr(diffusers, kind) for kind in family.networks.values())
+    with torch.device("meta"):
+        made, autoencoder = denoiser(**said.denoiser), vae(**said.vae)
+    count = sum(p.numel() for p in made.parameters())
+    assert count == said.counted
+    assert f"{count / 1e9:.{len(said.said.split('.')[1]) - 2}f} B" == said.said
+    assert sum(p.numel() for p in autoencoder.parameters()) == AUTOENCODERS[autoencoder.config.latent_channels]
+    tensors = made.state_dict()
+    assert {key: tuple(tensors[key].shape) for key in said.layout} == said.layout
+    check_parts(autoencoder, made, family.packed)
+
+
+@pytest.mark.slow
+def test_step_is_exported_and_matches(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The others by `python -m bench.generators --export`."""
+    diffusion = open_diffusion(folders["sd3"], image_size=IMAGE_SIZE)
+    classifier = classifiers(folders, torch.float32)["softmax"]
+    diffusion.describe(LABELS)
+    report = artefacts.build(Spec(diffusion, classifier), "onnx", Store(tmp_path / "store")).report["parity"]
+    assert {1, 3} <= set(report["batches"])
+    assert report["worst"] <= 1e-4
+
+
+def test_a_counterfactual_by_command_says_its_angle(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("\n".join(LABELS))
+    save_png(torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0)), tmp_path / "photo.png")
+    result = run(
+        "counterfactual", tmp_path / "photo.png", "--model", folders["sd3"], "--classifier", folders["clip"],
+        "--labels", tmp_path / "labels.txt", "--image-size", IMAGE_SIZE, "--steps", 6, "--strength", 0.5,
+        "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["target"] in LABELS
+    settings = (tmp_path / "out" / "run.json").read_text()
+    assert f'"angle": {carried_over(PRESETS["imagenet-text"].angle, 16)}' in settings
