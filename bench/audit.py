@@ -228,8 +228,8 @@ def memory(few: int = 300, many: int = 3000) -> None:
     record("memory", {"peak_mb": {str(k): v for k, v in peaks.items()}, "growth": peaks[many] / peaks[few] - 1})
 
 
-def ray_workers() -> list[int]:
-    """Process ids of the Ray actors that descend from this process (Linux)."""
+def ray_workers(name: str = "MapWorker") -> list[int]:
+    """Process ids of the Ray actors of this name that descend from this process (Linux)."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -241,7 +241,7 @@ def ray_workers() -> list[int]:
     def ours(pid: int) -> bool:
         return pid == os.getpid() or (pid in parents and pid > 1 and ours(parents[pid]))
 
-    return [pid for pid, name in names.items() if "MapWorker" in name and ours(pid)]
+    return [pid for pid, said in names.items() if name in said and ours(pid)]
 
 
 @app.command()

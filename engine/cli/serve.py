@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import queue
 import signal
 import socket
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from .options import errors
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..serve.fleet import Fleet
     from ..serve.guard import Keys
     from ..serve.worker import Worker
 
@@ -27,8 +30,8 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 PANEL = "Server"
 
 
-def _option(text: str, **more: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel=PANEL, **more)
+def _option(text: str, *names: str, panel: str = PANEL, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
 @with_options
@@ -46,14 +49,20 @@ def serve(
     cors_origin: Annotated[list[str] | None, _option("Pages of this origin may ask; may be repeated.")] = None,
     preload_speeds: Annotated[str, _option("Speeds that are warm before the server is ready: a,b.")] = "fast",
     grace: Annotated[float, _option("Seconds that running requests have after SIGTERM.", min=0)] = 30.0,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond this machine without keys.", rich_help_panel=PANEL)
-    ] = False,
+    insecure: Annotated[bool, _option("Listen beyond this machine without keys.", "--insecure")] = False,
+    ray: Annotated[
+        str | None, _option("On Ray Serve: `local` starts Ray here, `auto` or ray://... joins a cluster.", panel="Ray")
+    ] = None,
+    replicas: Annotated[str, _option("MIN..MAX or a number; an engine each.", panel="Ray")] = "1..4",
+    replica_cpus: Annotated[int, _option("Of each; 0: its share of this machine.", panel="Ray", min=0)] = 0,
+    replica_gpus: Annotated[float | None, _option("Of each; else 1 where there is CUDA.", panel="Ray", min=0)] = None,
 ) -> None:
     """Answer over HTTP: counterfactuals, saliency and predictions, batched at every step.
 
     The interface is described at /docs; KServe's protocols (v1 and v2), Prometheus metrics and health checks are there
     too. What requests do not say is as the options of the run have it; without --speed that is `fast`.
+
+    With --ray it does so with several engines, one a replica; slots and the queue are those of each.
 
     Example: counterlens serve --port 8000
     """
@@ -71,15 +80,22 @@ def serve(
     from ..serve.worker import Worker
 
     keys = Keys(api_key_file)
+    limits = Limits(body_bytes=max_bytes, pixels=max_pixels, per_key=per_key)
+    said = config.model_dump(exclude_unset=True)
+    configs = [Config.make(**said | {"speed": name.strip()}) for name in preload_speeds.split(",") if name.strip()]
+    opens = functools.partial(_open, config if config.speed else (configs or [config])[0], opening, configs)
+    width = "auto" if slots == "auto" else int(slots)
+    if ray is not None:
+        return _on_ray(
+            opens, _fleet(ray, replicas, replica_cpus, replica_gpus, opening), host, port, keys,
+            slots=width, max_queue=max_queue, limits=limits, cors_origins=cors_origin, grace_s=grace,
+        )  # fmt: skip
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise CounterlensError(f"port: {port} at {host} cannot be listened at ({error.strerror or error})") from error
-    said = config.model_dump(exclude_unset=True)
-    configs = [Config.make(**said | {"speed": name.strip()}) for name in preload_speeds.split(",") if name.strip()]
-    engine = open_engine(config if config.speed else (configs or [config])[0], opening)
-    worker = Worker(engine, slots="auto" if slots == "auto" else int(slots), max_queue=max_queue)
-    limits = Limits(body_bytes=max_bytes, pixels=max_pixels, per_key=per_key)
+    engine, warm = opens()
+    worker = Worker(engine, slots=width, max_queue=max_queue)
     app = make_app(engine, worker, keys=keys, limits=limits, cors_origins=cors_origin)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -89,14 +105,19 @@ def serve(
     )  # fmt: skip
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # they are handled below
     place = f"{host}:{listening.getsockname()[1]}"
-    asyncio.run(_serve(server, listening, place, worker, keys, grace, lambda: _warm(engine, worker, configs)))
+    asyncio.run(_serve(server, listening, place, worker, keys, grace, lambda: warm(worker)))
 
 
-def _warm(engine: Engine, worker: Worker, configs: list[Config]) -> None:
-    """Open what the first requests need."""
-    sizes = [1, worker.largest] if worker.slots == "auto" else [worker.largest]
-    for config in configs:
-        engine.warmup(sizes, config)
+def _open(config: Config, opening: EngineOptions, configs: list[Config]) -> tuple[Engine, Callable[[Worker], None]]:
+    """The engine, and what opens what its first requests need."""
+    engine = open_engine(config, opening)
+
+    def warm(worker: Worker) -> None:
+        sizes = [1, worker.largest] if worker.slots == "auto" else [worker.largest]
+        for each in configs:
+            engine.warmup(sizes, each)
+
+    return engine, warm
 
 
 async def _serve(
@@ -127,3 +148,37 @@ def _read_again(keys: Keys) -> None:
         keys.read()
     except UsageError as error:
         errors.print(f"error: {error}; the keys of before are kept", style="red")
+
+
+def _fleet(address: str, replicas: str, cpus: int, gpus: float | None, opening: EngineOptions) -> Fleet:
+    """What the options for Ray say."""
+    import torch
+
+    from ..serve.fleet import Fleet
+
+    least, _, most = replicas.partition("..")
+    if not (least.isdecimal() and (most or least).isdecimal()):
+        raise UsageError(f"replicas: expected MIN..MAX such as 1..4, or a number, got {replicas!r}")
+    if gpus is None:
+        gpus = float(torch.cuda.is_available() and opening.device != "cpu")
+    return Fleet(address, int(least), int(most or least), cpus, gpus)
+
+
+def _on_ray(
+    opens: Callable[[], Any], fleet: Fleet, host: str, port: int, keys: Keys, **serving: Any
+) -> None:  # fmt: skip
+    """Serve with replicas until SIGTERM or Ctrl-C."""
+    from ..serve.fleet import Serving, serve_on_ray
+
+    def wait(renew: Callable[[], None]) -> None:
+        asked: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _: asked.put(number))
+        while asked.get() == signal.SIGHUP:
+            _read_again(keys)
+            renew()
+
+    serve_on_ray(
+        Serving(make=opens, keys=keys.keys, **serving), fleet, host, port,
+        wait=wait, read_keys=lambda: keys.keys, say=errors.print,
+    )  # fmt: skip

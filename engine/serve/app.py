@@ -102,6 +102,7 @@ def make_app(
     limits: Limits | None = None,
     cors_origins: list[str] | None = None,
     tasks: Tasks | None = None,
+    metrics: Metrics | None = None,
 ) -> Any:
     """The server's ASGI application.
 
@@ -111,9 +112,10 @@ def make_app(
         limits: of one request.
         cors_origins: pages of these origins may ask.
         tasks: where what callers come back for is kept; in this process without it.
+        metrics: of the worker.
     """
     limits = limits or Limits()
-    metrics = Metrics(worker)
+    metrics = metrics or Metrics(worker)
     server = Server(engine, worker, metrics, limits, tasks)
     app = FastAPI(title="counterlens", version="1", description="Explanations of one classifier.", docs_url="/docs")
     running: set[asyncio.Task[None]] = set()
