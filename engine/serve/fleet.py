@@ -103,7 +103,12 @@ class Board:
     async def open(self, name: str, replica: str) -> bool:
         """Keep a task that a replica runs."""
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        if not await self.tasks.open(name, lambda: future.done() or future.set_result(True)):
+
+        def cancel() -> None:
+            if not future.done():
+                future.set_result(True)
+
+        if not await self.tasks.open(name, cancel):
             return False
         self.owner[name], self.forgotten[name] = replica, future
         return True
@@ -218,7 +223,9 @@ async def _answered(call: Any) -> Any:
 class Replica:
     """One engine and its worker, as Ray Serve starts it; ready once it is warm."""
 
-    async def __init__(self, serving: Serving, board: Any, folder: str, threads: int) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, serving: Serving, board: Any, folder: str, threads: int
+    ) -> None:
         import torch
 
         if Path(folder).is_dir():  # where relative paths of the command line lie, on this machine
@@ -299,7 +306,7 @@ def merged(texts: dict[str, bytes]) -> bytes:
             yield from found.values()
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(All())  # type: ignore[arg-type]
+    registry.register(All())
     return generate_latest(registry)
 
 
