@@ -132,7 +132,7 @@ def test_two_replicas_of_which_one_is_killed(served: Served) -> None:
         assert {client.get(where).status_code for _ in range(6)} == {404}
 
         with client.stream("POST", "/v1/counterfactuals", headers={"Accept": "text/event-stream"}, **slow) as told:
-            assert next(told.iter_lines()) == "event: progress"
+            assert "event: progress" in told.iter_lines()
         with pytest.raises(httpx.TimeoutException):
             client.post("/v1/counterfactuals", timeout=0.2, **slow)
         end = time.monotonic() + 10
