@@ -143,7 +143,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def values_readable(tensor: Tensor) -> bool:
-    """Whether a check may look at the values: not while a graph is traced or captured."""
-    if torch.compiler.is_compiling() or exporting():
+    """Whether a check may look at the values: not while a graph is traced or captured, or where there are none."""
+    if torch.compiler.is_compiling() or exporting() or tensor.is_meta:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
