@@ -499,7 +499,31 @@ def coverage_table() -> str:
     )
 
 
+def generators_table() -> str:
+    """What a guided step of each published generator costs on paper."""
+    result = load("generators")
+    rows = [
+        [name, f"{r['parameters'] / 1e9:.2f} B", " x ".join(map(str, r["latents"])), f"{r['weights_gib']:.1f} GiB",
+         f"{r['peak_gib']:.1f} GiB", f"{r['tflop']:.0f}", f"{r['gib_moved']:.0f}",
+         f"{max(r['h100_seconds_by_flops'], r['h100_seconds_by_bytes']):.2f} s"]
+        for name, r in result["generators"].items()
+    ]  # fmt: skip
+    header = ["generator", "denoiser", "latents", "weights", "memory of a step", "TFLOP", "GiB moved", "H100 on paper"]
+    return f"{table(header, rows)}\n\n{provenance(result, 'generators')}"
+
+
+def angles_table() -> str:
+    """What an angle limit keeps of random directions."""
+    result = load("generators")
+    rows = [[n, f"{a['share_at_45']:.2g}", f"{a['angle_of_45']:.1f}", f"{a['angle_of_50']:.1f}"]
+            for n, a in result["angles"].items()]  # fmt: skip
+    header = ["channels", "share kept at 45 degrees", "limit in place of 45", "limit in place of 50"]
+    return f"{table(header, rows)}\n\n{provenance(result, 'generators')}"
+
+
 TABLES = {
+    "generators": generators_table,
+    "angles": angles_table,
     "headline": headline_table,
     "onefile": one_file_table,
     "startup": startup_table,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from counterlens.engine.images.files import load_image, save_png
-from tests import tiny
+from tests import tiny, tiny_generators
 from tests.engine.cli.test_cli import run
 from tests.engine.models import outsider
 from tests.engine.models.test_convert import make_ldm
@@ -48,6 +48,11 @@ def sd(folder: Path) -> None:
     link(folder / "sd", "sd")
 
 
+def sd3(folder: Path) -> None:
+    """A tiny Stable Diffusion 3."""
+    link(folder / "sd3", "sd3")
+
+
 def resnet(folder: Path) -> None:
     """A tiny ResNet in a Hugging Face folder."""
     link(folder / "resnet", "resnet")
@@ -76,7 +81,7 @@ def checkpoint(folder: Path) -> None:
 @cache
 def saved(name: str) -> Path:
     """A tiny model's folder, made once."""
-    save = {"sd": tiny.save_stable_diffusion, "resnet": tiny.save_resnet}[name]
+    save = {"sd": tiny.save_stable_diffusion, "sd3": tiny_generators.save_sd3, "resnet": tiny.save_resnet}[name]
     return save(Path(mkdtemp()) / name)
 
 
