@@ -22,6 +22,7 @@ from .options import errors
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..serve.file import FileWorker
     from ..serve.fleet import Fleet
     from ..serve.guard import Keys
     from ..serve.worker import Worker
@@ -38,6 +39,9 @@ def _option(text: str, *names: str, panel: str = PANEL, **more: Any) -> Any:
 def serve(
     config: RunOptions,
     opening: EngineOptions,
+    file: Annotated[
+        Path | None, _option("counterfactual.onnx of `counterlens export`, instead of models; needs no PyTorch.")
+    ] = None,
     host: Annotated[str, _option("Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, _option("Port; 0: any that is free.", min=0, max=65535)] = 8000,
     slots: Annotated[str, _option("Samples guided at once: auto, or 1, 2, 4, 8, 16 (always the same bits).")] = "auto",
@@ -62,7 +66,8 @@ def serve(
     The interface is described at /docs; KServe's protocols (v1 and v2), Prometheus metrics and health checks are there
     too. What requests do not say is as the options of the run have it; without --speed that is `fast`.
 
-    With --ray it does so with several engines, one a replica; slots and the queue are those of each.
+    With --ray it does so with several engines, one a replica; slots and the queue are those of each. With --file it
+    serves a whole run in one file, one image at a time.
 
     Example: counterlens serve --port 8000
     """
@@ -71,17 +76,24 @@ def serve(
     if slots != "auto" and not slots.isdigit():
         raise UsageError(f"slots: expected auto or a number, got {slots!r}")
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
-        from ..serve.app import make_app
+        from ..serve.guard import Keys, Limits
     except ImportError as error:
         raise CounterlensError(f"serve: {error.name} cannot be imported; {install_hint('serve')}") from error
-    from ..serve.guard import Keys, Limits
-    from ..serve.worker import Worker
-
     keys = Keys(api_key_file)
     limits = Limits(body_bytes=max_bytes, pixels=max_pixels, per_key=per_key)
     said = config.model_dump(exclude_unset=True)
+    if file is not None:
+        if given := [*said, *opening.model_dump(exclude_unset=True), *(["ray"] if ray else [])]:
+            raise UsageError(f"{given[0].replace('_', '-')}: has no use with --file, which was exported with its own")
+        from ..serve.file import FileWorker, make_file_app
+
+        whole = FileWorker(file, max_queue)
+        return _run(make_file_app(whole, keys=keys, limits=limits), whole, _listen(host, port), host, keys, grace)
+    from ..serve.app import make_app
+    from ..serve.worker import Worker
+
     configs = [Config.make(**said | {"speed": name.strip()}) for name in preload_speeds.split(",") if name.strip()]
     opens = functools.partial(_open, config if config.speed else (configs or [config])[0], opening, configs)
     width = "auto" if slots == "auto" else int(slots)
@@ -90,13 +102,32 @@ def serve(
             opens, _fleet(ray, replicas, replica_cpus, replica_gpus, opening), host, port, keys,
             slots=width, max_queue=max_queue, limits=limits, cors_origins=cors_origin, grace_s=grace,
         )  # fmt: skip
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise CounterlensError(f"port: {port} at {host} cannot be listened at ({error.strerror or error})") from error
+    listening = _listen(host, port)
     engine, warm = opens()
     worker = Worker(engine, slots=width, max_queue=max_queue)
     app = make_app(engine, worker, keys=keys, limits=limits, cors_origins=cors_origin)
+    _run(app, worker, listening, host, keys, grace, lambda: warm(worker))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        CounterlensError: it cannot.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise CounterlensError(f"port: {port} at {host} cannot be listened at ({error.strerror or error})") from error
+
+
+def _run(
+    app: Any, worker: Worker | FileWorker, listening: socket.socket, host: str, keys: Keys, grace: float,
+    warm: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Serve in this process until SIGTERM or Ctrl-C."""
+    import uvicorn
+
     server = uvicorn.Server(
         uvicorn.Config(
             app, log_level="error", access_log=False, timeout_keep_alive=5, lifespan="off",
@@ -105,7 +136,7 @@ def serve(
     )  # fmt: skip
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # they are handled below
     place = f"{host}:{listening.getsockname()[1]}"
-    asyncio.run(_serve(server, listening, place, worker, keys, grace, lambda: warm(worker)))
+    asyncio.run(_serve(server, listening, place, worker, keys, grace, warm))
 
 
 def _open(config: Config, opening: EngineOptions, configs: list[Config]) -> tuple[Engine, Callable[[Worker], None]]:
@@ -121,7 +152,7 @@ def _open(config: Config, opening: EngineOptions, configs: list[Config]) -> tupl
 
 
 async def _serve(
-    server: Any, listening: socket.socket, place: str, worker: Worker, keys: Keys, grace: float,
+    server: Any, listening: socket.socket, place: str, worker: Worker | FileWorker, keys: Keys, grace: float,
     warm: Callable[[], None],
 ) -> None:  # fmt: skip
     """Listen until SIGTERM or Ctrl-C; then finish what runs and refuse the rest."""
@@ -169,6 +200,9 @@ def _on_ray(
 ) -> None:  # fmt: skip
     """Serve with replicas until SIGTERM or Ctrl-C."""
     from ..serve.fleet import Serving, serve_on_ray
+
+    with _listen(host, port) as found:  # Ray's own proxies listen there
+        port = found.getsockname()[1]
 
     def wait(renew: Callable[[], None]) -> None:
         asked: queue.SimpleQueue[int] = queue.SimpleQueue()

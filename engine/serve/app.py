@@ -9,9 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from ..core.core import EngineCore
@@ -21,6 +19,7 @@ from ..saliency.table import METHODS
 from .guard import Guard, Keys, Limits
 from .kserve import add_routes
 from .page import add_page, facts
+from .routes import PROBLEMS, add_problems, body_of, fields_of
 from .server import Server, Shares
 from .tasks import LAST, Event, Tasks
 from .telemetry import Metrics
@@ -30,41 +29,12 @@ from .wire import (
     Problem,
     SaliencyRequest,
     config_of,
-    from_base64,
-    parse_json,
     png,
     problem_of,
     to_base64,
     validated,
 )
 from .worker import Ticket, Worker
-
-
-async def fields_of(request: Request) -> tuple[dict[str, Any], bytes]:
-    """A request's fields beside the image, and the image's bytes, from JSON or a form.
-
-    Raises:
-        Problem: 400 or 415, it is neither, or has no image.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        fields = parse_json(await request.body())
-        if not isinstance(fields, dict):
-            raise Problem(400, "body: expected a JSON object", "body")
-        if not isinstance(fields.get("image"), str):
-            raise Problem(400, "image: expected a file in base64", "image")
-        return fields | {"image": ""}, from_base64(fields["image"])
-    if kind != "multipart/form-data":
-        raise Problem(415, f"content-type: expected multipart/form-data or application/json, got {kind or 'none'!r}")
-    async with request.form(max_files=1, max_fields=32) as form:
-        upload = form.get("image")
-        if upload is None or isinstance(upload, str):
-            raise Problem(400, "image: expected a file", "image")
-        data = await upload.read()
-        fields = {name: value for name, value in form.items() if name != "image" and isinstance(value, str)}
-    if "config" in fields:
-        fields["config"] = parse_json(str(fields["config"]).encode())
-    return fields | {"image": ""}, data
 
 
 async def finish(server: Server, name: str, ticket: Ticket[Counterfactual], saliency: bool) -> None:
@@ -121,36 +91,9 @@ def make_app(
     running: set[asyncio.Task[None]] = set()
     offered = facts(engine)
 
-    @app.exception_handler(CounterlensError)
-    async def ours(request: Request, error: CounterlensError) -> JSONResponse:
-        problem = problem_of(error)
-        return JSONResponse(problem.body(), problem.status, problem.headers, "application/problem+json")
+    add_problems(app)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        name = str(first["loc"][-1])
-        return JSONResponse(Problem(400, f"{name}: {first['msg']}", name).body(), 400, None, "application/problem+json")
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> JSONResponse:
-        problem = Problem(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
-        return JSONResponse(problem.body(), error.status_code, error.headers, "application/problem+json")
-
-    def body(model: Any) -> dict[str, Any]:
-        """A route's body for OpenAPI: the model as JSON, or a form with the file itself."""
-        schema = model.model_json_schema()
-        form = schema | {
-            "properties": schema["properties"] | {"image": {"type": "string", "format": "binary"}},
-        }
-        content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}}
-        return {"requestBody": {"required": True, "content": content}}
-
-    problems: dict[int | str, dict[str, Any]] = {
-        code: {"description": "Problem details (RFC 9457)."} for code in (400, 401, 413, 415, 422, 429, 503, 504)
-    }
-
-    @app.post("/v1/counterfactuals", openapi_extra=body(CounterfactualRequest), responses=problems, tags=["explain"])
+    @app.post("/v1/counterfactuals", openapi_extra=body_of(CounterfactualRequest), responses=PROBLEMS, tags=["explain"])
     async def counterfactual(request: Request) -> Response:
         """Change an image as little as needed for the model to say the target.
 
@@ -224,14 +167,14 @@ def make_app(
         await server.tasks.forget(name)
         return Response(status_code=204)
 
-    @app.post("/v1/saliency", openapi_extra=body(SaliencyRequest), responses=problems, tags=["explain"])
+    @app.post("/v1/saliency", openapi_extra=body_of(SaliencyRequest), responses=PROBLEMS, tags=["explain"])
     async def saliency(request: Request) -> Response:
         """Where the evidence for a label is, and how good that answer is (MSI)."""
         fields, data = await fields_of(request)
         asked = validated(SaliencyRequest, fields)
         return JSONResponse(await server.saliency(await server.image(data), asked))
 
-    @app.post("/v1/predictions", openapi_extra=body(PredictionRequest), responses=problems, tags=["explain"])
+    @app.post("/v1/predictions", openapi_extra=body_of(PredictionRequest), responses=PROBLEMS, tags=["explain"])
     async def prediction(request: Request) -> Response:
         """What the model says of an image."""
         fields, data = await fields_of(request)

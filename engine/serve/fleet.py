@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import re
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -331,7 +330,6 @@ def serve_on_ray(
         raise CounterlensError(f"ray: {error.name} cannot be imported; {install_hint('serve-ray')}") from error
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    port = free_port(host, port)
     _join(ray, fleet)
     try:
         board = ray.remote(Board).options(
@@ -420,16 +418,3 @@ def _told(text: str) -> CounterlensError:
         return UsageError(said) if kind == "UsageError" else CounterlensError(said)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return CounterlensError(f"ray: {lines[-1] if lines else 'a replica ended'}")
-
-
-def free_port(host: str, port: int) -> int:
-    """The port, or one that is free for 0.
-
-    Raises:
-        CounterlensError: it cannot be listened at.
-    """
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
-            return int(found.getsockname()[1])
-    except OSError as error:
-        raise CounterlensError(f"port: {port} at {host} cannot be listened at ({error.strerror or error})") from error

@@ -5,19 +5,41 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from .worker import Ticket, Worker
+if TYPE_CHECKING:
+    from .worker import Ticket
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Counted(Protocol):
+    """A worker's numbers."""
+
+    ticks: int
+    steps: int
+    places: int
+    rate: float
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def busy_slots(self) -> int: ...
+
+    @property
+    def accepting(self) -> bool: ...
+
+    @property
+    def tick_s(self) -> float: ...
 
 
 class Metrics:
     """Counters and histograms of one server, in a registry of its own."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Counted) -> None:
         self.registry = CollectorRegistry()
         named: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("counterlens_requests", "Requests by route and status.", ["route", "status"], **named)

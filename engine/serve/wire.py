@@ -7,18 +7,21 @@ import binascii
 import json
 import re
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
 from ..config import Config
-from ..core.core import EngineCore
-from ..core.result import Counterfactual
 from ..errors import CounterlensError, UsageError
 from ..images.files import decoding, formats_of, to_uint8
-from .worker import Cancelled, Draining, Full, Late
+from .refusals import Cancelled, Draining, Full, Late
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..core.core import EngineCore
+    from ..core.result import Counterfactual
 
 MAX_DEPTH = 32  # of a JSON body
 # A string that does not end is taken whole too: looking for its end from every quote in it would take minutes.
@@ -140,11 +143,11 @@ def to_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def read_image(data: bytes, engine: EngineCore, max_pixels: int, config: Config) -> Tensor:
-    """An uploaded file as [3, H, W] in [0, 1], fitted as the config says.
+def checked(data: bytes, max_pixels: int) -> BytesIO:
+    """An uploaded file whose size is that of an image that may be decoded.
 
     Raises:
-        Problem: 413, more pixels than allowed, refused before decoding. CounterlensError: no image.
+        Problem: 413, more pixels than allowed. CounterlensError: no image.
     """
     file = BytesIO(data)
     if not data:
@@ -154,7 +157,16 @@ def read_image(data: bytes, engine: EngineCore, max_pixels: int, config: Config)
     if pixels > max_pixels:
         raise Problem(413, f"image: {pixels / 1e6:.1f} megapixels, more than {max_pixels / 1e6:.1f}", "image")
     file.seek(0)
-    return engine.read(file, "image", config, own=False).image
+    return file
+
+
+def read_image(data: bytes, engine: EngineCore, max_pixels: int, config: Config) -> Tensor:
+    """An uploaded file as [3, H, W] in [0, 1], fitted as the config says.
+
+    Raises:
+        Problem, CounterlensError: see `checked`.
+    """
+    return engine.read(checked(data, max_pixels), "image", config, own=False).image
 
 
 def png(

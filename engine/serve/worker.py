@@ -27,6 +27,7 @@ from ..core.targets import RELATIVE_TARGETS
 from ..errors import CounterlensError, UsageError
 from ..guidance.sampler import PATIENCE
 from ..guidance.schedule import schedule_of
+from .refusals import Cancelled, Draining, Full, Late
 
 T = TypeVar("T")
 SHARE = 3.0
@@ -40,26 +41,6 @@ FAILURES = (
     RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError, AttributeError, NameError,
     ImportError, OSError,
 )  # fmt: skip  # of a user's model
-
-
-class Full(CounterlensError):
-    """The queue is full; `retry_after` is when there should be room, in seconds."""
-
-    def __init__(self, waiting: int, retry_after: float) -> None:
-        super().__init__(f"queue: {waiting} requests wait already; try again in {retry_after:.1f} s")
-        self.retry_after = retry_after
-
-
-class Draining(CounterlensError):
-    """The server is being stopped and takes nothing new."""
-
-
-class Late(CounterlensError):
-    """The budget ends before an answer can be there."""
-
-
-class Cancelled(CounterlensError):
-    """The caller does not want the answer any more."""
 
 
 def _taken() -> Future[Any]:
