@@ -260,13 +260,14 @@ async function follow(path, json, again) {
     $("output").scrollIntoView({ block: "nearest", behavior: calm ? "auto" : "smooth" });
   }
   $("at").textContent = "Waiting for its turn …";
-  run = { frames: [], total: 0, result: null };
+  const own = run = { frames: [], total: 0, result: null };
   const source = shares && predicted();
   if (shares) run.frames[0] = { image: image64(), source: shares[source], target: target === OTHER ? null : shares[target] };
   try {
     const answer = await call(path, { json, accept: "text/event-stream", signal: mine.signal });
     const name = (answer.headers.get("Location") || path).split("/").pop();
     for await (const [kind, data] of events(answer)) {
+      if (run !== own) return;  // another image or result took its place
       if (kind === "progress") await stepped(data);
       if (kind === "error") throw refusal(data.status, data.detail);
       if (kind === "result") {
@@ -278,7 +279,7 @@ async function follow(path, json, again) {
     if (error.status === 404 && !json) {
       gone();
     } else if (mine.signal.aborted) {
-      stopped();
+      if (run === own) stopped();
     } else {
       $("at").textContent = run?.frames.length > 1 ? $("at").textContent : "Nothing to see yet.";
       complain(error, again);
@@ -289,7 +290,6 @@ async function follow(path, json, again) {
 }
 
 function stopped() {
-  if (!run) return;  // another image took its place
   const done = run.frames.length - 1;
   $("progress").textContent = $("answer").textContent = done > 0
     ? `Stopped after step ${done} of ${run.total}. What there is can still be looked at.` : "Stopped.";
@@ -504,8 +504,8 @@ async function begin() {
   $("look").addEventListener("click", look);
   $("run").addEventListener("click", ask);
   addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
-  const named = [model.model, model.pack, model.classifier].filter(Boolean).join(", ");
-  $("about").textContent = `This server explains ${named || model.name}: ${model.labels.length} labels, images of ${size} by ${size} ` +
+  const named = [model.name, model.classifier?.split(/[\\/]/).pop()].filter(Boolean).join(", ");
+  $("about").textContent = `This server explains ${named}: ${model.labels.length} labels, images of ${size} by ${size} ` +
     `pixels (others are cut to a square and scaled). Your image stays in its memory, for ${Math.round(model.kept_s / 60)} minutes ` +
     "at most, and is written nowhere.";
   const pictures = await Promise.all(drawn.map(async ({ name, image }) => [name, await bitmap(image)]));

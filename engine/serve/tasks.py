@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 Event = tuple[str, dict[str, Any]]  # progress, and at last result or error
 KEPT, KEPT_S = 256, 600.0  # finished ones that are kept for a caller that comes back, and for how long
+KEPT_CHARACTERS = 256_000_000  # of images in all that are kept: a long run's previews are many
 LAST = ("result", "error")
 
 
@@ -19,7 +19,7 @@ class Task:
     """One of them; `cancel` is called if it is forgotten while it runs."""
 
     cancel: Callable[[], None]
-    created: float = field(default_factory=time.monotonic)
+    characters: int = 0
     events: list[Event] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -40,23 +40,31 @@ class Tasks:
 
     async def open(self, name: str, cancel: Callable[[], None]) -> bool:
         """Keep a new one; the oldest finished ones make room. False: `KEPT` run already."""
-        now = time.monotonic()
-        for old in [n for n, t in self.tasks.items() if t.done and now - t.created > KEPT_S]:
-            del self.tasks[old]
         while len(self.tasks) >= KEPT:
-            oldest = next((n for n, t in self.tasks.items() if t.done), None)
-            if oldest is None:
+            if not self._drop_oldest():
                 return False
-            del self.tasks[oldest]
         self.tasks[name] = Task(cancel)
         return True
+
+    def _drop_oldest(self, but: str = "") -> bool:
+        """Forget the oldest finished one; False: there is none."""
+        oldest = next((name for name, task in self.tasks.items() if task.done and name != but), None)
+        if oldest is not None:
+            del self.tasks[oldest]
+        return oldest is not None
 
     def say(self, name: str, event: str, data: dict[str, Any]) -> None:
         """Add an event, and wake whoever listens; nothing is added to one that is done or forgotten."""
         task = self.tasks.get(name)
         if task is not None and not task.done:
             task.events.append((event, data))
+            task.characters += sum(len(value) for value in data.values() if isinstance(value, str))
             self._wake(task)
+            if task.done:
+                asyncio.get_running_loop().call_later(KEPT_S, self.tasks.pop, name, None)
+                while sum(t.characters for t in self.tasks.values()) > KEPT_CHARACTERS:
+                    if not self._drop_oldest(name):
+                        break
 
     async def events(self, name: str, after: int, wait_s: float) -> list[Event] | None:
         """The events behind the first `after`, waited for if there are none yet; None: no such task, or no more."""

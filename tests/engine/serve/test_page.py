@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 import shutil
@@ -19,6 +20,7 @@ import torch
 from starlette.testclient import TestClient
 
 from counterlens.engine.core.core import EngineCore
+from counterlens.engine.serve import tasks
 from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.guard import Keys
 from counterlens.engine.serve.wire import png
@@ -109,6 +111,27 @@ def test_a_model_without_a_pack_has_no_samples_and_no_adapter(client: TestClient
     assert model["default_mode"] in model["modes"]
     found = client.post("/v1/saliency", files={"image": png(torch.rand(3, 16, 16))}, data={"method": "rise"}).json()
     assert len(found["areas"]) == len(found["keep_area"]) == len(found["remove_area"])
+
+
+def test_results_are_forgotten_in_time_and_before_their_previews_fill_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tasks, "KEPT_S", 0.05)
+    monkeypatch.setattr(tasks, "KEPT_CHARACTERS", 250)
+
+    async def run() -> list[list[str]]:
+        held, seen = tasks.Tasks(), []
+        for name in ("long", "first", "second", "third"):
+            await held.open(name, lambda: None)
+            held.say(name, "progress", {"step": 1, "image": "x" * 100})
+            if name != "long":  # which goes on
+                held.say(name, "result", {"status": "done"})
+        seen.append([*held.tasks])
+        await asyncio.sleep(0.2)
+        seen.append([*held.tasks])
+        return seen
+
+    assert asyncio.run(run()) == [["long", "third"], ["long"]]
 
 
 # In a browser
@@ -338,3 +361,50 @@ def test_a_thousand_labels_are_searched(browser: Any, address: str) -> None:
         tab.page.get_by_text("The server cannot be reached.").wait_for()
         assert sent[0]["target"] == 999
         assert pixels(base64.b64decode(sent[0]["image"])).shape == (224, 224, 3)
+
+
+DROP = """([kind, data]) => {
+  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), held = new DataTransfer();
+  held.items.add(new File([bytes], "image.png", { type: "image/png" }));
+  const fields = { bubbles: true, cancelable: true };
+  document.body.dispatchEvent(kind === "paste" ? new ClipboardEvent(kind, { ...fields, clipboardData: held })
+    : new DragEvent(kind, { ...fields, dataTransfer: held }));
+}"""
+
+
+@pytest.mark.slow
+def test_an_image_is_dropped_pasted_drawn_or_a_sample(browser: Any, address: str) -> None:
+    sample = {"name": "a sample", "image": base64.b64encode(picture(12)).decode()}
+    with Tab(browser) as tab:
+        page = tab.page
+        sent: list[bytes] = []
+
+        def predict(route: Any) -> None:
+            sent.append(base64.b64decode(route.request.post_data_json["image"]))
+            route.continue_()
+
+        page.route("**/v1/samples", lambda route: route.fulfill(json={"samples": [sample]}))
+        page.route("**/v1/predictions", predict)
+        predicted = "**/v1/predictions"
+        with page.expect_response(predicted):  # the first sample is taken
+            page.goto(address)
+        for kind, number in (("drop", 10), ("paste", 11)):
+            with page.expect_response(predicted):
+                page.evaluate(DROP, [kind, base64.b64encode(picture(number)).decode()])
+        page.focus("#samples button")
+        with page.expect_response(predicted):
+            page.keyboard.press("Space")
+        box = page.locator("#ink").bounding_box()
+        page.mouse.move(box["x"] + 20, box["y"] + 20)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] - 20, box["y"] + 20)
+        with page.expect_response(predicted):
+            page.mouse.up()
+        page.wait_for_selector("#run:enabled")
+        assert page.get_attribute("#input", "aria-label") == "Your drawing"
+        first, dropped, pasted, again, drawn = (pixels(data) for data in sent)
+        for got, number in ((first, 12), (dropped, 10), (pasted, 11), (again, 12)):
+            assert (got == pixels(picture(number))).all()
+        assert drawn[0:3].max() == 255
+        assert drawn[8:].max() == 26  # the empty ground
+        assert tab.said == []
