@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -140,10 +140,8 @@ def open_images(
     return source
 
 
-def load_all(
-    samples: Sequence[Sample], size: int, interpolation: str = "lanczos"
-) -> tuple[list[str], list[Tensor], int]:
-    """Names and images [3, size, size] of the samples that can be read, and how many cannot be, each of them said.
+def load_all(samples: Sequence[Sample], read: Callable[[Sample], Tensor]) -> tuple[list[str], list[Tensor], int]:
+    """Names and images of the samples that can be read, and how many cannot be, each of them said.
 
     Raises:
         CounterlensError: none can.
@@ -151,7 +149,7 @@ def load_all(
     names, images = [], []
     for sample in samples:
         try:
-            images.append(sample.load(size, interpolation))
+            images.append(read(sample))
         except CounterlensError as error:
             errors.print(f"error: {error}", style="red")
         else:

@@ -52,6 +52,8 @@ def profile(
     items = open_images(images, recursive).samples[:count] if images else []
     if opening.model and not items:
         raise UsageError("images: none given; name files or folders (only a pack has its own)")
+    if config.fit == "native":
+        raise UsageError("fit: a profile is of the model's own size; auto, crop, pad and squash have it")
     engine = open_engine(config, opening)
     import torch
 
@@ -60,7 +62,7 @@ def profile(
     from ..profiling.report import page, perfetto, print_profile
 
     if items:
-        _, loaded, failed = load_all(items, engine.image_size, config.interpolation)
+        _, loaded, failed = load_all(items, lambda item: engine.read(item.file(), item.name, own=False).image)
         pictures = torch.stack(loaded)
     else:
         failed, pictures = 0, Pack(opening.pack).samples("test", count=count, marker="random").images

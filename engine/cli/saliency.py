@@ -199,7 +199,7 @@ def load(source: Path, size: int, recursive: bool) -> tuple[list[str], Tensor, i
     """Names and images [N, 3, size, size] of a source, and how many could not be read, which is said."""
     import torch
 
-    names, images, failed = load_all(open_images([source], recursive).samples, size)
+    names, images, failed = load_all(open_images([source], recursive).samples, lambda sample: sample.load(size))
     return names, torch.stack(images), failed
 
 

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from counterlens.engine.errors import CounterlensError
-from counterlens.engine.images.files import load_image, open_both, open_picture
-from tests.profiles import (
+from bench.colour_profiles import (
     ADOBE_RGB,
     D50,
     DISPLAY_P3,
@@ -25,6 +23,8 @@ from tests.profiles import (
     linear,
     matrix_profile,
 )
+from counterlens.engine.errors import CounterlensError
+from counterlens.engine.images.files import load_image, open_both, open_picture
 
 COLOURS = [(200, 60, 40), (30, 160, 70), (60, 80, 190), (128, 128, 128), (250, 250, 250), (5, 5, 5)]
 
