@@ -51,7 +51,7 @@ def check_running(diffusion: Diffusion, runtime: str, checkpointing: bool, atten
             raise UsageError(f"attention: xformers cannot be used: {'; '.join(reasons)}")
 
 
-def check_images(images: Tensor, size: int, multiple: int | None = None) -> None:
+def check_images(images: Tensor, size: int, multiple: int | None = None, longest: int | None = None) -> None:
     """Refuse what is no batch of images in [0, 1], [B, 3, size, size] or with sides that are multiples; NaN passes.
 
     Raises:
@@ -63,6 +63,10 @@ def check_images(images: Tensor, size: int, multiple: int | None = None) -> None
         shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         more = "" if multiple is None else f", or other multiples of {multiple}"
         raise UsageError(f"images: expected [B, 3, {size}, {size}]{more}, got {shape}; load_image resizes files")
+    if longest is not None and max(sides) > longest:
+        raise UsageError(
+            f"images: a side of {max(sides)} pixels is longer than the {longest} that this model has places for"
+        )
     if not images.is_floating_point():
         raise UsageError(f"images: expected floating point in [0, 1], got {images.dtype}")
     if images.numel() and (images.min() < 0 or images.max() > 1):

@@ -513,7 +513,7 @@ class EngineCore:
 
     def check_images(self, images: Tensor) -> None:
         """See `checks.check_images`."""
-        check_images(images, self.image_size, self.multiple)
+        check_images(images, self.image_size, self.multiple, getattr(self.diffusion, "longest", None))
 
     @property
     def multiple(self) -> int | None:

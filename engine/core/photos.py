@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config import Config
-from ..errors import UsageError
+from ..errors import CounterlensError, UsageError
 from ..guidance.memory import weight_bytes
 from ..images.files import as_pixels, as_saved, framed, open_both, open_picture
 from ..images.fitting import Frame, frame, take
@@ -107,6 +107,12 @@ def read(engine: Models, file: Path | BytesIO, name: str | None, config: Config,
         framed(fit, picture, path, engine.image_size, factor)  # refused before anything is measured
         most = _most_pixels(engine, config, picture.size, factor)
     made = framed(fit, picture, path, engine.image_size, factor, most)
+    if (longest := getattr(engine.diffusion, "longest", None)) is not None and max(made.size) > longest:
+        width, height = made.size
+        raise CounterlensError(
+            f"{path}: {width}x{height} pixels under fit native, and this model has places for {longest} a side; "
+            "--fit crop, pad or squash"
+        )
     colour = padding_of(engine.classifier)
     image = torch.from_numpy(as_pixels(take(picture, made, config.interpolation, colour))).permute(2, 0, 1)
     return Photo(image.contiguous(), made, None if process is None or plain is None else process(plain))

@@ -48,6 +48,7 @@ class Backbone:
     own_side: ClassVar[int | None] = None  # latent side, where the denoiser's config does not say one
     packed: ClassVar[int] = 1  # side of the square of latents that becomes one channel vector before the denoiser
     rectangular: ClassVar[bool] = False  # whether images need not be square, nor all of one size
+    longest: int | None = None  # side in pixels that such an image may have
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ class PixArt(Prompted):
 
     networks = {"transformer": "PixArtTransformer2DModel", "vae": "AutoencoderKL"}  # noqa: RUF012
     encoders = {"text_encoder": "T5EncoderModel"}  # noqa: RUF012
+    rectangular = True
     others = ("text_encoder", "tokenizer")
 
     def __init__(self, *parts: Any, tokens: int = 300, **options: Any) -> None:

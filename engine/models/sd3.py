@@ -34,6 +34,7 @@ class StableDiffusion3(Prompted):
         "text_encoder_2": "CLIPTextModelWithProjection",
         "text_encoder_3": "T5EncoderModel",
     }
+    rectangular = True
     others = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional = ("text_encoder_3", "tokenizer_3")
 
@@ -41,6 +42,7 @@ class StableDiffusion3(Prompted):
         super().__init__(*parts, **options)
         config = self.denoiser.config
         factor = vae_factor(self.vae.config) * int(config.patch_size)
+        self.longest = int(config.pos_embed_max_size) * factor
         if self.image_size // factor > (most := int(config.pos_embed_max_size)):
             raise UsageError(
                 f"image_size: {self.image_size} is more than the {most * factor} that the denoiser knows places for "

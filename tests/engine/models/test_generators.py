@@ -453,3 +453,31 @@ def test_a_counterfactual_by_command_says_its_angle(folders: dict[str, Path], tm
     assert json.loads(result.stdout)["target"] in LABELS
     settings = (tmp_path / "out" / "run.json").read_text()
     assert f'"angle": {carried_over(PRESETS["imagenet-text"].angle, 16)}' in settings
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_rectangles_are_the_networks_own(name: str, folders: dict[str, Path]) -> None:
+    """Another shape than the square: latents, noise and image have it, and a run ends well."""
+    from counterlens.engine import Config, Engine
+
+    labels = {"labels": LABELS, "prompts": "a photo of a {label}."}
+    engine = Engine.from_pretrained(folders[name], folders["clip"], Config(steps=4, strength=0.5), **labels)
+    assert engine.multiple is not None
+    short, long = engine.multiple, 3 * engine.multiple
+    images = torch.rand(2, 3, long, short, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = engine.diffusion.encode(images)
+        assert z.shape[2] == 3 * z.shape[3]
+        assert engine.diffusion.decode(z).shape == images.shape
+        noise = engine.diffusion.predict_noise(
+            z, torch.tensor([50, 50]), engine.diffusion.condition(torch.tensor([1, 2]))
+        )
+        assert noise.shape == z.shape
+        alone = engine.diffusion.predict_noise(z[1:], torch.tensor([50]), engine.diffusion.condition(torch.tensor([2])))
+    torch.testing.assert_close(noise[1:], alone, rtol=1e-4, atol=1e-5)
+    made = engine.counterfactual(images, targets="runner-up")
+    assert made.errors == [None, None]
+    assert made.images.shape == images.shape
+    if (longest := engine.diffusion.longest) is not None:
+        with pytest.raises(UsageError, match=r"^images: a side of \d+ pixels is longer than the \d+ that this model"):
+            engine.counterfactual(torch.rand(1, 3, longest + engine.multiple, short))
