@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .prompted import Prompted, check_width
+from ..errors import UsageError
+from .prompted import Prompted, check_width, pipeline_of
 
+OTHERS = ("FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline")
 GUIDANCE = 3.5  # what its pipeline tells the guidance embedding
 
 
@@ -34,6 +37,20 @@ class Flux(Prompted):
     others = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     packed = 2
     own_side = 128
+
+    @classmethod
+    def more(cls, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+        """The text encoders.
+
+        Raises:
+            UsageError: the model takes an image beside its latents.
+        """
+        if (name := pipeline_of(folder).get("_class_name")) in OTHERS:
+            raise UsageError(
+                f"{folder / 'model_index.json'}: _class_name is {name!r}: a model that takes an image beside the "
+                "latents, which is not supported; expected FluxPipeline"
+            )
+        return super().more(folder, dtype)
 
     def __init__(self, *parts: Any, guidance: float = GUIDANCE, **options: Any) -> None:
         self.guidance = guidance
