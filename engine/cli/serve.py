@@ -92,6 +92,7 @@ def serve(
         whole = FileWorker(file, max_queue)
         return _run(make_file_app(whole, keys=keys, limits=limits), whole, _listen(host, port), host, keys, grace)
     from ..serve.app import make_app
+    from ..serve.sizing import check_slots, fit
     from ..serve.worker import Worker
 
     configs = [Config.make(**said | {"speed": name.strip()}) for name in preload_speeds.split(",") if name.strip()]
@@ -104,9 +105,11 @@ def serve(
         )  # fmt: skip
     listening = _listen(host, port)
     engine, warm = opens()
+    measured = fit(engine)
+    check_slots(width, measured)
     worker = Worker(engine, slots=width, max_queue=max_queue)
-    app = make_app(engine, worker, keys=keys, limits=limits, cors_origins=cors_origin)
-    _run(app, worker, listening, host, keys, grace, lambda: warm(worker))
+    app = make_app(engine, worker, keys=keys, limits=limits, cors_origins=cors_origin, measured=measured)
+    _run(app, worker, listening, host, keys, grace, lambda: warm(worker), f"{measured}; ")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -123,7 +126,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _run(
     app: Any, worker: Worker | FileWorker, listening: socket.socket, host: str, keys: Keys, grace: float,
-    warm: Callable[[], None] = lambda: None,
+    warm: Callable[[], None] = lambda: None, said: str = "",
 ) -> None:  # fmt: skip
     """Serve in this process until SIGTERM or Ctrl-C."""
     import uvicorn
@@ -135,7 +138,7 @@ def _run(
         )
     )  # fmt: skip
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # they are handled below
-    place = f"{host}:{listening.getsockname()[1]}"
+    place = f"http://{host}:{listening.getsockname()[1]} ({said}interface: /docs; Ctrl-C stops)"
     asyncio.run(_serve(server, listening, place, worker, keys, grace, warm))
 
 
@@ -163,7 +166,7 @@ async def _serve(
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     warming = worker.start(warm)
     warming.add_done_callback(lambda done: done.exception() and loop.call_soon_threadsafe(stopping.set))
-    errors.print(f"serving at http://{place} (interface: /docs; Ctrl-C stops)")
+    errors.print(f"serving at {place}")
     await stopping.wait()
     errors.print("stopping: what runs is finished")
     await asyncio.to_thread(worker.stop, grace)

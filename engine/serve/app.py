@@ -21,6 +21,7 @@ from .kserve import add_routes
 from .page import add_page, facts
 from .routes import PROBLEMS, add_problems, body_of, fields_of
 from .server import Server, Shares
+from .sizing import Fit
 from .tasks import LAST, Event, Tasks
 from .telemetry import Metrics
 from .wire import (
@@ -73,6 +74,7 @@ def make_app(
     cors_origins: list[str] | None = None,
     tasks: Tasks | None = None,
     metrics: Metrics | None = None,
+    measured: Fit | None = None,
 ) -> Any:
     """The server's ASGI application.
 
@@ -83,6 +85,7 @@ def make_app(
         cors_origins: pages of these origins may ask.
         tasks: where what callers come back for is kept; in this process without it.
         metrics: of the worker.
+        measured: what `sizing.fit` found, for `/v1/models`.
     """
     limits = limits or Limits()
     metrics = metrics or Metrics(worker)
@@ -189,7 +192,9 @@ def make_app(
     @app.get("/v1/models", tags=["server"])
     async def models() -> dict[str, Any]:
         """What is served."""
-        shape = {"image_size": engine.image_size, "labels": engine.labels, "slots": list(engine.slots)}
+        slots = [s for s in engine.slots if s <= worker.largest]
+        memory = None if measured is None else measured.record()
+        shape = {"image_size": engine.image_size, "labels": engine.labels, "slots": slots, "memory": memory}
         return {"models": [{"name": server.name, **engine.names, **shape, "speeds": sorted(engine.speeds),
                             "methods": list(METHODS), **offered}]}  # fmt: skip
 

@@ -45,6 +45,7 @@ class FileWorker:
         self.name, self.max_queue = file.stem, max_queue
         self.held = self.busy_slots = self.ticks = self.steps = self.places = 0
         self.rate = self.tick_s = 0.0
+        self.largest = 1
         self.ready = self.draining = self.ended = False
         self._pool = ThreadPoolExecutor(1, "counterlens-file")
         self._lock = threading.Lock()

@@ -13,6 +13,10 @@ class Full(CounterlensError):
         self.retry_after = retry_after
 
 
+class Exhausted(CounterlensError):
+    """Memory was full while the sample was worked on; it may be asked for again."""
+
+
 class Draining(CounterlensError):
     """The server is being stopped and takes nothing new."""
 

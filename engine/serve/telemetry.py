@@ -18,6 +18,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 class Counted(Protocol):
     """A worker's numbers."""
 
+    largest: int  # slots of a lane
     ticks: int
     steps: int
     places: int
@@ -52,6 +53,7 @@ class Metrics:
         for name, text, read in (
             ("queue_depth", "Requests that wait.", lambda: worker.waiting),
             ("slots_busy", "Requests in the slots or prepared for them.", lambda: worker.busy_slots),
+            ("slots", "Samples guided at once at most; half as many after memory was full.", lambda: worker.largest),
             ("ticks", "Batched steps taken.", lambda: worker.ticks),
             ("steps", "Steps of samples taken.", lambda: worker.steps),
             ("batch_occupancy", "Share of the slots of all ticks that held a sample.",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..images.files import decoding, formats_of, to_uint8
-from .refusals import Cancelled, Draining, Full, Late
+from .refusals import Cancelled, Draining, Exhausted, Full, Late
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +54,8 @@ def problem_of(error: Exception) -> Problem:
         return error
     if isinstance(error, Full):
         return Problem(429, str(error), headers={"Retry-After": str(max(1, round(error.retry_after)))})
-    if isinstance(error, Draining):
-        return Problem(503, str(error), headers={"Retry-After": "5"})
+    if isinstance(error, Draining | Exhausted):
+        return Problem(503, str(error), headers={"Retry-After": "5" if isinstance(error, Draining) else "1"})
     if isinstance(error, Late):
         return Problem(504, str(error), "budget_s")
     if isinstance(error, Cancelled):

@@ -27,7 +27,7 @@ from ..core.targets import RELATIVE_TARGETS
 from ..errors import CounterlensError, UsageError
 from ..guidance.sampler import PATIENCE
 from ..guidance.schedule import schedule_of
-from .refusals import Cancelled, Draining, Full, Late
+from .refusals import Cancelled, Draining, Exhausted, Full, Late
 
 T = TypeVar("T")
 SHARE = 3.0
@@ -39,8 +39,10 @@ SMOOTHING = 0.2  # weight of the newest tick in a lane's measured seconds a tick
 KNOWN_TICK_S = 0.02  # before the first one was measured
 FAILURES = (
     RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError, AttributeError, NameError,
-    ImportError, OSError,
+    ImportError, OSError, MemoryError,
 )  # fmt: skip  # of a user's model
+# How torch's allocator for the CPU, ONNX Runtime and C++ say that memory is full; CUDA has a class of its own.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "Failed to allocate memory", "bad_alloc", "out of memory")
 
 
 def _taken() -> Future[Any]:
@@ -119,7 +121,8 @@ class Worker:
     Args:
         engine: nobody else may use it while the worker lives.
         slots: samples that are guided at once in each lane: a number, whose results have the same bits whatever is
-            beside them; `auto`: as many as wait when a lane is opened, one for a request that is alone.
+            beside them; `auto`: as many as wait when a lane is opened, one for a request that is alone. Half as many
+            after each time that memory was full.
         max_queue: requests that may wait; one more is refused with `Full`.
 
     Raises:
@@ -223,15 +226,24 @@ class Worker:
         request = _Request(ticket, image, target, seed, config, (settings.graph, image.shape), total, budget_s)
         with self._change:
             self.check_room()
-            before = self.waiting
-            if budget_s is not None and self.rate and self._wait_for(before) > budget_s:
-                raise Late(
-                    f"budget_s: {before} requests are before this one; the answer takes about "
-                    f"{self._wait_for(before):.1f} s, and {budget_s:g} s were given"
-                )
+            if budget_s is not None:
+                self._check_budget(budget_s)
             self._waiting.append(request)
             self._change.notify()
         return ticket
+
+    def _check_budget(self, budget_s: float) -> None:
+        """Refuse what cannot be there in time: by what waits, and by what is left of the samples in the slots."""
+        held = [r.ticket for _, lane in list(self._lanes) for r in list(lane.requests.values())]
+        before = len(self._waiting) + len(held)
+        if not self.rate or (before < self.largest and not self._waiting):  # nothing is known, or a slot is free
+            return
+        left = len(self._waiting) + sum(1 - t.step / t.total if t.total else 1.0 for t in held)
+        if (seconds := self._wait_for(left)) > budget_s:
+            raise Late(
+                f"budget_s: {before} requests are before this one; the answer takes about {seconds:.1f} s, and "
+                f"{budget_s:g} s were given"
+            )
 
     def call(self, run: Callable[[], T]) -> Future[T]:
         """Run something short that needs the models, between two ticks."""
@@ -264,7 +276,7 @@ class Worker:
             self._change.notify()
         self._thread.join(timeout=60)
 
-    def _wait_for(self, count: int) -> float:
+    def _wait_for(self, count: float) -> float:
         """Seconds until so many requests are done, as measured lately."""
         return max(1.0, count) / self.rate if self.rate else 1.0
 
@@ -415,20 +427,24 @@ class Worker:
         request.ticket.future.set_result(result)
 
     def _broken(self, lane: _Lane, error: Exception) -> None:
-        """A model raised: the samples of this lane fail, the others go on."""
+        """A model raised: the samples of this lane fail, the others go on; without memory lanes become narrower."""
         said = self._told(error)
         self._lanes = [(graph, other) for graph, other in self._lanes if other is not lane]
+        if isinstance(said, Exhausted) and lane.slots <= self.largest:
+            self.largest = max(1, lane.slots // 2)
+            self._lanes = [(graph, o) for graph, o in self._lanes if o.slots <= self.largest or o.requests]
         for request in lane.requests.values():
             request.ticket.future.set_exception(said)
 
     def _told(self, error: Exception) -> CounterlensError:
-        """What callers hear of what a model raised; without memory the lanes become narrower."""
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            self.largest = max(1, self.largest // 2)
-            torch.cuda.empty_cache()
-            return CounterlensError(f"memory: the GPU is full; from now on {self.largest} samples at once; try again")
+        """What callers hear of what a model raised."""
         if isinstance(error, CounterlensError):
             return error
+        cuda = isinstance(error, torch.OutOfMemoryError)
+        if cuda or isinstance(error, MemoryError) or any(said in str(error) for said in NO_MEMORY):
+            if cuda:
+                torch.cuda.empty_cache()
+            return Exhausted("memory: it is full; fewer samples are worked on at once from now on, try again")
         return CounterlensError(f"model: {type(error).__name__}: {error}")
 
     def _fail_rest(self, error: CounterlensError) -> None:

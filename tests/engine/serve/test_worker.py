@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from counterlens.engine.config import Config
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.models.protocols import SoftmaxClassifier
-from counterlens.engine.serve.worker import Cancelled, Draining, Full, Late, Ticket, Worker
+from counterlens.engine.serve.sizing import check_slots, fit, free_bytes
+from counterlens.engine.serve.worker import Cancelled, Draining, Exhausted, Full, Late, Ticket, Worker
 
 NUMBERS = {
     "steps": 6, "strength": 0.5, "guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 60,
@@ -211,6 +213,70 @@ def test_a_model_that_raises_fails_its_own_lane_only(tiny: Any) -> None:
             worker.submit(image).future.result(timeout=60)
         bad.fill_(0)
         assert worker.submit(image).future.result(timeout=60).error is None
+
+
+def test_full_memory_fails_its_batch_and_halves_the_slots(tiny: Any) -> None:
+    """What torch raises where it cannot allocate, from a classifier that takes two samples and no more."""
+    diffusion, classifier = tiny
+    inner, full = classifier.module, torch.zeros(1)
+
+    class Big(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if full.item() and len(x) > 2:
+                torch.empty(2**55)
+            return inner(x)
+
+    big = EngineCore(diffusion, SoftmaxClassifier(Big(), classifier.labels), runtime="eager",
+                     pack_settings={"realistic": NUMBERS, "audit": NUMBERS})  # fmt: skip
+    full.fill_(1)
+    with working(big, slots=8) as worker:
+        for left in (4, 2):
+            with pytest.raises(Exhausted, match="memory: it is full"):
+                worker.submit(images(1)[0]).future.result(timeout=60)
+            assert worker.largest == left
+        tickets = [worker.submit(x) for x in images(3)]
+        assert all(t.future.result(timeout=60).error is None for t in tickets)
+        assert {t.slots for t in tickets} == {2}
+
+
+def test_slots_are_held_to_the_memory_that_is_free(tiny: Any, tmp_path: Path) -> None:
+    settings = {"realistic": NUMBERS, "audit": NUMBERS}
+    engine = EngineCore(*tiny, pack_settings=settings, runtime="eager")
+    each = fit(engine, free=(10**12, "memory")).sample_bytes
+    assert each > 100_000
+    for room, slots in ((16, 16), (15, 8), (1, 1)):
+        fresh = EngineCore(*tiny, pack_settings=settings, runtime="eager")
+        measured = fit(fresh, free=(2 * room * each, "cgroup"))
+        assert (measured.slots, fresh.slots[-1]) == (slots, slots)
+    assert f"up to 1 samples at once: {each / 1e6:.0f} MB each" in str(measured)
+    check_slots("auto", measured)
+    check_slots(1, measured)
+    with pytest.raises(UsageError, match=r"slots: 4 samples at once need .*; 1 fit"):
+        check_slots("4", measured)
+    with pytest.raises(CounterlensError, match="memory: a step of one sample needs"):
+        fit(engine, free=(each, "memory"))
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    assert free_bytes(engine.device, tmp_path) == (5_120_000, "memory")
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1000\n")
+    assert free_bytes(engine.device, tmp_path) == (5_120_000, "memory")
+    (group / "memory.max").write_text("4000\n")
+    assert free_bytes(engine.device, tmp_path) == (3000, "cgroup")
+
+
+def test_what_runs_counts_in_what_a_budget_can_reach(engine: EngineCore) -> None:
+    with working(engine, slots=1) as worker:
+        worker.submit(images(1)[0]).future.result(timeout=60)  # now a rate is known
+        worker.rate = 10.0
+        running = worker.submit(images(1)[0], config=LONG)
+        while running.step == 0:
+            time.sleep(0.001)
+        with pytest.raises(Late, match="1 requests are before this one"):
+            worker.submit(images(1)[0], budget_s=0.02)
+        worker.cancel(running)
 
 
 def test_stopping_finishes_what_runs_and_refuses_the_rest(engine: EngineCore) -> None:
