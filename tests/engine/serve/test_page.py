@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import html5lib
 import httpx
 import pytest
 import torch
@@ -74,6 +75,11 @@ def test_the_page_and_its_files_need_no_key_and_the_interface_does(
 def test_the_page_lets_nothing_in_and_is_asked_for_again(client: TestClient) -> None:
     page = client.get("/")
     assert 'data-key="no"' in page.text
+    html5lib.HTMLParser(strict=True).parse(page.text)
+    ids = re.findall(r'\sid="([^"]+)"', page.text)
+    assert len(ids) == len(set(ids))
+    script = client.get("/page.js").text
+    assert set(re.findall(r'\$\("([\w-]+)"\)', script)) <= set(ids)
     policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'"
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
