@@ -122,7 +122,33 @@ def metrics() -> str:
     return "\n".join([*lines, *(f"| {m.group} | `{m.name}` | {m.arrow} | {m.about} |" for m in METRICS.values())])
 
 
+def sizing() -> str:
+    """What one server holds, as `bench.serve` and `bench.serve_ray` recorded it."""
+    import json
+
+    names = ("start", "latency", "throughput", "overload", "aborted", "ray")
+    found = {n: json.loads((ROOT / "bench" / "results" / f"serve-{n}.json").read_text()) for n in names}
+    full, ray = found["overload"]["rows"][-1], found["ray"]
+    rows = [
+        ("process start to ready", f"{found['start']['seconds']['p50']:.1f} s"),
+        ("one request on an idle server, p50", f"{1e3 * found['latency']['server']['p50']:.0f} ms"),
+        ("server and generator on a core each: requests a second", f"{found['overload']['capacity']:.0f}"),
+        (f"the same, asked for {full['times']:g} times as many", f"{full['goodput']:.0f}"),
+        ("p99 of the accepted ones then, with a queue of 64", f"{full['seconds']['p99']:.1f} s"),
+        ("memory of the process", f"{found['aborted']['after']['bytes'] / 1e6:.0f} MB"),
+        (f"{ray['replicas']} replicas on Ray: start to ready", f"{ray['start_s']:.0f} s"),
+        ("the same: requests a second", f"{ray['per_second']:.0f}"),
+        ("a replica is killed under load: asked, failed at first, answered when asked once more",
+         f"{ray['killed']['asked']}, {ray['killed']['asked_again']}, {ray['killed']['answered']}"),
+        ("until another one is ready", f"{ray['killed']['replaced_s']:.0f} s"),
+    ]  # fmt: skip
+    e = found["throughput"]["environment"]
+    lines = ["| digits pack, `fast` | measured |", "| --- | --- |", *(f"| {what} | {value} |" for what, value in rows)]
+    return "\n".join([*lines, "", f"Recorded in `bench/results/serve-*.json` on {e['device']}, last {e['date'][:10]}."])
+
+
 MADE = {
+    "sizing": sizing,
     "layers-picture": layers_picture,
     "layers-table": layers_table,
     "commands": commands,
