@@ -2,13 +2,18 @@
 
 `python -m bench.serve [--sections throughput,...] [--record]`
 
-Load is open-loop: arrivals are a Poisson process with a fixed seed and do not wait for answers. Where it matters the
-server is pinned to one core and the generator to another.
+Load is open-loop: arrivals are a Poisson process with a fixed seed and do not wait for answers.
+
+What saturation is compared with: on two cores, the generator takes a share of one, and a bare engine on both would be
+compared with a server on what is left. So in `throughput` and `overload` the server has one core and the generator the
+other, and the reference, `Engine.counterfactual` on 16 slots with the same images, runs on the server's core, on one
+thread as the server does, in the same run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import random
@@ -19,19 +24,24 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
+import torch
 import typer
+from PIL import Image
 
+from bench.hostile import attack
 from bench.record import quantiles, say, write_result
 from counterlens.engine import Config, Engine
+from counterlens.engine.images.files import to_uint8
 from counterlens.engine.packs import Pack
 from counterlens.engine.serve.wire import png
 
 Answer = tuple[int, float, dict[str, Any]]  # status, seconds, body
-SECTIONS = ("start", "throughput", "latency", "mixed", "aborted", "overload", "terminate")
+SECTIONS = ("start", "throughput", "latency", "mixed", "aborted", "overload", "terminate", "identity", "hostile")
 LEVELS = (0.5, 0.95, 0.99)
 
 
@@ -114,9 +124,8 @@ def start() -> dict[str, Any]:
 
 
 def throughput(count: int = 64) -> dict[str, Any]:
-    """Images a second at saturation on 16 slots, against `Engine.counterfactual` on the same images."""
-    import torch
-
+    """Images a second at saturation on 16 slots, against `Engine.counterfactual` on the same images and core."""
+    torch.set_num_threads(1)
     engine = Engine.from_pack("digits", config=Config(speed="fast"))
     images = Pack("digits").samples("test", count=count).images
     engine.warmup([16])
@@ -124,10 +133,12 @@ def throughput(count: int = 64) -> dict[str, Any]:
     shown = pictures(count)
     own, there, equal = [], [], []
     for _ in range(3):
+        os.sched_setaffinity(0, {0})
         began = time.perf_counter()
         made = engine.counterfactual(images)
         own.append(time.perf_counter() - began)
-        with Served("--slots", "16", "--max-queue", "256") as served:
+        os.sched_setaffinity(0, {1})
+        with Served("--slots", "16", "--max-queue", "256", core=0) as served:
             with_client(served.url, lambda client: burst(client, shown[:16], speed="fast"))
             began = time.perf_counter()
             answers = with_client(served.url, lambda client: burst(client, shown, speed="fast"))
@@ -135,7 +146,6 @@ def throughput(count: int = 64) -> dict[str, Any]:
         said = [a["prediction"] for _, _, a in answers if a.get("status") == "done"]
         mine = [made.record(i)["prediction"] for i in range(count) if made.record(i)["status"] == "done"]
         equal.append(said == mine)
-    del torch
     ratio = statistics.median(own) / statistics.median(there)
     return {"engine_s": quantiles(own), "server_s": quantiles(there), "ratio": ratio, "equal": all(equal)}
 
@@ -176,8 +186,23 @@ async def poisson(
     return await asyncio.gather(*tasks)
 
 
-def overload(seconds: float = 60) -> dict[str, Any]:
-    """0.5 to 3 times the capacity that was measured, queue of 64, server and generator on a core each."""
+def bare_rate(images: Any) -> float:
+    """Images a second of `Engine.counterfactual` on the server's core."""
+    torch.set_num_threads(1)
+    engine = Engine.from_pack("digits", config=Config(speed="fast"))
+    engine.warmup([16])
+    engine.counterfactual(images[:16])
+    began = time.perf_counter()
+    for _ in range(3):
+        engine.counterfactual(images)
+    return 3 * len(images) / (time.perf_counter() - began)
+
+
+def overload(minutes: float = 1.0) -> dict[str, Any]:
+    """0.5 to 3 times the capacity that was measured, queue of 64; the last for so many minutes."""
+    seconds, memory = 60 * minutes, []
+    os.sched_setaffinity(0, {0})
+    engine = bare_rate(Pack("digits").samples("test", count=64).images)
     os.sched_setaffinity(0, {1})
     shown, rows = pictures(64), []
     with Served("--slots", "16", "--max-queue", "64", core=0) as served:
@@ -189,11 +214,15 @@ def overload(seconds: float = 60) -> dict[str, Any]:
         with_client(served.url, lambda client: burst(client, shown, speed="fast"))
         capacity = len(shown) / (time.perf_counter() - began)
         for times in (0.5, 0.8, 1.0, 1.5, 3.0):
-            span = seconds if times == 3.0 else seconds / 3
             before, began = served.held(), time.perf_counter()
-            answers = with_client(
-                served.url, lambda c, t=times, s=span: poisson(c, shown, t * capacity, s, 7, speed="fast")
-            )
+            answers = []
+            for part in range(max(1, round(minutes)) if times == 3.0 else 1):  # memory is looked at every minute
+                span = 20 if times < 3 else seconds / max(1, round(minutes))
+                answers += with_client(
+                    served.url,
+                    lambda c, t=times, s=span, p=part: poisson(c, shown, t * capacity, s, 7 + p, speed="fast"),
+                )
+                memory.append(served.held())
             took = time.perf_counter() - began
             good = [s for status, s, _ in answers if status == 200]
             rows.append({
@@ -204,8 +233,9 @@ def overload(seconds: float = 60) -> dict[str, Any]:
             say(json.dumps(rows[-1]))
     last = rows[-1]
     return {
-        "capacity": capacity, "idle": idle, "rows": rows, "goodput_ratio": last["goodput"] / capacity,
-        "p99_allowed_s": 64 / capacity + 2 * idle["p50"], "p99_s": last["seconds"]["p99"],
+        "capacity": capacity, "engine_per_s": engine, "idle": idle, "rows": rows, "minutes": minutes, "held": memory,
+        "goodput_ratio": last["goodput"] / capacity, "saturation_ratio": last["goodput"] / engine,
+        "p99_allowed_s": 64 / last["goodput"] + 2 * idle["p50"], "p99_s": last["seconds"]["p99"],
         "memory_ratio": last["after"]["bytes"] / rows[1]["after"]["bytes"],
     }  # fmt: skip
 
@@ -299,8 +329,70 @@ def terminate() -> dict[str, Any]:
     return {"statuses": dict(statuses), "exit_code": code}
 
 
+def identity(count: int = 200) -> dict[str, Any]:
+    """All at once, speeds and modes mixed: `--slots 4` against the engine on four slots, `auto` against it on 16."""
+    images = Pack("digits").samples("test", count=count).images
+    shown, found = pictures(count), {}
+    mix = [{"speed": "fast"}, {"speed": "balanced"}, {"speed": "fast", "mode": "audit"}]
+    engine = Engine.from_pack("digits", config=Config(speed="fast"))
+
+    def reference(slots: int) -> list[Any]:
+        made: list[Any] = [None] * count
+        for k, fields in enumerate(mix):
+            with engine.session(Config(**fields), slots=slots) as session:
+                places = {session.submit(images[i]): i for i in range(k, count, len(mix))}
+                while session.busy:
+                    for result in session.tick():
+                        made[places[result.id]] = result
+        return made
+
+    async def run(client: httpx.AsyncClient) -> list[Answer]:
+        return await asyncio.gather(*(ask(client, shown[i], **mix[i % len(mix)]) for i in range(count)))
+
+    for said, slots in (("4", 4), ("auto", 16)):
+        expected = reference(slots)
+        with Served("--slots", said, "--max-queue", "256", "--preload-speeds", "fast,balanced") as served:
+            answers = with_client(served.url, run)
+        bits = predictions = compared = 0
+        worst = 0
+        for want, (status, _, got) in zip(expected, answers, strict=True):
+            if status != 200 or got.get("status") == "skipped" or want.error is not None:
+                bits += (want.error is not None) == (got.get("status") == "skipped")
+                predictions += (want.error is not None) == (got.get("status") == "skipped")
+                compared += 1
+                continue
+            png_ = torch.frombuffer(bytearray(_pixels(got["image"])), dtype=torch.uint8).reshape(32, 32, 3)
+            apart = (png_.int() - to_uint8(want.image).permute(1, 2, 0).int()).abs().max().item()
+            worst, compared = max(worst, int(apart)), compared + 1
+            bits += apart == 0
+            predictions += got["prediction"] == engine.labels[want.prediction]
+        found[said] = {
+            "count": compared, "equal_bits": bits, "equal_predictions": predictions, "worst_of_255": worst,
+            "slots": dict(Counter(str(a.get("slots")) for _, _, a in answers)),
+            "statuses": dict(Counter(str(s) for s, _, _ in answers)),
+        }  # fmt: skip
+    return found
+
+
+def _pixels(text: str) -> bytes:
+    return Image.open(BytesIO(base64.b64decode(text))).convert("RGB").tobytes()
+
+
+def hostile(cases: int = 2000) -> dict[str, Any]:
+    """Everything of `bench.hostile`: nothing is a 500 or shows a traceback, and a good request is answered after it."""
+    image = pictures(1)[0]
+    with Served("--slots", "4") as served:
+        with_client(served.url, lambda client: burst(client, [image] * 8, speed="fast"))
+        before = served.held()
+        found = attack(served.url, image, cases)
+        time.sleep(6)  # connections that were left open are closed
+        status, _, answer = with_client(served.url, lambda client: ask(client, image, speed="fast"))
+        return found | {"good_after": [status, answer.get("status")], "before": before, "after": served.held()}
+
+
 def main(
     sections: Annotated[str, typer.Option(help=f"Of {', '.join(SECTIONS)}.")] = ",".join(SECTIONS),
+    minutes: Annotated[float, typer.Option(help="Of overload at three times the capacity.")] = 1.0,
     record: Annotated[bool, typer.Option("--record", help="Write bench/results/serve-SECTION.json.")] = False,
 ) -> None:
     """Measure the server of the digits pack; `counterlens export --what all --speed fast` builds artefacts before."""
@@ -309,7 +401,7 @@ def main(
         raise typer.BadParameter(f"no section {sorted(unknown)[0]}; expected some of {', '.join(SECTIONS)}")
     for name in asked:
         say(name)
-        result = globals()[name]()
+        result = overload(minutes) if name == "overload" else globals()[name]()
         print(json.dumps({name: result}, indent=1))
         if record:
             write_result(f"serve-{name}", result)

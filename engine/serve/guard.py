@@ -129,7 +129,7 @@ class Guard:
             await self.app(scope, self._limited(headers, receive), answer)
         except Problem as problem:
             if not begun:
-                await send_problem(problem, answer)
+                await send_problem(problem, answer, scope["path"])
         finally:
             if key is not None:
                 self.running[key] -= 1
@@ -165,9 +165,9 @@ class Guard:
         return limited
 
 
-async def send_problem(problem: Problem, send: Send) -> None:
+async def send_problem(problem: Problem, send: Send, path: str = "") -> None:
     """Answer with problem details."""
-    body = json.dumps(problem.body()).encode()
+    body = json.dumps(problem.body(path)).encode()
     headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})

@@ -60,15 +60,18 @@ def add_problems(app: FastAPI) -> None:
     @app.exception_handler(CounterlensError)
     async def ours(request: Request, error: CounterlensError) -> JSONResponse:
         problem = problem_of(error)
-        return JSONResponse(problem.body(), problem.status, problem.headers, "application/problem+json")
+        return JSONResponse(problem.body(request.url.path), problem.status, problem.headers, "application/problem+json")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        return JSONResponse(Problem(400, f"{name}: {first['msg']}", name).body(), 400, None, "application/problem+json")
+        problem = Problem(400, f"{name}: {first['msg']}", name)
+        return JSONResponse(problem.body(request.url.path), 400, None, "application/problem+json")
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         problem = Problem(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
-        return JSONResponse(problem.body(), error.status_code, error.headers, "application/problem+json")
+        return JSONResponse(
+            problem.body(request.url.path), error.status_code, error.headers, "application/problem+json"
+        )

@@ -36,14 +36,15 @@ class Problem(CounterlensError):
         super().__init__(detail)
         self.status, self.detail, self.field, self.headers = status, detail, field, headers or {}
 
-    def body(self) -> dict[str, Any]:
-        """As RFC 9457 has it."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """As RFC 9457 has it; below /v2 also with the `error` that the Open Inference Protocol asks for."""
         titles = {
             400: "Bad request", 401: "Unauthorised", 404: "Not found", 405: "Method not allowed", 408: "Too slow",
             409: "Conflict", 413: "Too large", 415: "Unsupported media type", 422: "Cannot be explained",
             429: "Too many requests", 500: "Internal error", 503: "Unavailable", 504: "Too late",
         }  # fmt: skip
         named = {} if self.field is None else {"field": self.field}
+        named |= {"error": self.detail} if path.startswith("/v2/") else {}
         return {"type": "about:blank", "title": titles.get(self.status, "Error"), "status": self.status,
                 "detail": self.detail, **named}  # fmt: skip
 

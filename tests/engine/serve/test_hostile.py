@@ -1,0 +1,37 @@
+"""A seeded sample of `bench.hostile`: odd values in every field, odd files and odd bytes; the bench sends thousands."""
+
+from __future__ import annotations
+
+import base64
+import random
+
+from starlette.testclient import TestClient
+
+from bench import hostile
+from tests.engine.serve.test_http import client, engine, picture, worker  # noqa: F401  # fixtures
+
+
+def test_odd_requests_are_answered_with_a_problem(client: TestClient) -> None:  # noqa: F811
+    cases = [c for c in hostile.requests(picture()) if not c[0].startswith("file: text")]
+    known = [c for c in cases if c[0].startswith(("JSON", "form", "type", "base64"))]
+    for what, path, asked in known + random.Random(5).sample(cases, 30):
+        content = asked.get("content")
+        if isinstance(content, str):  # the bench's pictures are larger than these models take
+            asked = asked | {"content": content.replace('"speed": "fast", ', "")}
+        answer = client.post(path.replace("digits", "tiny"), **asked)
+        assert answer.status_code < 500 or answer.status_code == 504, (what, answer.text)
+        assert "Traceback" not in answer.text
+        if answer.status_code >= 400:
+            problem = answer.json()
+            assert problem["status"] == answer.status_code
+            assert problem["detail"], what
+    good = {"image": base64.b64encode(picture()).decode()}
+    assert client.post("/v1/counterfactuals", json=good).status_code == 200
+
+
+def test_bombs_are_refused_before_they_are_decoded(client: TestClient) -> None:  # noqa: F811
+    files = hostile.files()
+    for name in ("30000 x 30000", "2 ** 31 - 1 squared", "7000 x 7000"):
+        assert client.post("/v1/predictions", files={"image": files[name]}).status_code in (413, 422), name
+    for name in ("text of 200 MB", "0 x 0", "cut off", "zip", "EPS", "SVG"):
+        assert client.post("/v1/predictions", files={"image": files[name]}).status_code in (413, 422), name
