@@ -72,7 +72,7 @@ def fused_attention() -> Iterator[None]:
         nn.functional.scaled_dot_product_attention = given
 
 
-def counted(name: str, published: Published) -> dict[str, Any]:
+def counted(published: Published) -> dict[str, Any]:
     """FLOPs, bytes and memory of one guided step, and how long an H100 would take at its peaks on paper."""
     diffusion = unmade(published)
     with torch.device("meta"):
@@ -131,23 +131,67 @@ def exported() -> dict[str, Any]:
     return rows
 
 
+@torch.no_grad()
+def unconditional(folder: str, image: Path, prompt: str, image_size: int | None, dtype: str) -> list[dict[str, Any]]:
+    """How much it matters what stands for FLUX.1's unconditional prediction: directions that the filter compares with.
+
+    Ours is eps(prompt) - eps("") at the same guidance; beside it the empty prompt at guidance 1, and both at 1. Angles
+    are means over locations, in degrees; lengths are of the whole direction, in units of ours.
+    """
+    from counterlens.engine.images.files import load_image
+    from counterlens.engine.models.load import open_diffusion
+
+    diffusion: Any = open_diffusion(folder, image_size=image_size, dtype=dtype)
+    diffusion.describe([prompt], prompts=[prompt])
+    z0 = diffusion.encode(load_image(image, diffusion.image_size)[None])
+    noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
+    given, rows = diffusion.guidance, []
+    for t in (200, 400, 600, 800):
+        abar, time = diffusion.alphas_cumprod[t].to(z0), torch.tensor([t])
+        z = abar.sqrt() * z0 + (1 - abar).sqrt() * noise
+        said: dict[tuple[str, float], Tensor] = {}
+        for guidance in (given, 1.0):
+            diffusion.guidance = guidance
+            said["prompt", guidance] = diffusion.predict_noise(z, time, diffusion.condition(torch.tensor([0])))
+            said["", guidance] = diffusion.predict_noise(z, time, diffusion.null_condition(1))
+        ours = said["prompt", given] - said["", given]
+        others = {"empty at 1": said["prompt", given] - said["", 1.0], "both at 1": said["prompt", 1.0] - said["", 1.0]}
+        row: dict[str, Any] = {"timestep": t, "guidance": given}
+        for name, other in others.items():
+            cosine = torch.cosine_similarity(ours, other, dim=1).clamp(-1, 1)
+            row[name] = {"angle": cosine.acos().rad2deg().mean().item(), "length": (other.norm() / ours.norm()).item()}
+        rows.append(row)
+        say(row)
+    return rows
+
+
 def main(
     export: Annotated[bool, typer.Option(help="Check ONNX files of tiny random models instead.")] = False,
     only: Annotated[str, typer.Option(help="One generator's name.")] = "",
+    flux: Annotated[str, typer.Option(help="A FLUX.1-dev folder: what stands for no prompt is compared instead.")] = "",
+    image: Annotated[Path | None, typer.Option(help="An image for --flux.")] = None,
+    prompt: Annotated[str, typer.Option(help="A prompt for --flux.")] = "a photo of a cat",
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels for --flux.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights for --flux.")] = "bfloat16",
     record: Annotated[bool, typer.Option(help="Write bench/results/generators*.json.")] = False,
 ) -> None:
     """Count what guided steps of published generators cost.
 
     Example: python -m bench.generators --record
     """
+    name = "generators-export" if export else "generators-unconditional" if flux else "generators"
     if export:
         payload: dict[str, Any] = {"exports": exported()}
+    elif flux:
+        if image is None:
+            raise typer.BadParameter("--flux needs --image")
+        payload = {"directions": unconditional(flux, image, prompt, image_size, dtype)}
     else:
         rows = {}
-        for name, published in PUBLISHED.items():
-            if only in ("", name):
-                rows[name] = counted(name, published)
-                say(name, {key: value for key, value in rows[name].items() if key != "parts"})
+        for generator, published in PUBLISHED.items():
+            if only in ("", generator):
+                rows[generator] = counted(published)
+                say(generator, {key: value for key, value in rows[generator].items() if key != "parts"})
         angles = {
             str(channels): {"share_at_45": share_kept(45, channels), "angle_of_45": carried_over(45, channels),
                             "angle_of_50": carried_over(50, channels)}
@@ -155,7 +199,7 @@ def main(
         }  # fmt: skip
         payload = {"dtype": "bfloat16", "batch": 1, "peaks_on_paper": H100, "generators": rows, "angles": angles}
     if record:
-        say(write_result("generators-export" if export else "generators", payload))
+        say(write_result(name, payload))
 
 
 if __name__ == "__main__":
