@@ -40,6 +40,7 @@ LABELS = ["red rows", "green rows", "blue rows", "red dots", "green dots", "blue
 COLOURS = np.array([[190, 70, 60], [70, 165, 80], [65, 90, 190]], dtype=np.float64)
 MARGIN = 0.05  # of the own pipeline's two likeliest labels; below it nothing is asked
 ASKED = 19
+POOL = 400  # pictures that each classifier is trained on
 
 
 def draw(label: int, width: int, height: int, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -183,42 +184,46 @@ def _save_models(folder: Path) -> dict[str, dict[str, Any]]:
     return {"vit": {}, "convnext": {}, "clip": zero_shot, "siglip": zero_shot}
 
 
-def _own_logits(folder: Path, model: Any, processor: Any, pictures: list[Image.Image]) -> Tensor:
-    """Logits as transformers' own example code gets them."""
+def _text(folder: Path, model: Any) -> dict[str, Tensor]:
+    """What a zero-shot model takes beside pixels: the labels' tokens; CLIP was trained with a mask, SigLIP without."""
     import transformers as t
 
-    inputs = dict(processor(images=pictures, return_tensors="pt"))
-    if folder.name in ("clip", "siglip"):
-        tokenizer = t.AutoTokenizer.from_pretrained(folder)
-        longest = model.config.text_config.max_position_embeddings
-        said = tokenizer(LABELS, padding="max_length", max_length=longest, return_tensors="pt")
-        inputs["input_ids"] = said.input_ids
-        if folder.name == "clip":
-            inputs["attention_mask"] = said.attention_mask
-        return model(**inputs).logits_per_image  # type: ignore[no-any-return]
-    return model(**inputs).logits  # type: ignore[no-any-return]
+    if folder.name not in ("clip", "siglip"):
+        return {}
+    longest = model.config.text_config.max_position_embeddings
+    said = t.AutoTokenizer.from_pretrained(folder)(
+        LABELS, padding="max_length", max_length=longest, return_tensors="pt"
+    )
+    return {"input_ids": said.input_ids} | ({"attention_mask": said.attention_mask} if folder.name == "clip" else {})
+
+
+def _logits(model: Any, pixels: Tensor, text: dict[str, Tensor]) -> Tensor:
+    out = model(pixel_values=pixels, **text)
+    found: Tensor = out.logits_per_image if text else out.logits
+    return found
 
 
 def _train(folder: Path, steps: int, seed: int = 1) -> float:
-    """Train on squares and save; the share of the last batches that is right."""
+    """Train on generated pictures, as the processor makes them and save; the share right at the end."""
     import transformers as t
 
     config = json.loads((folder / "config.json").read_text())
     model = getattr(t, config["architectures"][0]).from_pretrained(folder)
     processor = t.AutoImageProcessor.from_pretrained(folder)
+    rng = np.random.default_rng(seed)
+    shapes = [(96, 96), (144, 96), (96, 128)]
+    drawn = rng.integers(0, len(LABELS), POOL)
+    pictures = [Image.fromarray(draw(int(label), *shapes[rng.integers(3)], rng)) for label in drawn]
+    pictures = [p.convert("L").convert("RGB") if rng.random() < 0.1 else p for p in pictures]
+    pool = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    labels, text = torch.from_numpy(drawn), _text(folder, model)
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
-    rng = np.random.default_rng(seed)
     right: list[float] = []
     for _ in range(steps):
-        target = torch.from_numpy(rng.integers(0, len(LABELS), 24))
-        shapes = [(96, 96), (144, 96), (96, 128)]
-        pictures = []
-        for label in target.tolist():
-            picture = Image.fromarray(draw(label, *shapes[rng.integers(3)], rng))
-            pictures.append(picture.convert("L").convert("RGB") if rng.random() < 0.1 else picture)
-        logits = _own_logits(folder, model, processor, pictures)
+        rows = torch.from_numpy(rng.integers(0, POOL, 32))
+        logits, target = _logits(model, pool[rows], text), labels[rows]
         loss = (
             nn.functional.binary_cross_entropy_with_logits(logits, nn.functional.one_hot(target, len(LABELS)).float())
             if folder.name == "siglip"  # as it was trained
@@ -248,7 +253,8 @@ def compare(folder: Path, files: Path, labels: dict[str, int], engine: Engine) -
     out = []
     for name, label in labels.items():
         with torch.no_grad():
-            own = _own_logits(folder, model, processor, [load_image(str(files / name))])[0]
+            pixels = processor(images=[load_image(str(files / name))], return_tensors="pt")["pixel_values"]
+            own = _logits(model, pixels, _text(folder, model))[0]
         p = torch.sigmoid(own) if engine.classifier.link == "sigmoid" else own.softmax(dim=0)
         best = p.topk(2).values
         row: dict[str, Any] = {

@@ -205,7 +205,7 @@ def run(
                 record = {"image": item.name, "status": "done"}
                 try:
                     started = time.perf_counter()
-                    more, picture = answer(item.pixels(opened.image_size).transpose(2, 0, 1))
+                    more, picture = answer(item.pixels(opened.image_size, opened.fit).transpose(2, 0, 1))
                     record |= {"input_sha256": item.sha256(), **more}
                     if picture is not None:
                         path = folder.folder / f"{name}.png"

@@ -27,6 +27,7 @@ from ..guidance.schedule import add_noise, ddim, schedule_of
 from ..guidance.solvers import History, advance, coefficients
 from ..images.files import as_saved, to_uint8
 from ..models.conditions import CONDITION, grouped, named, tensors
+from ..models.processors import card_fit
 from ..models.protocols import probabilities
 from ..multistep import SOLVERS
 from ..outputs import Run, open_run
@@ -386,6 +387,7 @@ def _card(
         "bytes": model.stat().st_size,
         "labels": engine.labels,
         "image_size": engine.image_size,
+        "fit": card_fit(engine.classifier),
         "inputs": [described(n, x, batch, INPUTS) | _default(n, settings) for n, x in inputs.items()],
         "outputs": [described(n, outputs[n], batch, OUTPUTS) for n in OUTPUTS],
         "mode": config.mode_name,

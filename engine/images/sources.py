@@ -98,9 +98,9 @@ class Sample:
         """The image [3, size, size] in [0, 1]; see `file` and `load_image`."""
         return load_image(self.file(), size, self.name, interpolation)
 
-    def pixels(self, size: int) -> NDArray[np.float32]:
-        """The same as an array [size, size, 3], without PyTorch."""
-        return load_pixels(self.file(), size, self.name)
+    def pixels(self, size: int, fit: str = "squash") -> NDArray[np.float32]:
+        """The same as an array [size, size, 3], without PyTorch; `fit`: see `load_image`."""
+        return load_pixels(self.file(), size, self.name, fit=fit)
 
 
 @dataclass(frozen=True)

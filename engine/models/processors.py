@@ -40,6 +40,12 @@ def geometry_of(classifier: Classifier) -> Geometry | None:
     return getattr(preprocessing, "geometry", "squash")
 
 
+def card_fit(classifier: Classifier) -> str:
+    """How who runs a file without the classifier is to fit pictures: as its pipeline does, where that needs no more."""
+    geometry = geometry_of(classifier)
+    return geometry if geometry == "crop" or (geometry == "pad" and not any(padding_of(classifier))) else "squash"
+
+
 def padding_of(classifier: Classifier) -> tuple[float, ...]:
     """The colour that its pipeline lays beside a picture, in [0, 1]; black without one."""
     preprocessing: Any = getattr(classifier.module, "preprocessing", None)

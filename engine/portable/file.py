@@ -116,6 +116,7 @@ class OnnxFile:
         self.runtime_version: str = onnxruntime.__version__
         self.labels: list[str] = self.card["labels"]
         self.image_size: int = self.card["image_size"]
+        self.fit: str = self.card.get("fit", "squash")  # of pictures that are not square
         self.shapes: dict[str, list[Any]] = {entry["name"]: entry["shape"] for entry in self.card["inputs"]}
         self.batch: int | None = None if self.shapes["image"][0] == "batch" else self.shapes["image"][0]
 

@@ -24,6 +24,7 @@ from ..core.whole_run import described, free_batch, parity_images, usable_inputs
 from ..metrics.inputs import make_baseline
 from ..metrics.msi_score import msi, threshold_grid
 from ..models.freezing import frozen
+from ..models.processors import card_fit
 from ..outputs import Run, open_run
 from ..packs import Pack
 from ..portable.file import SALIENCY, SCHEMA_VERSION, card_of
@@ -222,6 +223,7 @@ def write_saliency(
         "bytes": model.stat().st_size,
         "labels": list(classifier.labels),
         "image_size": size,
+        "fit": card_fit(classifier),
         "inputs": [described(n, x, batch, INPUTS) for n, x in inputs.items()],
         "outputs": [described(n, outputs[n], batch, OUTPUTS) for n in OUTPUTS],
         "method": "lax",

@@ -135,7 +135,7 @@ def make_file_app(worker: FileWorker, *, keys: Keys | None = None, limits: Limit
 
     async def image(data: bytes) -> NDArray[np.float32]:
         def read() -> NDArray[np.float32]:
-            pixels = load_pixels(checked(data, limits.pixels), opened.image_size, "image")
+            pixels = load_pixels(checked(data, limits.pixels), opened.image_size, "image", fit=opened.fit)
             return pixels.transpose(2, 0, 1)[None]
 
         return await asyncio.to_thread(read)
