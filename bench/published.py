@@ -73,7 +73,37 @@ class Published(NamedTuple):
     layout: dict[str, tuple[int, ...]]
 
 
+# The UNets of Stable Diffusion XL (and SDXL-Turbo), of 2.1 (and SD-Turbo), and of LCM, which is 1.5's told a scale.
+XL: dict[str, Any] = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 2048,
+    "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SD21: dict[str, Any] = {
+    "sample_size": 64, "attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}  # fmt: skip
+LCM: dict[str, Any] = {"sample_size": 96, "cross_attention_dim": 768, "time_cond_proj_dim": 256}
+
 PUBLISHED: dict[str, Published] = {
+    "Stable Diffusion XL": Published(
+        "sdxl:StableDiffusionXL", XL, KL4, "2.6 B", 2_567_463_684, ((77, 2048), (1280,)), 1024,
+        {"add_embedding.linear_1.weight": (1280, 2816), "conv_in.weight": (320, 4, 3, 3),
+         "mid_block.attentions.0.transformer_blocks.9.attn2.to_k.weight": (1280, 2048)},
+    ),
+    "SD-Turbo": Published(
+        "stable_diffusion:StableDiffusion", SD21, KL4 | {"sample_size": 768, "scaling_factor": 0.18215}, "0.87 B",
+        865_910_724, ((77, 1024),), 512,
+        {"mid_block.attentions.0.proj_in.weight": (1280, 1280),
+         "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (1280, 1024)},
+    ),
+    "LCM Dreamshaper": Published(
+        "stable_diffusion:StableDiffusion", LCM, KL4 | {"sample_size": 768, "scaling_factor": 0.18215}, "0.86 B",
+        859_602_884, ((77, 768),), 768,
+        {"time_embedding.cond_proj.weight": (320, 256), "mid_block.attentions.0.proj_in.weight": (1280, 1280, 1, 1)},
+    ),
     "PixArt-Sigma XL 1024": Published(
         "pixart:PixArt", PIXART, KL4, "0.61 B", 610_856_096, ((300, 4096), (300,)), 1024,
         {"pos_embed.proj.weight": (1152, 4, 2, 2), "caption_projection.linear_1.weight": (1152, 4096),

@@ -175,6 +175,15 @@ SPEEDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Of generators that were distilled to a few steps: from fresh noise, as they were trained, each step on its own.
+_FEW: dict[str, Any] = {"gradient": "detached", "noise": "random", "solver": "ddim", "spacing": "trailing"}
+FEW_STEP_SPEEDS: dict[str, dict[str, Any]] = {
+    "exact": _EXACT,
+    "balanced": _EXACT | _FEW | {"steps": 8},
+    "fast": _EXACT | _FEW | {"steps": 4},
+}
+
+
 def default_settings(conditioning: str, channels: int = TUNED) -> dict[str, dict[str, Any]]:
     """Settings by mode for models that nobody tuned: the published ImageNet setting, and for `audit` 90 degrees.
 

@@ -12,16 +12,21 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    LCMScheduler,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
 )
 from torch import nn
 
-from tests.tiny import IMAGE_SIZE, TOKENS, TOWER, save_tokenizer, tiny_kl
+from tests.tiny import IMAGE_SIZE, TOKENS, TOWER, save_stable_diffusion, save_tokenizer, tiny_kl
 
+SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WORDS = ["thing", "photo", "of"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,-'"
 
@@ -258,7 +263,63 @@ def save_sana(folder: Path, solver: bool = False) -> Path:
     )  # fmt: skip
 
 
+def save_sdxl(folder: Path, turbo: bool = False) -> Path:
+    """Stable Diffusion XL, or SDXL-Turbo: the same with a scheduler of few steps."""
+    save_clip_text(folder, "", projected=False)
+    save_clip_text(folder, "_2", projected=True)
+    torch.manual_seed(19)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16 + 6 * 8,
+    )
+    lively(unet).save_pretrained(folder / "unet")
+    vae = tiny_kl()
+    vae.register_to_config(scaling_factor=0.13025, force_upcast=True)
+    vae.save_pretrained(folder / "vae")
+    kind = EulerAncestralDiscreteScheduler if turbo else EulerDiscreteScheduler
+    kind(**SD_BETAS, timestep_spacing="trailing" if turbo else "leading").save_pretrained(folder / "scheduler")
+    return save_index(
+        folder, "StableDiffusionXLPipeline", scheduler=f"diffusers:{kind.__name__}",
+        text_encoder="transformers:CLIPTextModel", tokenizer="transformers:CLIPTokenizer",
+        text_encoder_2="transformers:CLIPTextModelWithProjection", tokenizer_2="transformers:CLIPTokenizer",
+        unet="diffusers:UNet2DConditionModel", vae="diffusers:AutoencoderKL",
+    )  # fmt: skip
+
+
+def save_few_steps(folder: Path, lcm: bool = False) -> Path:
+    """SD-Turbo: Stable Diffusion with Euler's trailing timesteps; or LCM, whose UNet is told a guidance scale."""
+    save_stable_diffusion(folder)
+    for file in (folder / "scheduler").iterdir():
+        file.unlink()
+    if not lcm:
+        EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="trailing").save_pretrained(folder / "scheduler")
+        return folder
+    LCMScheduler(**SD_BETAS).save_pretrained(folder / "scheduler")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", low_cpu_mem_usage=False)
+    torch.manual_seed(20)
+    told = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=6)
+    told.load_state_dict(unet.state_dict(), strict=False)
+    nn.init.normal_(told.time_embedding.cond_proj.weight, std=0.5)
+    told.save_pretrained(folder / "unet")
+    return save_index(folder, "LatentConsistencyModelPipeline")
+
+
 GENERATORS = {
+    "sdxl": save_sdxl,
+    "lcm": lambda folder: save_few_steps(folder, lcm=True),
     "pixart": save_pixart,
     "sd3": save_sd3,
     "flux": save_flux,
@@ -266,6 +327,8 @@ GENERATORS = {
 }
 # Others of the same families: micro-conditions, normed attention, no T5, no guidance embedding, another scheduler.
 VARIANTS = {
+    "sdxl-turbo": lambda folder: save_sdxl(folder, turbo=True),
+    "sd-turbo": save_few_steps,
     "alpha": lambda folder: save_pixart(folder, "PixArtAlphaPipeline", micro=True),
     "sd3.5": lambda folder: save_sd3(folder, large=True),
     "sd3-without-t5": lambda folder: save_sd3(folder, t5=False),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from counterlens.export.store import Store
 
-from ..config import SPEEDS, Config, Settings, StepOptions, default_settings, preset_misfit
+from ..config import FEW_STEP_SPEEDS, SPEEDS, Config, Settings, StepOptions, default_settings, preset_misfit
 from ..errors import UsageError
 from ..guidance.memory import checkpointed, largest_batch, step_bytes
 from ..guidance.pullback import PullbackMode
@@ -67,7 +67,8 @@ class EngineCore:
             Encoder, decoder and UNet beside the steps are compiled where the store has them too (`counterlens export
             --what all`).
         store: folder of compiled steps; the user's cache without one.
-        speeds: what the speeds `exact`, `balanced` and `fast` change in a setting; `config.SPEEDS` without it.
+        speeds: what the speeds `exact`, `balanced` and `fast` change in a setting; `config.SPEEDS` without it, of a distilled
+            generator `FEW_STEP_SPEEDS`.
         source: the pack and classifier that this is, where a config must not ask for another.
         checkpointing: recompute activations of decoder and UNet in the backward pass: less memory, more time.
         memory_budget: bytes; the largest batch that fits is measured and used.
@@ -107,7 +108,7 @@ class EngineCore:
         self.config = config or Config()
         untuned = default_settings(diffusion.conditioning, diffusion.latent_shape[0])
         self.pack_settings = untuned if pack_settings is None else pack_settings
-        self.speeds = speeds or SPEEDS
+        self.speeds = speeds or (FEW_STEP_SPEEDS if getattr(diffusion, "distilled", False) else SPEEDS)
         self.backend = backend
         self.source = source or {}
         self._digest: tuple[list[str], str] | None = None

@@ -44,6 +44,7 @@ class Backbone:
     networks: ClassVar[dict[str, str | type]]  # folder to its class, or diffusers' of that name: the denoiser, the VAE
     others: ClassVar[tuple[str, ...]] = ()  # more folders
     optional: ClassVar[tuple[str, ...]] = ()  # folders that there may be, all of them or none
+    takes: ClassVar[tuple[str, ...]] = ()  # fields of the denoiser's config that it sees to and others refuse
     sized: ClassVar[bool] = False  # whether it takes other image sizes than its own
     own_side: ClassVar[int | None] = None  # latent side, where the denoiser's config does not say one
     packed: ClassVar[int] = 1  # side of the square of latents that becomes one channel vector before the denoiser
@@ -69,6 +70,7 @@ class Backbone:
         self.denoiser = denoiser
         self.alphas_cumprod = alphas_cumprod
         self.prediction = prediction
+        self.distilled = False  # to a few steps
         if times is None and prediction == FLOW:
             times = len(alphas_cumprod) * flow_sigmas(alphas_cumprod)
         self.times = times
@@ -110,11 +112,13 @@ class Backbone:
             said["names"] = id2label_names(index.get("id2label")) or names
         if cls.sized:
             said["image_size"] = image_size
-        return cls(
+        model = cls(
             read_vae(loaders[vae], folder / vae, dtype),
-            read_part(loaders[denoiser], folder / denoiser, dtype),
+            read_part(loaders[denoiser], folder / denoiser, dtype, taken=cls.takes),
             alphas_cumprod=levels.alphas_cumprod, **said,
         )  # fmt: skip
+        model.distilled = levels.distilled or bool(read_json(config).get("time_cond_proj_dim"))
+        return model
 
     @classmethod
     def own_size(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ NEEDED: dict[str, dict[str, tuple[Any, str]]] = {
     "UNet2DConditionModel": {
         "class_embed_type": (None, "a second condition beside the context (unCLIP)"),
         "num_class_embeds": (None, "a class beside the context"),
-        "addition_embed_type": (None, "sizes or images beside the context (SDXL)"),
+        "addition_embed_type": (None, "sizes or images beside the context (SDXL, whose model_index.json says so)"),
         "encoder_hid_dim_type": (None, "a context that is projected first (Kandinsky)"),
         "encoder_hid_dim": (None, "a context that is projected first (Kandinsky)"),
         "time_cond_proj_dim": (None, "the guidance scale as a condition (distilled: LCM)"),
@@ -90,22 +91,26 @@ class NoiseLevels(NamedTuple):
         alphas_cumprod: [T] float64, of variance-preserving latents (`predictions`), whatever the model's own path.
         prediction: what the model says, one of `predictions.PREDICTIONS`.
         times: the model's own timesteps [T] float64; None where they are 0, 1, 2, ...
+        distilled: it was distilled to a few steps, as far as a scheduler tells.
     """
 
     alphas_cumprod: Tensor
     prediction: str
     times: Tensor | None = None
+    distilled: bool = False
 
 
-def check_fields(path: Path, config: dict[str, Any], loader: type) -> None:
+def check_fields(path: Path, config: dict[str, Any], loader: type, taken: Collection[str] = ()) -> None:
     """Refuse fields under which a module of diffusers needs more than it is given here, and fields nobody reads.
+
+    `taken` are those that the model's family sees to.
 
     Raises:
         UsageError: naming file and field.
     """
     name = loader.__name__
     for field, (only, meaning) in NEEDED.get(name, {}).items():
-        if (value := config.get(field, only)) != only:
+        if field not in taken and (value := config.get(field, only)) != only:
             raise UsageError(f"{path}: {field} is {value!r}: {meaning}, which is not supported; expected {only!r}")
     known = inspect.signature(loader.__init__).parameters  # type: ignore[misc]
     _refuse_unknown(path, config, known, name)
@@ -191,7 +196,10 @@ def read_noise_levels(path: Path, config: dict[str, Any], tokens: int | None = N
         raise UsageError(f"{path}: trained_betas has {levels.numel()} values, num_train_timesteps is {count}")
     if config.get("rescale_betas_zero_snr") and levels[-1] < 2 * LEAST:  # some classes raise it themselves, some not
         levels[-1] = 0.0
-    return NoiseLevels(_defined(path, levels, prediction), prediction)
+    # Of a model that predicts noise nobody asks for trailing timesteps but to begin from nothing else in a few steps.
+    trailing = config.get("timestep_spacing") == "trailing" and prediction == EPSILON
+    distilled = name in ("LCMScheduler", "TCDScheduler") or trailing
+    return NoiseLevels(_defined(path, levels, prediction), prediction, distilled=distilled)
 
 
 def _defined(path: Path, levels: Tensor, prediction: str) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def missing_weights(folder: Path, name: str) -> list[str]:
     return [] if weight_files(folder) else [f"{name}.safetensors"]
 
 
-def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^") -> Any:
+def read_part(
+    loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^", taken: Collection[str] = ()
+) -> Any:
     """A module from its folder, every tensor accounted for, frozen and in eval mode.
 
     Args:
@@ -138,6 +141,7 @@ def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^"
         folder: with config.json and weights.
         dtype: of the weights once loaded.
         ignore: pattern of tensors that may be missing or left over.
+        taken: fields of its config that the caller sees to, see `fields.check_fields`.
 
     Raises:
         UsageError: a field asks for what is not done here. CounterlensError: a file is missing, corrupt or of another
@@ -148,7 +152,7 @@ def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^"
     if written not in (loader.__name__, LEGACY.get(loader.__name__)):
         raise CounterlensError(f"{folder / 'config.json'}: expected a {loader.__name__}, got a {written}")
     if "_class_name" in config:
-        check_fields(folder / "config.json", config, loader)
+        check_fields(folder / "config.json", config, loader, taken)
     files = weight_files(folder)
     if not files:
         raise CounterlensError(f"{folder}: no weights ({', '.join(f'{n}.safetensors' for n in WEIGHTS[:2])})")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CounterlensError, UsageError
 from .backbone import Backbone
+from .guidance_embedding import guidance_condition
 
 # As published, punctuation included (LDCE, supplement): the full stop belongs to the prompt. The last three are binary
 # attributes, the negative label's prompt first. `openai-imagenet` says OpenAI's names instead of the classifier's, and
@@ -105,6 +106,7 @@ class StableDiffusion(Backbone):
     conditioning = "text"
     networks = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}  # noqa: RUF012
     others = ("text_encoder", "tokenizer")
+    takes = ("time_cond_proj_dim",)
     sized = True
     rectangular = True
     unet: Any = property(attrgetter("denoiser"))
@@ -177,7 +179,8 @@ class StableDiffusion(Backbone):
         condition: Tensor,  # [B, tokens, width]
     ) -> Tensor:
         """What the UNet says: [B, C, h, w]."""
-        return self.unet(z, timestep, encoder_hidden_states=condition).sample
+        told = guidance_condition(self.unet, z)
+        return self.unet(z, timestep, timestep_cond=told, encoder_hidden_states=condition).sample
 
     def condition(
         self,
