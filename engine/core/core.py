@@ -67,8 +67,8 @@ class EngineCore:
             Encoder, decoder and UNet beside the steps are compiled where the store has them too (`counterlens export
             --what all`).
         store: folder of compiled steps; the user's cache without one.
-        speeds: what the speeds `exact`, `balanced` and `fast` change in a setting; `config.SPEEDS` without it, of a distilled
-            generator `FEW_STEP_SPEEDS`.
+        speeds: what the speeds `exact`, `balanced` and `fast` change in a setting; `config.SPEEDS` without it, or
+            `FEW_STEP_SPEEDS` of a distilled generator.
         source: the pack and classifier that this is, where a config must not ask for another.
         checkpointing: recompute activations of decoder and UNet in the backward pass: less memory, more time.
         memory_budget: bytes; the largest batch that fits is measured and used.

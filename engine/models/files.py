@@ -131,9 +131,7 @@ def missing_weights(folder: Path, name: str) -> list[str]:
     return [] if weight_files(folder) else [f"{name}.safetensors"]
 
 
-def read_part(
-    loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^", taken: Collection[str] = ()
-) -> Any:
+def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^", taken: Collection[str] = ()) -> Any:
     """A module from its folder, every tensor accounted for, frozen and in eval mode.
 
     Args:

@@ -1,9 +1,9 @@
 """The guidance scale as a condition, of models that were distilled from guided ones (LCM).
 
 Such a UNet answers for the scale that it is told: for a prompt what classifier-free guidance at that scale would have
-said, for the empty prompt the same at every scale. What our filter compares, the difference of both, keeps its direction
-and grows with the scale; so it is told the smallest scale that the distillation saw, for which the difference is
-nearest to that of a model that was not distilled.
+said, for the empty prompt the same at every scale. What our filter compares, the difference of both, keeps its
+direction and grows with the scale; so it is told the smallest scale that the distillation saw, for which the difference
+is nearest to that of a model that was not distilled.
 """
 
 from __future__ import annotations

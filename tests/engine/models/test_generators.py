@@ -21,13 +21,15 @@ from torch import Tensor
 from bench.baselines.literal import filter_angles, literal_step
 from bench.published import AUTOENCODERS, PUBLISHED
 from counterlens.engine.chance import carried_over
-from counterlens.engine.config import PRESETS
+from counterlens.engine.config import PRESETS, Config
+from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.schedule import ddim
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.images.files import save_png
 from counterlens.engine.models import prompted
 from counterlens.engine.models.backbone import check_parts
+from counterlens.engine.models.conditions import tensors
 from counterlens.engine.models.image_classifiers import open_classifier
 from counterlens.engine.models.load import open_diffusion
 from counterlens.engine.models.predictions import flow_sigmas
@@ -40,7 +42,7 @@ from counterlens.export import Store
 from tests import tiny
 from tests.engine.cli.test_cli import run
 from tests.tiny import IMAGE_SIZE, LABELS
-from tests.tiny_generators import GENERATORS, VARIANTS
+from tests.tiny_generators import GENERATORS, SD_BETAS, VARIANTS
 
 pytest.importorskip("transformers", reason="needs transformers (the extra `models`)")
 pytest.importorskip("sentencepiece", reason="needs sentencepiece, which trains the tiny T5 tokenizer")
@@ -82,7 +84,7 @@ def inputs(diffusion: Any, dtype: torch.dtype, batch: int = BATCH) -> tuple[Tens
 
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", ["pixart", "sd3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flux", "sana"))]
+    "name", ["sdxl", "pixart", "sd3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lcm", "flux", "sana"))]
 )
 def test_step_equals_literal_in_both_pullbacks(folders: dict[str, Path], name: str, dtype: torch.dtype) -> None:
     diffusion = opened(folders[name], str(dtype).removeprefix("torch."))
@@ -117,6 +119,9 @@ def pipeline_of(folder: Path, kind: str, **options: Any) -> Any:
 
 def encoded(pipeline: Any, name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Two prompts and the empty one, as the pipeline gives them to its denoiser."""
+    if name == "sdxl":
+        said, empty, pooled, empty_pooled = pipeline.encode_prompt(PROMPTS)
+        return (said, pooled), (empty, empty_pooled)
     if name in ("pixart", "alpha"):
         said, mask, empty, empty_mask = pipeline.encode_prompt(PROMPTS, True, negative_prompt="")
         return (said, mask), (empty, empty_mask)
@@ -132,6 +137,7 @@ def encoded(pipeline: Any, name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor,
 
 
 KINDS = {
+    "sdxl": "StableDiffusionXLPipeline",
     "pixart": "PixArtSigmaPipeline", "alpha": "PixArtAlphaPipeline", "sd3": "StableDiffusion3Pipeline",
     "sd3-without-t5": "StableDiffusion3Pipeline", "flux": "FluxPipeline", "flux-schnell": "FluxPipeline",
     "sana": "SanaPipeline",
@@ -158,6 +164,7 @@ def test_conditions_are_the_pipelines_and_encoders_are_freed(folders: dict[str, 
 
 # Timesteps of a short run, and where its last step arrives: at the clean latents.
 TAUS = (800, 600, 400, 200, 100)
+UNETS = ("sdxl", "sdxl-turbo", "sd-turbo", "lcm")
 
 
 def ours(diffusion: Any, z: Tensor) -> Tensor:
@@ -184,10 +191,30 @@ def transcribed_flow(diffusion: Any, velocity: Callable[[Tensor, float], Tensor]
     return x
 
 
+def transcribed_ddim(diffusion: Any, noise_in: Callable[[Tensor, int], Tensor], z0: Tensor, noise: Tensor) -> Tensor:
+    """DDIM between noise levels."""
+    levels = diffusion.alphas_cumprod
+    x = levels[TAUS[0]].sqrt() * z0 + (1 - levels[TAUS[0]]).sqrt() * noise
+    for t, t_prev in zip(TAUS, (*TAUS[1:], 0), strict=True):
+        eps = noise_in(x, t)
+        clean = (x - (1 - levels[t]).sqrt() * eps) / levels[t].sqrt()
+        x = levels[t_prev].sqrt() * clean + (1 - levels[t_prev]).sqrt() * eps
+    return x
+
+
 def transcribed(name: str, diffusion: Any, z0: Tensor, noise: Tensor) -> Tensor:
     """The pipeline's loop written out; in its own latents, with the denoiser called as the pipeline calls it."""
-    denoiser, (said, second) = diffusion.denoiser, diffusion.null_condition(len(z0))
-    b = len(z0)
+    denoiser, b = diffusion.denoiser, len(z0)
+    said, second = (*tensors(diffusion.null_condition(b)), None)[:2]
+    if name in UNETS:
+        told: dict[str, Any] = {"encoder_hidden_states": said}
+        if name.startswith("sdxl"):
+            sizes = torch.tensor([[IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE]] * b).to(z0)
+            told["added_cond_kwargs"] = {"text_embeds": second, "time_ids": sizes}
+        if name == "lcm":
+            waves = torch.exp(-math.log(10000.0) / 2 * torch.arange(3)) * 2000.0  # the scale 3, of which 1 is none
+            told["timestep_cond"] = torch.cat([waves.sin(), waves.cos()]).to(z0).expand(b, -1)
+        return transcribed_ddim(diffusion, lambda x, t: denoiser(x, torch.full((b,), t), **told).sample, z0, noise)
     if name in ("pixart", "alpha"):
         levels = diffusion.alphas_cumprod
         x = levels[TAUS[0]].sqrt() * z0 + (1 - levels[TAUS[0]]).sqrt() * noise
@@ -233,7 +260,7 @@ def transcribed(name: str, diffusion: Any, z0: Tensor, noise: Tensor) -> Tensor:
 SLOW_DPM = pytest.param("sana-dpm", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", ["pixart", "alpha", "sd3", "sd3.5", "flux", "flux-schnell", "sana", SLOW_DPM])
+@pytest.mark.parametrize("name", [*UNETS, "pixart", "alpha", "sd3", "sd3.5", "flux", "flux-schnell", "sana", SLOW_DPM])
 def test_unguided_run_equals_the_pipelines_loop_written_out(folders: dict[str, Path], name: str) -> None:
     diffusion = opened(folders[name], "float64")
     noise, image, _ = inputs(diffusion, torch.float64, 2)
@@ -248,6 +275,22 @@ def test_unguided_run_equals_the_pipelines_loop_written_out(folders: dict[str, P
 def through_pipeline(name: str, folder: Path, diffusion: Any, z0: Tensor, noise: Tensor) -> Tensor:
     """The same run by diffusers' own pipeline: image to image where there is one, else from the noised latents."""
     told: dict[str, Any] = {"prompt": ["", ""], "output_type": "latent", "num_inference_steps": len(TAUS)}
+    if name in UNETS:
+        scheduler = Between.from_config(
+            diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False).config
+        )
+        said = tensors(diffusion.null_condition(2))
+        told |= {"prompt": None, "prompt_embeds": said[0], "latents": noised(diffusion, z0, noise)}
+        told |= {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        if name.startswith("sdxl"):
+            pipeline = pipeline_of(folder, "StableDiffusionXLPipeline", scheduler=scheduler)
+            return pipeline(**told, pooled_prompt_embeds=said[1], guidance_scale=1.0).images
+        pipeline = diffusers.StableDiffusionPipeline(
+            diffusion.vae, diffusion.text_encoder, diffusion.tokenizer, diffusion.unet, scheduler, None, None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(**told, guidance_scale=3.0 if name == "lcm" else 1.0).images
     if name == "pixart":
         pipeline = pipeline_of(folder, "PixArtSigmaPipeline")
         pipeline.scheduler = Between.from_config(
@@ -292,7 +335,14 @@ class Between(diffusers.DDIMScheduler):
 
 @pytest.mark.parametrize(
     "name",
-    ["pixart", "sd3", "flux", "sana", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3.5", "flux-schnell"))],
+    [
+        *UNETS,
+        "pixart",
+        "sd3",
+        "flux",
+        "sana",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3.5", "flux-schnell")),
+    ],
 )
 def test_unguided_run_equals_diffusers_pipeline(folders: dict[str, Path], name: str) -> None:
     diffusion = opened(folders[name])
@@ -450,15 +500,16 @@ def test_published_parameters_and_layouts(name: str) -> None:
     assert count == said.counted
     assert f"{count / 1e9:.{len(said.said.split('.')[1]) - 2}f} B" == said.said
     assert sum(p.numel() for p in autoencoder.parameters()) == AUTOENCODERS[autoencoder.config.latent_channels]
-    tensors = made.state_dict()
-    assert {key: tuple(tensors[key].shape) for key in said.layout} == said.layout
+    held = made.state_dict()
+    assert {key: tuple(held[key].shape) for key in said.layout} == said.layout
     check_parts(autoencoder, made, family.packed)
 
 
 @pytest.mark.slow
-def test_step_is_exported_and_matches(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sdxl", "lcm", "sd3"])
+def test_step_is_exported_and_matches(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     """The others by `python -m bench.generators --export`."""
-    diffusion = open_diffusion(folders["sd3"], image_size=IMAGE_SIZE)
+    diffusion = open_diffusion(folders[name], image_size=IMAGE_SIZE)
     classifier = classifiers(folders, torch.float32)["softmax"]
     diffusion.describe(LABELS)
     report = artefacts.build(Spec(diffusion, classifier), "onnx", Store(tmp_path / "store")).report["parity"]
@@ -506,3 +557,34 @@ def test_rectangles_are_the_networks_own(name: str, folders: dict[str, Path]) ->
     if (longest := engine.diffusion.longest) is not None:
         with pytest.raises(UsageError, match=r"^images: a side of \d+ pixels is longer than the \d+ that this model"):
             engine.counterfactual(torch.rand(1, 3, longest + engine.multiple, short))
+
+
+def test_fast_is_four_steps_where_the_generator_is_distilled(folders: dict[str, Path]) -> None:
+    """What a folder says of itself: LCM's scheduler, or trailing timesteps of a model that predicts noise."""
+    classifier = classifiers(folders, torch.float32)["softmax"]
+    for name in ("sdxl", "sd-turbo", "lcm", "sdxl-turbo"):
+        diffusion = open_diffusion(folders[name], image_size=IMAGE_SIZE)
+        diffusion.describe(LABELS)
+        assert diffusion.distilled == (name != "sdxl")
+        engine = Engine(diffusion, classifier)
+        settings = engine.settings(Config.make(speed="fast"))
+        assert settings.steps == (4 if diffusion.distilled else 7)
+        assert settings.noise == ("random" if diffusion.distilled else "inversion")
+    made = engine.counterfactual(torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5), config=Config.make(speed="fast"))
+    assert made.errors == [None]
+
+
+def test_sdxl_keeps_its_vae_in_float32_and_its_null_condition_as_its_folder_says(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    half = open_diffusion(folders["sdxl"], dtype="float16", image_size=IMAGE_SIZE)
+    assert (half.vae.dtype, half.unet.dtype) == (torch.float32, torch.float16)
+    assert all(not part.any() for part in half.null_condition(2))
+    folder = tmp_path / "sdxl"
+    shutil.copytree(folders["sdxl"], folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    assert all(part.any() for part in open_diffusion(folder, image_size=IMAGE_SIZE).null_condition(1))
+    (folder / "model_index.json").write_text(json.dumps(index | {"requires_aesthetics_score": True}))
+    with pytest.raises(UsageError, match=r"model_index\.json: requires_aesthetics_score is true: a refiner"):
+        open_diffusion(folder, image_size=IMAGE_SIZE)
