@@ -74,11 +74,17 @@ def counterfactual(
     items = open_images(images or [], recursive, manifest, targets=True).samples
     if budget is not None and not budget > 0:
         raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
-    out = make_folder(out)
-    engine = open_engine(config, opening)
     choices: list[str | int] = [item.target or target for item in items]
-    for choice in dict.fromkeys(choices):
-        engine.check_target(choice)
+    created = not out.exists()
+    out = make_folder(out)
+    try:
+        engine = open_engine(config, opening)
+        for choice in dict.fromkeys(choices):
+            engine.check_target(choice)
+    except CounterlensError:
+        if created:
+            out.rmdir()
+        raise
     console = text_console(as_json)
     rows = []
     failed = 0

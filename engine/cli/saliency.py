@@ -237,6 +237,17 @@ def read_masks(source: str, names: Sequence[str], images: Tensor, drawn: Samples
     return torch.stack(found) > 127
 
 
+def _check_layer(layer: str | None, chosen: Sequence[str]) -> None:
+    """Refuse a layer that no chosen method reads.
+
+    Raises:
+        UsageError: see above.
+    """
+    reads = [m.name for m in METHODS.values() if m.layer]
+    if layer is not None and not set(chosen) & set(reads):
+        raise UsageError(f"layer: {', '.join(chosen)} reads no layer of the classifier; it is for {', '.join(reads)}")
+
+
 def explain_images(
     images: Annotated[list[Path], ImagesArgument],
     method: Annotated[str, typer.Option(help=f"{METHOD_NAMES}.")] = "lax",
@@ -260,7 +271,7 @@ def explain_images(
     from ..outputs import Source, open_run
     from ..saliency.explain import explain
 
-    check_methods([method])
+    _check_layer(how.layer, check_methods([method]))
     there = choose_device(how.device)
     items = open_images(images, how.recursive).samples
     opened = subject.open(images[0], how.device)
@@ -349,6 +360,7 @@ def evaluate_methods(
     from ..saliency.evaluation import evaluate, write_parquet
 
     chosen = check_methods([name.strip() for name in methods.split(",")])
+    _check_layer(how.layer, chosen)
     given = {"judge": judge, "masks": masks, "stability": True}
     measured = check_metrics([name.strip() for name in metrics.split(",")], [g for g, there in given.items() if there])
     check_charts()

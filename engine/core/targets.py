@@ -30,10 +30,10 @@ class TargetLabels:
 
     def __init__(self, labels: list[str], neighbours: Mapping[str, Sequence[str]] | None = None) -> None:
         self.labels = labels
-        self.neighbours: dict[int, list[int]] = {}
         self.neighbours = {
-            self.check(k): [self.check(n) for n in v if n != k] for k, v in (neighbours or {}).items()
-        }  # fmt: skip
+            find_label(k, labels, "neighbours"): [find_label(n, labels, "neighbours") for n in nearest if n != k]
+            for k, nearest in (neighbours or {}).items()
+        }
 
     def check(self, target: str | int) -> int:
         """Index of a label by name or index (see `find_label`); -1 for `RELATIVE_TARGETS`, which depend on the image.

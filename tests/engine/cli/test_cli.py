@@ -104,6 +104,17 @@ def test_same_seed_same_pixels_whatever_the_neighbours(digits: Path, tmp_path: P
     assert not torch.equal(a, c)
 
 
+def test_what_is_refused_leaves_no_folder_and_is_named(digits: Path, tmp_path: Path) -> None:
+    file, out = next(iter(sorted(digits.glob("*.png")))), tmp_path / "out"
+    one_line_error(run("counterfactual", file, "--target", "crane", "--out", out), 2, "target: 'crane' is no label")
+    (tmp_path / "wrong.csv").write_text("crane,heron\n")
+    refused = run("counterfactual", file, "--neighbours", tmp_path / "wrong.csv", "--out", out)
+    one_line_error(refused, 2, "neighbours: 'crane' is no label")
+    layer = ("--method", "rise", "--layer", "conv")
+    one_line_error(run("saliency", file, *layer, "--out", out), 2, "layer: rise reads no layer of the classifier")
+    assert not out.exists()
+
+
 def test_usage_errors(digits: Path, tmp_path: Path) -> None:
     file = next(iter(sorted(digits.glob("*.png"))))
     (tmp_path / "file").touch()
