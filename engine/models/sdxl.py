@@ -37,6 +37,7 @@ class StableDiffusionXL(Prompted):
     encoders = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}  # noqa: RUF012
     others = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     takes = ("addition_embed_type", "time_cond_proj_dim")
+    rectangular = True
     unet: Any = property(attrgetter("denoiser"))
 
     def __init__(
