@@ -81,8 +81,11 @@ TURNED: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {  # store
 }  # fmt: skip
 
 
-def save_files(folder: Path, seed: int = 0) -> dict[str, int]:
-    """Twenty files in every mode, size and profile, with their labels; the same for the same seed."""
+def save_files(folder: Path, seed: int = 0, drawn: dict[str, NDArray[np.uint8]] | None = None) -> dict[str, int]:
+    """Twenty files in every mode, size and profile, with their labels; the same for the same seed.
+
+    `drawn` is filled with what each of them shows, in sRGB and upright.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     labels: dict[str, int] = {}
@@ -91,6 +94,8 @@ def save_files(folder: Path, seed: int = 0) -> dict[str, int]:
             turn: int | None = None, space: Space | None = None, **options: Any) -> None:  # fmt: skip
         label = len(labels) % len(LABELS)
         pixels = draw(label, width, height, rng)
+        if drawn is not None:
+            drawn[name] = pixels
         if space is not None:
             pixels, options["icc_profile"] = moved(pixels, space), matrix_profile(space)
         if turn is not None:
