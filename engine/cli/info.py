@@ -12,7 +12,7 @@ from counterlens.kernels.registry import operations
 
 from ..models.placing import choose_device
 from ..packs import Pack
-from ..runtime.registry import find, names
+from ..runtime.registry import EAGER, find, names
 
 PACKAGES = ("counterlens", "torch", "diffusers", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "xformers")
 
@@ -26,7 +26,7 @@ def describe(pack_name: str) -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "operations": {op.name: {"backends": op.reasons, "auto": op.automatic, "why": op.why} for op in operations()},
-        "runtimes": {name: find(name).missing(choose_device("auto")) for name in names()},
+        "runtimes": {EAGER: [], **{name: find(name).missing(choose_device("auto")) for name in names()}},
         "pack": {
             "name": pack.name,
             "folder": str(pack.folder),

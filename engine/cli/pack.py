@@ -161,7 +161,7 @@ def info(
         against |= dict.fromkeys(f"runtime {name} does not run here: {reason}" for reason in reasons)
     for line in against:
         console.print(line)
-    console.print("runtimes: eager, " + ", ".join(name for name, reasons in facts["runtimes"].items() if not reasons))
+    console.print("runtimes: " + ", ".join(name for name, reasons in facts["runtimes"].items() if not reasons))
     named = [facts["pack"]["name"], ", ".join(facts["pack"]["classifiers"])]
     described = {mode: ", ".join(f"{k} {v}" for k, v in s.items()) for mode, s in facts["pack"]["settings"].items()}
     console.table(["pack", "classifiers", "mode", "settings"], [[*named, *row] for row in described.items()])

@@ -129,7 +129,8 @@ def test_one_with_an_entry_point_is_found_by_the_commands(folder: Path, tmp_path
 
     assert "onnx, aoti, tensorrt or dummy" in run("export", "--help").stdout
     assert "tensorrt or dummy" in run("counterfactual", "--help").stdout
-    assert json.loads(run("info", "--json").stdout)["runtimes"]["dummy"] == []
+    runtimes = json.loads(run("info", "--json").stdout)["runtimes"]
+    assert runtimes["dummy"] == runtimes["eager"] == []
     assert "onnx, aoti, tensorrt, dummy, got 'nope'" in run("export", "--format", "nope").stderr
     done = run("export", "--what", "vae-encoder", "--format", "dummy", "--no-measure", "--json")
     assert done.returncode == 0, done.stderr
