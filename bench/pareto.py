@@ -1,7 +1,7 @@
 """What every way to save time costs in quality, on the validation split: `python -m bench.pareto`.
 
 One row for the literal schedule, one for each option alone, and a grid of them combined, all with the same strength,
-scales and angle wherever the schedule is not the option itself. The speeds `balanced` and `fast` are chosen here
+scales and angle wherever the schedule is not the option itself. `balanced`, `fast` and `turbo` are chosen here
 (`--apply` writes them into the pack's manifest); nothing looks at the test split. Every digit has two targets, the
 runner-up and a random other label: few steps fail with the second kind first. Cost is CPU time on one thread in
 eager: waiting does not count, but a neighbour on the same core does. Rows that are in
@@ -71,8 +71,12 @@ def combined() -> dict[str, dict[str, Any]]:
     grid += [(steps, "trailing", solver) for steps in (4, 5, 6, 7, 8, 10) for solver in ("ddim", "dpm++", "unipc")]
     grid += [(steps, "logsnr", solver) for steps in (4, 6, 8) for solver in ("ddim", "dpm++")]
     grid += [(steps, "official", "ddim") for steps in (7, 9, 10)]
+    grid += [(steps, "trailing", solver) for steps in (2, 3) for solver in ("ddim", "dpm++")]
     for steps, spacing, solver in grid:
         out[f"{steps} {spacing} {solver}, cheap"] = CHEAP | {"steps": steps, "spacing": spacing, "solver": solver}
+    for steps in (2, 3, 4):
+        fields = CHEAP | {"steps": steps, "spacing": "trailing", "solver": "ddim", "denoiser": "distilled"}
+        out[f"{steps} trailing ddim, cheap, distilled"] = fields
     for steps in (4, 5):
         fields = CHEAP | {"steps": steps, "spacing": "leading", "solver": "ddim"}
         out[f"{steps} leading ddim, cheap, latent distance"] = fields | {"distance": "latent"}
@@ -114,12 +118,12 @@ def not_inferior(change: dict[str, dict[str, float]]) -> dict[str, bool]:
 
 
 def choose(rows: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
-    """Names of the rows for `fast`, the cheapest that is not worse than the reference, and `balanced`, the best.
+    """Names of the rows for `fast`, the cheapest not worse than the reference, `balanced`, the best, and `turbo`.
 
     Not worse, over the samples that both rows have, paired, as `bench.run --suite quality` judges it: the lower 95 %
     bound of the difference in flips and in transfer is at least -`MARGIN`, and L1 is no higher on average. `balanced`
     is, of those that cost at most twice what `realistic` costs, the one with the highest transfer - 2 L1 (as in
-    `bench.sweep`).
+    `bench.sweep`). `turbo` is the cheapest of those with the distilled denoiser, if one of them is not worse.
     """
     reference = rows["literal schedule, exact"]
 
@@ -137,9 +141,12 @@ def choose(rows: dict[str, Any], base: dict[str, Any]) -> dict[str, str]:
     }  # fmt: skip
     if not candidates:
         raise SystemExit("no row is as good as the literal schedule; extend the grid")
+    distilled = {n: r for n, r in candidates.items() if r["settings"].get("denoiser") == "distilled"}
+    candidates = {n: r for n, r in candidates.items() if n not in distilled}
     most = 2 * rows["realistic as tuned"]["cpu_seconds"]
     affordable = {n: r for n, r in candidates.items() if r["cpu_seconds"] <= most}
-    return {
+    chosen = {"turbo": min(distilled, key=lambda n: distilled[n]["cpu_seconds"])} if distilled else {}
+    return chosen | {
         "fast": min(candidates, key=lambda n: candidates[n]["cpu_seconds"]),
         "balanced": max(affordable, key=lambda n: affordable[n]["transfer"]["mean"] - 2 * affordable[n]["l1"]["mean"]),
     }
@@ -149,7 +156,8 @@ def apply(pack: Pack, rows: dict[str, Any], chosen: dict[str, str]) -> None:
     """Write the chosen speeds into pack.json: how, never what; strength, scales and angle stay the mode's."""
     fields = ("steps", "spacing", "solver", "noise", *SPEEDS["exact"])
     manifest = json.loads((pack.folder / "pack.json").read_text())
-    picked = {speed: {k: rows[name]["settings"][k] for k in fields} for speed, name in sorted(chosen.items())}
+    settings = {speed: Settings(**rows[name]["settings"]).model_dump() for speed, name in sorted(chosen.items())}
+    picked = {speed: {k: values[k] for k in fields} for speed, values in settings.items()}
     manifest["speeds"] = {"exact": SPEEDS["exact"], **picked}
     (pack.folder / "pack.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -215,7 +223,7 @@ def main(
     started = time.monotonic()
     for name, settings in asked.items():
         known = recorded()  # read again each time: another process may be running other rows
-        stale = name in known and known[name]["settings"] != settings.model_dump()
+        stale = name in known and Settings(**known[name]["settings"]) != settings
         if not re.search(rows, name) or (name in known and not stale) or time.monotonic() - started > 60 * minutes:
             continue
         n = 2 * (long_count if settings.spacing == "official" and settings.steps * settings.strength > 30 else count)

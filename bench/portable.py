@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "official": {"mode": "official", "steps": 10},
     **{
         f"{mode} {speed}": {"mode": mode, "speed": speed}
-        for mode, speed in itertools.product(("realistic", "audit"), ("exact", "balanced", "fast"))
+        for mode, speed in itertools.product(("realistic", "audit"), ("exact", "balanced", "fast", "turbo"))
     },
 }
 

@@ -475,7 +475,7 @@ def main(
     baseline: Annotated[str, typer.Option(help="literal, or none.")] = "literal",
     runtime: Annotated[str, typer.Option(help="Of our compiled runs.")] = "onnxruntime",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.", min=1)] = 5,
-    speeds: Annotated[str, typer.Option(help="Comma-separated speeds.")] = "fast,balanced",
+    speeds: Annotated[str, typer.Option(help="Comma-separated speeds.")] = "turbo,fast,balanced",
     batch: Annotated[int, typer.Option(help="Of the suite guided-step.")] = 16,
     count: Annotated[int | None, typer.Option(help="Test digits of the suite quality; all without it.")] = None,
     minutes: Annotated[float, typer.Option(help="The suite quality stops after so many and goes on next time.")] = 1e9,

@@ -15,7 +15,7 @@ from .errors import MAX_SEED, UsageError
 from .multistep import SOLVERS
 
 ModeName = Literal["official", "realistic", "audit"]
-SpeedName = Literal["exact", "balanced", "fast"]
+SpeedName = Literal["exact", "balanced", "fast", "turbo"]
 FitName = Literal["auto", "crop", "pad", "squash", "native"]
 PresetName = Literal[
     "imagenet-class", "imagenet-text", "pairs-class", "pairs-text", "celeba-text", "flowers-text", "pets-text"
@@ -67,6 +67,9 @@ class StepOptions(Options):
     gradient: Literal["exact", "detached"] = Field("exact", description="exact or detached.")
     guidance_decoder: Literal["full", "tiny"] = Field(
         "full", description="full, or tiny: a small one, for gradients only."
+    )
+    denoiser: Literal["own", "distilled"] = Field(
+        "own", description="Of guided steps: own, or distilled for few steps."
     )
     distance: Literal["image", "latent"] = Field("image", description="To the input, over image (pixels) or latent.")
     guidance_every: int = Field(1, ge=1, description="Every n-th step asks, the others reuse it.")
@@ -161,6 +164,7 @@ OFFICIAL_CHOICES = (
 _EXACT: dict[str, Any] = {
     "gradient": "exact",
     "guidance_decoder": "full",
+    "denoiser": "own",
     "distance": "image",
     "guidance_start": 0.0,
     "guidance_end": 1.0,
@@ -172,6 +176,8 @@ SPEEDS: dict[str, dict[str, Any]] = {
                           "steps": 8},
     "fast": _EXACT | {"gradient": "detached", "noise": "inversion", "solver": "dpm++", "spacing": "trailing",
                       "steps": 7},
+    "turbo": _EXACT | {"gradient": "detached", "noise": "inversion", "spacing": "trailing", "steps": 4,
+                       "solver": "ddim", "denoiser": "distilled"},
 }  # fmt: skip
 
 
@@ -221,7 +227,7 @@ class Config(Overrides):
     pack: str = Field("digits", description="An embedded pack or a pack's folder.")
     classifier: str = Field("clean", description="The pack's classifier to explain.")
     preset: PresetName | None = Field(None, description="A published setting, such as pairs-class.")
-    speed: SpeedName | None = Field(None, description="exact, balanced or fast: how the setting is computed.")
+    speed: SpeedName | None = Field(None, description="exact, balanced, fast or turbo: how the setting is computed.")
     match_official: bool = Field(
         False, description="As the authors' code: bilinear resize, one noise, their prompts, ..."
     )
@@ -284,6 +290,8 @@ class Config(Overrides):
         else:
             base = dict(pack_settings[self.mode_name])
         if self.speed is not None:
+            if self.speed not in speeds:
+                raise UsageError(f"speed: this model has no {self.speed}; it has {_one_of(speeds)}")
             base |= speeds[self.speed]
         base |= {name: value for name in Settings.model_fields if (value := getattr(self, name)) is not None}
         settings = Settings(**base)

@@ -21,6 +21,7 @@ from .runtime.runners import REAL_IMAGES
 
 if TYPE_CHECKING:
     from .audit.results import Results
+    from .models.backbone import Backbone
     from .outputs import Run
     from .saliency.explain import Explanations
 
@@ -52,7 +53,7 @@ class Engine(EngineCore):
         source = {"pack": name, "classifier": classifier}
         plain = options.get("attention") != "xformers"  # which diffusers' own layers call
         models = (pack.diffusion(plain=plain), pack.classifier(classifier))
-        options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
+        options = _of_pack(pack, models[0]) | options
         options["device"] = _device(options)
         engine = cls(*models, config, pack_settings=settings, source=source, **options)
         engine.runners.real_images = pack.samples("test", count=REAL_IMAGES).images
@@ -138,7 +139,7 @@ class Engine(EngineCore):
         tuned = None
         if pack is not None:
             tuned = pack.manifest["settings"]
-            options = {"guidance_decoder": pack.guidance_decoder(), "speeds": pack.manifest.get("speeds")} | options
+            options = _of_pack(pack, diffusion) | options
         engine = cls(diffusion, explained, config, pack_settings=tuned, **options | {"device": _device(options)})
         named = str(classifier) if isinstance(classifier, str | Path) else type(explained.module).__name__
         engine.names = {"model": str(model), "classifier": named}
@@ -253,6 +254,15 @@ class Engine(EngineCore):
             return None
         found = find_adapter(adapter, self.classifier, "class", pack, name)
         return lambda run: write_saliency(found, run, baseline=hidden_by(pack), pack=pack, say=say)
+
+
+def _of_pack(pack: Pack, diffusion: Backbone) -> dict[str, Any]:
+    """Options of `Engine` that a pack brings beside its models."""
+    return {
+        "guidance_decoder": pack.guidance_decoder(),
+        "distilled": pack.distilled(diffusion),
+        "speeds": pack.manifest.get("speeds"),
+    }
 
 
 def _device(options: dict[str, Any]) -> str | torch.device:

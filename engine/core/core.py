@@ -67,8 +67,8 @@ class EngineCore:
             Encoder, decoder and UNet beside the steps are compiled where the store has them too (`counterlens export
             --what all`).
         store: folder of compiled steps; the user's cache without one.
-        speeds: what the speeds `exact`, `balanced` and `fast` change in a setting; `config.SPEEDS` without it, or
-            `FEW_STEP_SPEEDS` of a distilled generator.
+        speeds: what the speeds `exact`, `balanced`, `fast` and `turbo` change in a setting; `config.SPEEDS` without it,
+            or `FEW_STEP_SPEEDS` of a distilled generator.
         source: the pack and classifier that this is, where a config must not ask for another.
         checkpointing: recompute activations of decoder and UNet in the backward pass: less memory, more time.
         memory_budget: bytes; the largest batch that fits is measured and used.
@@ -78,6 +78,8 @@ class EngineCore:
             where they are without it. Images come in and go out on the CPU.
         guidance_decoder: what `guidance_decoder="tiny"` differentiates through: a folder or hub id of an
             `AutoencoderTiny`, or an open decoder.
+        distilled: the same diffusion model with a denoiser for few guided steps, for `denoiser="distilled"` and so for
+            the speed `turbo`; inversion, encoding and decoding stay `diffusion`'s.
 
     Raises:
         UsageError: labels, preset, budget, neighbours, device or guidance decoder do not fit.
@@ -100,6 +102,7 @@ class EngineCore:
         attention: str = "sdpa",
         neighbours: Mapping[str, Sequence[str]] | None = None,
         guidance_decoder: TinyDecoder | str | Path | None = None,
+        distilled: Diffusion | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         check_models(diffusion, classifier)
@@ -118,11 +121,14 @@ class EngineCore:
         if guidance_decoder is not None:
             check_decoder(guidance_decoder, diffusion)
         self.guidance_decoder = guidance_decoder
+        self.distilled = distilled
         if device is not None:
             there = choose_device(device)
             place(diffusion, there)
             for module in self.modules():
                 module.to(there)
+            if distilled is not None:
+                place(distilled, there)
         if not self.source:  # a pack's own classifiers are known
             check_gradient(classifier, diffusion.image_size)
         check_running(diffusion, runtime, checkpointing, attention)
@@ -132,7 +138,7 @@ class EngineCore:
         self.store = Store(store)
         self.pullback: PullbackMode = "autograd" if differentiated_by_autograd else "functional"
         self.runners = Runners(
-            diffusion, classifier, guidance_decoder, runtime=self.runtime, store=self.store, backend=backend,
+            diffusion, classifier, guidance_decoder, distilled, runtime=self.runtime, store=self.store, backend=backend,
             pullback=self.pullback,
         )  # fmt: skip
         self.whole_runs = WholeRuns(self.runners)
@@ -154,6 +160,8 @@ class EngineCore:
     def modules(self) -> list[nn.Module]:
         """Every module that takes part."""
         own = [] if self.guidance_decoder is None else [self.guidance_decoder.module]
+        if self.distilled is not None:
+            own += [m for m in self.distilled.modules() if all(m is not known for known in self.diffusion.modules())]
         return [*self.diffusion.modules(), self.classifier.module, *own]
 
     def sampler(
@@ -355,6 +363,7 @@ class EngineCore:
                 "guidance_decoder: this engine has no tiny decoder; give Engine(guidance_decoder=...) the folder or "
                 "hub id of an AutoencoderTiny for this model's VAE"
             )
+        self.runners.guided(settings)  # or there is none
         return settings
 
     @property

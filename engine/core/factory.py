@@ -29,7 +29,7 @@ class EngineFactory:
         parts = {
             name: getattr(engine, name)
             for name in ("diffusion", "classifier", "config", "pack_settings", "speeds", "backend", "runtime", "source",
-                         "checkpointing", "attention", "guidance_decoder")
+                         "checkpointing", "attention", "guidance_decoder", "distilled")
         }  # fmt: skip
         parts["store"] = engine.store.folder
         parts["neighbours"] = {labels[k]: [labels[n] for n in v] for k, v in neighbours.items()}

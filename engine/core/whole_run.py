@@ -485,8 +485,9 @@ def check_counterfactual(
         source = probabilities(engine.classifier, rows)
         target = source.topk(2, dim=1).indices[:, 1]
         run = sample(
-            engine.diffusion, engine.classifier, rows, target, seeds, settings, decoder=engine.runners.decoder(settings)
-        )
+            engine.diffusion, engine.classifier, rows, target, seeds, settings,
+            decoder=engine.runners.decoder(settings), guided=engine.runners.guided(settings),
+        )  # fmt: skip
         expected = as_saved((engine.diffusion.decode(run.z) + 1) / 2)
         feeds = {"image": rows, "target": torch.full((len(rows),), -1)}
         if settings.noise != "inversion":

@@ -547,10 +547,15 @@ def sample(
     pullback: PullbackMode = "functional",
     backend: str = "auto",
     decoder: Decoder | None = None,
+    guided: Diffusion | None = None,
     on_step: Callable[[int, int, Tensor], None] | None = None,
 ) -> Run:
-    """Encode, noise and denoise one batch in eager; `on_step` gets step (from 1), total and z0 [B, C, h, w]."""
-    step = GuidedStep(diffusion, classifier, settings.graph, decoder=decoder, mode=pullback, backend=backend)
+    """Encode, noise and denoise one batch in eager; `on_step` gets step (from 1), total and z0 [B, C, h, w].
+
+    Guided steps are those of the diffusion model `guided`, where it is given.
+    """
+    model = guided or diffusion
+    step = GuidedStep(model, classifier, settings.graph, decoder=decoder, mode=pullback, backend=backend)
     sampler = Sampler(diffusion, len(image), step, settings.graph)
     for i in range(len(image)):
         sampler.submit(Job(image[i], int(target[i]), seeds[i], settings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from ..showing import one_line
 from .rendering import choose_markers, draw_markers, render
 
 if TYPE_CHECKING:
+    from ..models.backbone import Backbone
     from ..models.latent import ClassConditionalLatentDiffusion
     from ..models.tiny import TinyDecoder
     from .rendering import Marker
 
 SPLITS = ("train", "validation", "test")
 TINY = "tiny-decoder"
+FEW_STEPS = "few-steps/changes.safetensors"
 FORMAT, VERSION = "counterlens-pack", 1
 
 
@@ -139,6 +142,19 @@ class Pack:
             module.to(kind).eval().requires_grad_(False)
         levels = scaled_linear(scheduler)
         return ClassConditionalLatentDiffusion(vae, unet, levels, digits, scheduler["prediction_type"])
+
+    def distilled(self, diffusion: Backbone) -> Backbone | None:
+        """This diffusion model of the pack with the UNet for few steps, if there is one (see `packs.few_steps`).
+
+        The VAE and all else are shared.
+        """
+        from ..models.low_rank import merged
+
+        if FEW_STEPS not in self.manifest["files"]:
+            return None
+        other = copy.copy(diffusion)
+        other.denoiser = merged(diffusion.denoiser, self.folder / FEW_STEPS)
+        return other
 
     def guidance_decoder(self) -> TinyDecoder | None:
         """The small decoder for gradients, if the pack has one (see `packs.distill`)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from counterlens.export.store import Store, weights_digest
 
 from ..config import Settings, StepOptions
+from ..errors import UsageError
 from ..guidance.pullback import PullbackMode
 from ..models.conditions import Condition, tensors
 from ..models.protocols import Classifier, Diffusion
@@ -32,6 +33,7 @@ class Runners:
     Args:
         diffusion, classifier: see `engine.models.protocols`.
         tiny: what guidance differentiates through where settings ask for the tiny decoder.
+        distilled: the same diffusion model with a denoiser for few guided steps, where settings ask for it.
         runtime, store, backend, pullback: see `choice.StepRunner`.
     """
 
@@ -40,13 +42,14 @@ class Runners:
         diffusion: Diffusion,
         classifier: Classifier,
         tiny: TinyDecoder | None,
+        distilled: Diffusion | None = None,
         *,
         runtime: str,
         store: Store,
         backend: str,
         pullback: PullbackMode,
     ) -> None:
-        self.diffusion, self.classifier, self.tiny = diffusion, classifier, tiny
+        self.diffusion, self.classifier, self.tiny, self.distilled = diffusion, classifier, tiny, distilled
         self.runtime, self.store, self.backend = runtime, store, backend
         self.pullback: PullbackMode = pullback
         # A few real images [N, 3, H, W], if there are any yet, on which what is compiled is held to eager.
@@ -54,8 +57,23 @@ class Runners:
         self._steps: dict[StepOptions, StepRunner] = {}
         self._parts: dict[str, StepRunner] = {}
         self._pins: Mapping[str, Mapping[str, str]] = {}
-        self._weights_hashes: dict[int, str] = {}
+        self._weights_hashes: dict[tuple[bool, int], str] = {}
         self.hashes = WeightHashes()
+
+    def guided(self, settings: Settings) -> Diffusion:
+        """The diffusion model whose denoiser takes the guided steps of these settings; all else is `diffusion`'s.
+
+        Raises:
+            UsageError: there is no distilled one.
+        """
+        if settings.denoiser == "own":
+            return self.diffusion
+        if self.distilled is None:
+            raise UsageError(
+                "denoiser: this engine has no distilled one, which speed turbo needs; take speed fast, or give "
+                "Engine(distilled=...) the same model with a denoiser for few steps"
+            )
+        return self.distilled
 
     def decoder(self, settings: Settings) -> TinyDecoder | None:
         """What guidance differentiates through in place of the full decoder, where the settings ask for it."""
@@ -64,24 +82,26 @@ class Runners:
     def spec(self, settings: Settings, **fields: Any) -> Spec:
         """What is compiled for these settings; fields are those of `Spec` that the settings leave open."""
         if fields.get("what", STEP) != STEP:  # a part is the same under all settings
-            return Spec(self.diffusion, self.classifier, weights=self._weights(), images=self.real_images, **fields)
-        decoder = self.decoder(settings)
+            weights = self._weights(self.diffusion)
+            return Spec(self.diffusion, self.classifier, weights=weights, images=self.real_images, **fields)
+        decoder, model = self.decoder(settings), self.guided(settings)
         return Spec(
-            self.diffusion,
+            model,
             self.classifier,
             options=settings.graph,
             decoder=decoder,
-            weights=self._weights(*([] if decoder is None else [decoder.module])),
+            weights=self._weights(model, *([] if decoder is None else [decoder.module])),
             images=self.real_images,
             **fields,
         )
 
-    def _weights(self, *more: nn.Module) -> str | None:
+    def _weights(self, model: Diffusion, *more: nn.Module) -> str | None:
         """Hash of all weights, made once; None while there is no store, which is all that asks for it."""
-        if len(more) not in self._weights_hashes and self.store.folder.exists():
-            modules = [*self.diffusion.modules(), self.classifier.module, *more]
-            self._weights_hashes[len(more)] = weights_digest(modules, self.hashes)
-        return self._weights_hashes.get(len(more))
+        key = model is self.distilled, len(more)
+        if key not in self._weights_hashes and self.store.folder.exists():
+            modules = [*model.modules(), self.classifier.module, *more]
+            self._weights_hashes[key] = weights_digest(modules, self.hashes)
+        return self._weights_hashes.get(key)
 
     def step(self, settings: Settings) -> StepRunner:
         """The runner of the guided step of these settings."""

@@ -77,7 +77,7 @@ class CounterfactualRequest(Asked):
     """What would have to change for the model to say the target."""
 
     target: str | int = Field("runner-up", description="Label, its index, runner-up, opposite or neighbour.")
-    speed: str | None = Field(None, description="exact, balanced or fast.")
+    speed: str | None = Field(None, description="exact, balanced, fast or turbo.")
     mode: str | None = Field(None, description="official, realistic or audit.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Of the noise, combined with the image's own pixels.")
     budget_s: float | None = Field(None, gt=0, le=3600, description="Seconds from arrival; what there is then comes.")

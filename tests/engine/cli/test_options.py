@@ -23,7 +23,7 @@ WRONG = {
     "mode": "quick", "preset": "mine", "speed": "warp", "seed": "-1", "steps": "0", "strength": "0", "angle": "181",
     "guidance_scale": "-1", "class_scale": "-0.1", "distance_scale": "much", "noise": "none", "solver": "euler",
     "spacing": "even", "guidance_start": "1", "guidance_end": "0", "filter": "some", "gradient": "half",
-    "guidance_decoder": "big", "distance": "l2", "guidance_every": "0", "fit": "stretch",
+    "guidance_decoder": "big", "denoiser": "new", "distance": "l2", "guidance_every": "0", "fit": "stretch",
 }  # fmt: skip
 
 
