@@ -285,7 +285,6 @@ def main(
     record: Annotated[bool, typer.Option("--record", help="Write bench/results/photos.json.")] = False,
 ) -> None:
     """Train, make the files, compare and say."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
     warnings.filterwarnings("ignore", module="transformers|diffusers|huggingface_hub")
     with tempfile.TemporaryDirectory() as temporary:
         root = keep or Path(temporary)
