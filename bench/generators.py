@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import diffusers
@@ -25,6 +26,7 @@ from counterlens.engine.chance import carried_over, share_kept
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.models.predictions import flow_levels
 from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.models.stable_diffusion import StableDiffusion
 from counterlens.engine.profiling.costs import count_costs
 from counterlens.engine.runtime.spec import flat
 
@@ -43,13 +45,19 @@ def unmade(published: Published, dtype: torch.dtype = torch.bfloat16) -> Any:
     def made(self: Any, prompts: Sequence[str]) -> tuple[Tensor, ...]:
         return tuple(torch.empty(len(prompts), *shape, dtype=dtype) for shape in published.conditions)
 
-    kind = type(family.__name__, (family,), {"embed": made})
-    flow = published.family != "pixart:PixArt"
+    flow = "transformer" in family.networks and published.family != "pixart:PixArt"
+    own = {"embed": made, "_embed": lambda self, prompt: made(self, [prompt])[0]}  # of several tensors, or of one
+    kind = type(family.__name__, (family,), own)
     levels = flow_levels(torch.arange(1000).double() / 1000) if flow else torch.linspace(0.999, 0.005, 1000).double()
     text: Any = type("NoText", (), {"tokenizers": {"text_encoder": type("Side", (), {"padding_side": "right"})()}})()
     for module in parts:
         nn.Module.to(module.eval().requires_grad_(False), dtype)
-    model = kind(*parts, levels, text, prediction="flow" if flow else "epsilon", image_size=published.size)
+    options = {"prediction": "flow" if flow else "epsilon", "image_size": published.size}
+    if issubclass(family, StableDiffusion):
+        encoder = SimpleNamespace(config=SimpleNamespace(hidden_size=published.conditions[0][-1]))
+        model = kind(*parts, encoder, None, levels, **options)
+    else:
+        model = kind(*parts, levels, text, **options)
     model.labels = ["a", "b"]
     return model
 
