@@ -241,6 +241,7 @@ class Replica:
             tasks=self.tasks, metrics=self.metrics,
         )  # fmt: skip
         await asyncio.wrap_future(self.worker.start(lambda: warm(self.worker)))
+        self.stopping = False
         self.beating = asyncio.create_task(self._beat())
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -266,22 +267,21 @@ class Replica:
         while True:
             with contextlib.suppress(Problem):  # the board may be about to be started again
                 self.keys.keys, grace_s = await _answered(self.board.beat.remote(self.name, self.metrics.text()))
-                if grace_s is not None and not self.worker.draining:
+                if grace_s is not None:
                     await self._finish(grace_s)
                     return
             await asyncio.sleep(BEAT_S)
 
     async def _finish(self, grace_s: float) -> None:
         """Finish what runs, refuse the rest, tell what became of it, and leave the board."""
+        self.stopping = True
         await asyncio.to_thread(self.worker.stop, grace_s)
         await asyncio.wait([*self.tasks.watching.values(), asyncio.create_task(asyncio.sleep(0))], timeout=5)
         await _answered(self.board.leave.remote(self.name))
 
     async def check_health(self) -> None:
         """Ray Serve starts another one if this raises."""
-        if not self.worker.accepting and self.beating.done():
-            return  # it is being stopped
-        if not self.worker.accepting and not self.worker.draining:
+        if not self.worker.accepting and not self.stopping:
             raise RuntimeError("the worker has ended")
 
     async def __del__(self) -> None:
