@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,6 +27,12 @@ def _known_solver(name: str) -> str:
     if name not in SOLVERS:
         raise PydanticCustomError("solver", "Input should be {names}", {"names": _one_of(map(repr, SOLVERS))})
     return name
+
+
+def _known_region(text: str) -> str:
+    if re.fullmatch(r"[\d\s,;x.+-]*", text) and not re.fullmatch(r"\s*(\d+\s*,\s*){3}\d+\s*", text):
+        raise PydanticCustomError("region", "Input should be auto, x,y,w,h in whole pixels, or a mask's file or folder")
+    return text
 
 
 def _one_of(names: Iterable[str]) -> str:
@@ -235,6 +242,9 @@ class Config(Overrides):
         "auto",
         description="Of files: auto (as the classifier's own processor), crop, pad, squash or native.",
     )
+    region: Annotated[str, AfterValidator(_known_region)] | None = Field(
+        None, description="Only there it may change: MASK.png, a folder of masks, x,y,w,h, or auto."
+    )
     seed: int = Field(
         0, ge=0, le=MAX_SEED, description="Of everything random; combined with each image's own pixels or id."
     )
@@ -284,6 +294,8 @@ class Config(Overrides):
             raise UsageError(f"match_official: the authors' code has no {other}; leave mode and speed out")
         if self.match_official and self.fit not in ("auto", "crop"):
             raise UsageError(f"match_official: the authors' code crops; leave fit {self.fit} out")
+        if self.match_official and self.region is not None:
+            raise UsageError("match_official: the authors' code has no region; leave it out")
         if self.mode_name == "official":
             published = PRESETS[self.preset or OFFICIAL_PRESET].model_dump()
             base = published if self.preset else dict(pack_settings.get("official", published))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..images.collect import shown
+from ..images.masks import Masks
 from ..images.sources import Sample, Source, open_source
 from ..models.protocols import Classifier
 from ..outputs import SCHEMA_VERSION
@@ -57,6 +58,7 @@ class Auditor:
         self.engine, self.source, self.options = engine, source, options
         self.config = config or engine.config
         self.judges = dict(judges or {})
+        self.masks = None if self.config.region is None else Masks(self.config.region)
         self.settings = engine.settings(self.config)
         self.notes = list(source.notes)
         for name, judge in self.judges.items():
@@ -104,6 +106,8 @@ class Auditor:
         asked = {self.options.target, *(s.target for s in self.source.samples)}
         if "neighbour" in asked:
             config["neighbours"] = digest({str(k): v for k, v in engine.targets.neighbours.items()})
+        if self.masks is not None:
+            config |= self.masks.facts()
         if self.config.match_official:
             config["match_official"] = True
         if self.config.fit != "auto":
@@ -195,6 +199,12 @@ class Auditor:
         for place, (item, photo) in enumerate(zip(items, read, strict=True)):
             if isinstance(photo, str):
                 item.row.fail(photo)
+                continue
+            try:
+                if self.masks is not None:
+                    item.region = self.masks.of(item.chosen.sample, photo.frame)
+            except CounterlensError as wrong:
+                item.row.fail(str(wrong))
                 continue
             photos[place] = photo
             item.pictures["image"] = photo.image

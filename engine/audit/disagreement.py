@@ -283,7 +283,8 @@ def run_disagreement(
     ids = list(found)
     if len(ids) < 2 or len(auditor.engine.labels) < 2:
         return None
-    facts, maps = find(auditor.engine, torch.stack(list(found.values())), ids, auditor.config, on_step)
+    anywhere = auditor.config.model_copy(update={"region": None})  # the filter is asked about the whole image
+    facts, maps = find(auditor.engine, torch.stack(list(found.values())), ids, anywhere, on_step)
     facts["asked"] = count
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **maps)  # type: ignore[arg-type]

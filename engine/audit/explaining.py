@@ -37,6 +37,7 @@ class Item:
 
     row: Row
     chosen: Chosen
+    region: Tensor | str | None = None  # where alone it may change, [H, W] bool or auto
     pictures: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -92,26 +93,32 @@ class Explainer:
         return good
 
     def _run(
-        self, images: Tensor, targets: Sequence[str | int], on_step: OnStep | None = None
+        self,
+        images: Tensor,
+        targets: Sequence[str | int],
+        regions: Sequence[Tensor | str | None],
+        on_step: OnStep | None = None,
     ) -> tuple[list[Counterfactual | str], bool]:
         """A counterfactual, or what went wrong, for each image; and whether they had to be run singly."""
         options: dict[str, Any] = {"config": self.config, "on_step": on_step, "budget_s": self.options.budget_s}
         options["whole"] = False  # the runtimes of an audit are pinned step by step
         try:
-            return list(self.engine.counterfactual(images, targets, **options)), False
+            return list(self.engine.counterfactual(images, targets, region=regions, **options)), False
         except UsageError:
             raise
         except FAILURES:
             out: list[Counterfactual | str] = []
-            for image, target in zip(images, targets, strict=True):
+            for image, target, region in zip(images, targets, regions, strict=True):
                 try:
-                    out.append(self.engine.counterfactual(image[None], [target], **options)[0])
+                    out.append(self.engine.counterfactual(image[None], [target], region=[region], **options)[0])
                 except FAILURES as error:
                     out.append(f"{type(error).__name__}: {error}")
             return out, True
 
     def _counterfactuals(self, items: Sequence[Item], on_step: OnStep | None) -> None:
-        runs, singly = self._run(_images(items), [item.chosen.target for item in items], on_step)
+        runs, singly = self._run(
+            _images(items), [item.chosen.target for item in items], [item.region for item in items], on_step
+        )
         for item, made in zip(items, runs, strict=True):
             row = item.row
             row.retried = singly
@@ -131,6 +138,7 @@ class Explainer:
                 l2=made.l2,
                 kept_fraction=made.kept_fraction[made.kept_fraction.isfinite()].mean().item(),
                 seconds=made.seconds,
+                **made.measures(),
                 **changes(item.pictures["image"], made.image),
             )
             item.pictures["counterfactual"] = as_saved(made.image)
@@ -178,7 +186,8 @@ class Explainer:
                 had = labels.index(row.target)
             likeliest = [c for c in p.topk(min(AWAY + 1, len(labels))).indices.tolist() if labels[c] != row.prediction]
             asked += [(w, c) for c in dict.fromkeys([truth, *likeliest[:AWAY]]) if c != had]
-        runs, _ = self._run(images[[w for w, _ in asked]], [c for _, c in asked])
+        regions = [wrong[w].region for w, _ in asked]
+        runs, _ = self._run(images[[w for w, _ in asked]], [c for _, c in asked], regions)
         for (w, c), made in zip(asked, runs, strict=True):
             if not isinstance(made, str) and made.error is None:
                 found[w].append((labels[c], labels[made.prediction], made.l1, as_saved(made.image)))

@@ -55,6 +55,9 @@ class Row:
     l1: Annotated[float | None, "Mean absolute change per pixel and channel, in [0, 1]."] = None
     l2: Annotated[float | None, "Root mean square change per pixel and channel, in [0, 1]."] = None
     changed_area: Annotated[float | None, f"Share of pixels that change by more than {CHANGED} on average."] = None
+    region_area: Annotated[float | None, "Share of pixels where the image could change (--region)."] = None
+    l1_inside: Annotated[float | None, "l1 of the pixels in the region."] = None
+    l1_outside: Annotated[float | None, "l1 of the pixels outside; these are the image's own."] = None
     change_grid: Annotated[list[float] | None, f"Mean change in each of {GRID}x{GRID} cells, row by row."] = None
     kept_fraction: Annotated[float | None, "Share of latent locations that the consensus filter kept."] = None
     image: Annotated[str | None, "File of the image, at the model's size."] = None

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from ..core.photos import Photo
     from ..core.result import Counterfactual
     from ..engine import Engine
+    from ..images.masks import Masks
     from ..images.sources import Sample
     from ..outputs import Run
 
 RESTORED = ".restored.png"  # how the file of a restored photo ends
+REGION = ".region.png"  # and that of a region that was found
 
 
 @with_options
@@ -69,11 +71,13 @@ def counterfactual(
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from ..images.files import make_folder
+    from ..images.masks import AUTO, Masks
     from ..outputs import Source, open_run
 
     items = open_images(images or [], recursive, manifest, targets=True).samples
     if budget is not None and not budget > 0:
         raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
+    masks = None if config.region is None else Masks(config.region)
     choices: list[str | int] = [item.target or target for item in items]
     created = not out.exists()
     out = make_folder(out)
@@ -91,18 +95,19 @@ def counterfactual(
     facts = {
         "command": "counterlens counterfactual", **engine.facts(config), "target": target, "budget_s": budget,
         **({"restore": True} if restore else {}),
+        **({} if masks is None else masks.facts()),
     }  # fmt: skip
-    endings = (".png", RESTORED) if restore else (".png",)
+    endings = (".png", *((RESTORED,) if restore else ()), *((REGION,) if masks and masks.text == AUTO else ()))
     sources = [Source(item.path.stem, {"image": item.name, "target": item.target}, item.own_file) for item in items]
     kept = 0
     with (
         progress_bar("counterfactuals") as progress,
         open_run(
-            out, facts, sources=sources, endings=endings, overwrite=overwrite, resume=resume,
-            say=errors.print,
+            out, facts, sources=sources, endings=endings, inputs=[] if masks is None else masks.files,
+            overwrite=overwrite, resume=resume, say=errors.print,
         ) as run,
     ):  # fmt: skip
-        for record in _counterfactual_records(engine, items, choices, run, budget, restore, progress):
+        for record in _counterfactual_records(engine, items, choices, run, budget, restore, masks, progress):
             failed += record["status"] == "failed"
             kept += record.get("restored_flipped", False)
             if as_json:
@@ -122,6 +127,7 @@ def _counterfactual_records(
     run: Run,
     budget_s: float | None,
     restore: bool,
+    masks: Masks | None,
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Yield one line per image in order, batch by batch, as it was written; what cannot be read or written is one too.
@@ -131,6 +137,7 @@ def _counterfactual_records(
     import torch
 
     from ..images.files import save_png
+    from ..images.masks import AUTO
     from ..images.restoring import save_restored
     from ..runtime.spec import SLOTS
 
@@ -141,9 +148,12 @@ def _counterfactual_records(
     for b, rows in enumerate(batches):
         records: dict[int, dict[str, Any]] = {i: {"image": items[i].name} for i in rows}
         loaded: dict[int, Photo] = {}
+        regions: dict[int, torch.Tensor | str | None] = {}
         for i in rows:
             try:
-                loaded[i] = engine.read(items[i].file(), items[i].name)
+                photo = engine.read(items[i].file(), items[i].name)
+                regions[i] = None if masks is None else masks.of(items[i], photo.frame)
+                loaded[i] = photo
                 records[i]["input_sha256"] = items[i].sha256()
             except (CounterlensError, OSError) as error:
                 records[i] |= {"status": "failed", "error": str(error).removeprefix(f"{items[i].name}: ")}
@@ -159,7 +169,10 @@ def _counterfactual_records(
                 progress.update(task, completed=done + share * i / n, total=len(batches))
 
             images = torch.stack([loaded[i].image for i in alike])
-            made = engine.counterfactual(images, [targets[i] for i in alike], on_step=show, budget_s=budget_s)
+            made = engine.counterfactual(
+                images, [targets[i] for i in alike], on_step=show, budget_s=budget_s,
+                region=[regions[i] for i in alike],
+            )  # fmt: skip
             results.update(zip(alike, made, strict=True))
         for i, result in sorted(results.items()):
             records[i] |= result.record() | {"runtime": result.provenance["runtime"]}
@@ -179,6 +192,9 @@ def _counterfactual_records(
                     save_restored(picture, Path(records[i]["restored_path"]), line)
                 save_png(result.image, path, run.line(run.names[i], records[i]))
                 records[i]["path"] = str(path)
+                if masks is not None and masks.text == AUTO and result.region is not None:
+                    found = result.region[None].expand(3, -1, -1).float()
+                    save_png(found, path.with_name(run.names[i] + REGION))
             except CounterlensError as error:
                 records[i] |= {"status": "failed", "error": str(error)}
         for i in rows:

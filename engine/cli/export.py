@@ -86,6 +86,8 @@ def export(
 
     Example: counterlens export --model ./sd15 --classifier ./resnet-50 --preset imagenet-text --format aoti
     """
+    if config.region is not None:
+        raise UsageError("region: of runs, not of what is compiled; a step serves them with and without one")
     if what in ("adapter", "curve"):
         raise UsageError(f"what: {what} has a command of its own: counterlens adapter export")
     own = [name for name, said in (("format", format != "onnx"), ("dtype", dtype != "fp32"), ("force", force)) if said]

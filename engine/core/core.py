@@ -39,6 +39,7 @@ from ..runtime.runners import REAL_IMAGES, Runners
 from ..runtime.spec import SLOTS, Spec
 from .checks import check_images, check_models, check_running
 from .photos import Photo, Said, check_native, read, restored, say
+from .regions import RegionLike, one_region_each
 from .result import Counterfactual, Counterfactuals
 from .session import Session, padded_batches
 from .targets import TargetLabels, Targets, one_each
@@ -325,6 +326,7 @@ class EngineCore:
             "speed": config.speed,
             "match_official": config.match_official,
             "fit": config.fit_name,
+            **({} if config.region is None else {"region": config.region}),
             "settings": self.settings(config).model_dump(),
             # Of another noise path, where `settings` has the strength of the same noise level.
             **({"strength_asked": config.settings(self.pack_settings, self.speeds).strength} if self.carries else {}),
@@ -446,6 +448,7 @@ class EngineCore:
         budget_s: float | None = None,
         observe: Observer | None = None,
         whole: bool = True,
+        region: RegionLike | Sequence[RegionLike | None] | None = None,
     ) -> Counterfactuals:
         """Change each image as little as needed for the classifier to say its target.
 
@@ -472,14 +475,18 @@ class EngineCore:
             whole: under the runtime `auto`, images that share their settings may run by a file of the whole run
                 (`counterlens export --what counterfactual`) where that was measured to be faster, if nothing is asked
                 of single steps; pixels then agree within 1/255. False takes the steps.
+            region: where alone the images may change, `config.region` without it: `auto`, x,y,w,h in pixels of the
+                image, a mask's file, or a mask [H, W] as tensor or array (`core.regions.check_region` says which); one
+                for all, or one per image. Outside, pixels are the image's own, bit by bit.
 
         Returns:
             Counterfactuals; samples that fail are reported in `.errors` and do not stop the others.
 
         Raises:
-            UsageError: images, targets, seeds, config or budget do not fit.
+            UsageError: images, targets, seeds, config, budget or regions do not fit.
         """
         self.check_images(images)
+        regions = one_region_each(region, images)
         configs = [config or self.config] * len(images) if config is None or isinstance(config, Config) else [*config]
         if len(configs) != len(images):
             raise UsageError(f"config: expected {len(images)}, one per image, got {len(configs)}")
@@ -495,8 +502,8 @@ class EngineCore:
         with self.frozen():
             whole = whole and (progress, on_step, budget_s, observe) == (None,) * 4
             session = Session(self, configs[0] if configs else None, observe=observe, whole=whole)
-            for one in zip(images, asked, given, configs, strict=True):
-                session.submit(*one, budget_s)
+            for image, target, seed, one, where in zip(images, asked, given, configs, regions, strict=True):
+                session.submit(image, target, seed, one, budget_s, where)
             while session.busy:
                 samples = session.tick()
                 sampler = session.sampler

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import CounterlensError, UsageError
-from ..images.files import save_png, to_uint8
+from ..images.files import as_saved, save_png, to_uint8
 from ..showing import one_line
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Counterfactual:
         error: why there is no counterfactual, or None.
         labels: names of the classifier's labels.
         provenance: what made it: classifier, mode, settings, seed, weights, versions, threads, ...
+        region: where alone it could change, [H, W] bool; None: anywhere.
     """
 
     id: int
@@ -67,8 +68,21 @@ class Counterfactual:
     error: str | None
     labels: list[str] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
+    region: Tensor | None = field(default=None, repr=False)
 
     __repr__ = one_line
+
+    def measures(self) -> dict[str, float]:
+        """Of a region: its share of the pixels, and l1 inside and outside; nothing without one."""
+        if self.region is None:
+            return {}
+        change = (as_saved(self.image) - self.input).abs().mean(dim=0)
+        inside, outside = change[self.region], change[~self.region]
+        return {
+            "region_area": self.region.float().mean().item(),
+            "l1_inside": inside.mean().item() if len(inside) else 0.0,
+            "l1_outside": outside.mean().item() if len(outside) else 0.0,
+        }
 
     @property
     def status(self) -> str:
@@ -94,6 +108,7 @@ class Counterfactual:
             "complete": self.complete,
             "seed": self.seed,
             "seconds": round(self.seconds, 4),
+            **{name: round(value, 6) for name, value in self.measures().items()},
         }
 
 
@@ -108,6 +123,7 @@ class Counterfactuals:
         flipped, complete: [B] bool.
         kept_fraction: [B, steps], of the longest schedule.
         seeds, errors, provenance: one per sample.
+        regions: [H, W] bool of each sample, or None where it could change anywhere.
         labels: names of the classifier's labels.
     """
 
@@ -128,6 +144,7 @@ class Counterfactuals:
     errors: list[str | None]
     labels: list[str]
     provenance: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    regions: list[Tensor | None] = field(default_factory=list, repr=False)
 
     @classmethod
     def stack(
@@ -161,6 +178,7 @@ class Counterfactuals:
             errors=[s.error for s in samples],
             labels=labels,
             provenance=[s.provenance for s in samples],
+            regions=[s.region for s in samples],
         )
 
     def __repr__(self) -> str:
@@ -193,6 +211,7 @@ class Counterfactuals:
             error=self.errors[i],
             labels=self.labels,
             provenance=self.provenance[i] if self.provenance else {},
+            region=self.regions[i] if self.regions else None,
         )
 
     def figure(self, most: int = 8) -> Figure:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import Config, Settings
 from ..errors import UsageError
+from ..guidance.region import Region, compose
 from ..guidance.sampler import PATIENCE, Job, Observer, Outcome, Sampler, check_graph, count_ticks, guided_steps
 from ..guidance.schedule import schedule_of
 from ..images.files import as_saved
@@ -19,6 +20,7 @@ from ..models.protocols import Diffusion
 from ..runtime.registry import EAGER
 from ..runtime.runners import REAL_IMAGES
 from ..runtime.spec import SLOTS
+from .regions import RegionLike, check_region
 from .result import ALREADY, Counterfactual, noise_seed
 from .targets import TargetLabels
 from .whole_runs import NAME, WholeSampler
@@ -57,6 +59,7 @@ class _Sample:
     settings: Settings
     steps: int
     budget_s: float | None
+    region: Region | None
     source: int = -1
     wanted: int = -1
     error: str | None = None
@@ -116,6 +119,7 @@ class Session:
         seed: int | None = None,
         config: Config | None = None,
         budget_s: float | None = None,
+        region: RegionLike | None = None,
     ) -> int:
         """Add a sample and return its id; its result comes from a later `tick`.
 
@@ -125,10 +129,11 @@ class Session:
             seed: without it the image's own pixels and `config.seed` decide.
             config: instead of the session's.
             budget_s: seconds from the moment that it is first worked on, see `EngineCore.counterfactual`.
+            region: where alone it may change, see there; `config.region` without it.
 
         Raises:
-            UsageError: image, config or budget do not fit. A target that is no label, or is predicted already, is in
-                the result's `error` instead.
+            UsageError: image, config, budget or region do not fit. A target that is no label, or is predicted already,
+                is in the result's `error` instead.
         """
         config = config or self.config
         settings, steps = self._checked(config)
@@ -137,7 +142,8 @@ class Session:
         self.models.check_images(image[None])
         self._check_sides((image.shape[1], image.shape[2]))
         seed = noise_seed(image, config) if seed is None else seed
-        sample = _Sample(self._next_id, image, target, seed, config, settings, steps, budget_s)
+        found = check_region(config.region if region is None else region, image)
+        sample = _Sample(self._next_id, image, target, seed, config, settings, steps, budget_s, found)
         self._next_id += 1
         self._new.append(sample)
         return sample.id
@@ -170,6 +176,9 @@ class Session:
                 sample.outcome, sample.error = outcome, outcome.error
                 if outcome.image is not None:
                     sample.made = outcome.image.clamp(0, 1).to(sample.image)
+                    if outcome.region is not None:
+                        outcome.region = outcome.region.to(sample.image.device)
+                        sample.made = compose(sample.image, sample.made, outcome.region)
                 outcome.z = outcome.image = None  # of the device
                 self._done.append(sample)
         if self.slots is None and self._running:
@@ -244,13 +253,16 @@ class Session:
             self.total = count_ticks([sample.steps for sample in todo], slots)
         for sample in todo:
             assert self.sampler is not None
-            job = Job(sample.image, sample.wanted, sample.seed, sample.settings, sample.budget_s)
+            job = Job(sample.image, sample.wanted, sample.seed, sample.settings, sample.budget_s, sample.region)
             self._running[self.sampler.submit(job)] = sample
 
     def _whole_sampler(self, samples: Sequence[_Sample], slots: int) -> WholeSampler | None:
         """A whole run's file for a batch whose samples share their settings and end together."""
         settings = samples[0].settings
-        alike = all(s.settings == settings and s.budget_s is None and not s.config.match_official for s in samples)
+        alike = all(
+            s.settings == settings and (s.budget_s, s.region) == (None, None) and not s.config.match_official
+            for s in samples
+        )
         alike = alike and self.models.is_own_size(samples[0].image.shape[1:])
         return self.models.open_whole(settings, slots) if self.whole and alike else None
 
@@ -340,6 +352,7 @@ class Session:
             error=sample.error,
             labels=self.models.targets.labels,
             provenance=made,
+            region=None if outcome is None or failed else outcome.region,
         )
 
 

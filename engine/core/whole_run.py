@@ -281,6 +281,8 @@ def export_counterfactual(
         raise UsageError(
             f"fit: a file takes images of one size, {engine.image_size}x{engine.image_size}; no native there"
         )
+    if config.region is not None:
+        raise UsageError("region: a whole run's file takes the image alone; the engine's own steps keep to regions")
     if engine.device.type != "cpu":
         raise UsageError(f"device: a whole run is written and checked on the CPU, the models are on {engine.device}")
     if pages and batch not in (None, 1):

@@ -16,6 +16,7 @@ from ..models.conditions import Condition, tensors
 from ..models.protocols import Classifier, Decoder, Diffusion
 from ..showing import one_line
 from .pullback import PullbackMode
+from .region import Held, Region, guidance_of, hold, narrow
 from .schedule import Schedule, add_noise, ddim, schedule_of
 from .solvers import COLUMNS, advance, coefficients, no_history
 from .spans import span
@@ -38,6 +39,7 @@ class Job:
         seed: of the sample's noise.
         settings: its numbers; those that decide the step's graph must be the sampler's.
         budget_s: seconds from the moment that the sample is first worked on, after which what there is comes back.
+        region: where alone it may change, see `guidance.region`; [H, W] bool or `auto`, anywhere without it.
     """
 
     image: Tensor
@@ -45,6 +47,7 @@ class Job:
     seed: int
     settings: Settings
     budget_s: float | None = None
+    region: Region | None = None
 
 
 @dataclass
@@ -54,12 +57,13 @@ class Outcome:
     Attributes:
         id: as `submit` gave it.
         z: final latents [C, h, w]; the last guided clean estimate where the budget ended the run; None with an error.
-        image: z decoded, [3, H, W] nominally in [0, 1] and not clamped; None with an error or without a decoder.
+        image: z decoded, [3, H, W] nominally in [0, 1], not clamped, before `region.compose`; None with an error.
         kept: for each step taken, the share of locations that the filter kept; NaN where the step was not guided.
         total: how many steps the schedule has.
         complete: the whole schedule was run.
         seconds: time of every batched operation that the sample took part in, divided by the samples in it.
         error: why there is no image.
+        region: where it could change, [H, W] bool; None: anywhere.
     """
 
     id: int
@@ -70,6 +74,7 @@ class Outcome:
     complete: bool
     seconds: float
     error: str | None = None
+    region: Tensor | None = None
 
     __repr__ = one_line
 
@@ -84,6 +89,7 @@ class _Sample:
     latents: Tensor = field(default_factory=lambda: torch.empty(0))  # of the image [C, h, w]
     z: Tensor = field(default_factory=lambda: torch.empty(0))  # between the stages, [C, h, w]
     kept: list[float] = field(default_factory=list)
+    region: Held | None = None
     inverted: int = 0  # inversion steps taken
     started: float = 0.0
     seconds: float = 0.0
@@ -148,11 +154,11 @@ def invert(
 class Sampler:
     """Guided sampling over a fixed number of slots.
 
-    Every slot has its own sample, timestep, target, scales, solver and history. A sample that is finished leaves after
-    its step and the next one takes its place before the following step, so the step always sees the same shape; an
-    empty slot holds zeros. No sample's numbers depend on its slot or on its neighbours. Three stages, each in batches
-    of the same fixed shape: encoding, DDIM inversion (in slots of its own) and guided steps; then decoding. A stage
-    runs only when the next one has room, so memory does not grow with the number of jobs.
+    Every slot has its own sample, timestep, target, scales, solver and history. A sample that is finished leaves and
+    the next one takes its place before the following step, so the step always sees the same shape; an empty slot holds
+    zeros. No sample's numbers depend on its slot or neighbours. Three stages, each in batches of the same fixed shape:
+    encoding, DDIM inversion (in slots of its own) and guided steps; then decoding. A stage runs only when the next one
+    has room, so memory does not grow with the number of jobs.
 
     A batch wants all slots busy: newcomers are prepared to the end before the next step, and finished samples wait for
     a full batch to be decoded. Whoever waits for one answer wants neither: while a sampler is `live`, a tick holds at
@@ -336,11 +342,15 @@ class Sampler:
             sample.latents = sample.z = z[row].clone()
             if not finite[row]:
                 self._fail(sample, "the encoder returned NaN or infinite values")
-            elif sample.job.settings.noise == "inversion":
+                continue
+            sample.region = hold(sample.job.region, sample.latents, sample.guided)
+            if sample.job.settings.noise == "inversion":
                 self._encoded.append(sample)
             else:
                 one = sample.z[None]
                 noise = seeded_noise(tuple(sample.z.shape), [sample.job.seed], one)  # type: ignore[arg-type]
+                if sample.region is not None:
+                    sample.region.noise = noise[0]
                 sample.z = add_noise(one, noise, alphas_cumprod[sample.schedule.start].expand(1))[0]
                 self._ready.append(sample)
         self._share(samples, started)
@@ -356,6 +366,8 @@ class Sampler:
             step = len(sample.schedule) - 1 - sample.inverted
             timestep[i] = level_next[i] = sample.schedule.timesteps[step]
             level[i] = sample.schedule.timesteps_prev[step]
+            if sample.region is not None:
+                sample.region.trajectory[step] = self._inverted[i].clone()
         z, device = self._inverted, self._z.device
         alphas_cumprod = self.diffusion.alphas_cumprod.to(z)
         eps = self.predict_noise(z, torch.tensor(timestep, device=device), self._null)
@@ -426,6 +438,8 @@ class Sampler:
         if any(multistep):
             solved, self._history = advance(table.to(device), z, z0, self._history)
             z_next = torch.where(_per_slot(multistep, device), solved, z_next)
+        if any(sample.region for _, sample in held):
+            z_next, z0 = self._keep_to_regions(z, z_next, z0, t, t_prev, guided)
         finite = z_next.isfinite().flatten(1).all(dim=1).tolist()
         shares = kept.tolist()
         self._share([sample for _, sample in held], started)
@@ -461,6 +475,20 @@ class Sampler:
         if more:  # the guidance, for the steps that reuse it
             self._reused = torch.where(_per_slot(guided, z.device), more[0], self._reused)
         return z_next, z0, kept
+
+    def _keep_to_regions(
+        self, z: Tensor, z_next: Tensor, z0: Tensor, t: Tensor, t_prev: Tensor, guided: list[bool]
+    ) -> tuple[Tensor, Tensor]:  # z_next and z0, put back outside
+        levels = self.diffusion.alphas_cumprod.to(z)
+        held = [(i, s, s.region) for i, s in enumerate(self._running) if s and s.region]
+        if looking := [(s, region, i) for i, s, region in held if region.mask is None and guided[i]]:
+            added = guidance_of(z, z0, self.predict_noise(z, t, self._null), levels[t])
+            for s, region, i in looking:
+                region.look(added[i], s.job.image.shape[-2:])
+        z_next, z0 = z_next.clone(), z0.clone()  # of samples without a region nothing changes
+        for i, sample, region in held:
+            z_next[i], z0[i] = region.put_back(z_next[i], z0[i], len(sample.kept), levels[t_prev[i]])
+        return z_next, z0
 
     # Leaving
 
@@ -501,6 +529,7 @@ class Sampler:
             images, finite = None, [True] * len(samples)
         else:
             images = (self.decode(z) + 1) / 2
+            narrow({i: s.region for i, s in enumerate(samples) if s.region is not None}, images, self.decode)
             finite = images.isfinite().flatten(1).all(dim=1).tolist()
         self._share(samples, started)
         out = []
@@ -510,6 +539,7 @@ class Sampler:
             outcome = sample.outcome(error)
             if error is None:
                 outcome.z, outcome.image = sample.z, None if images is None else images[row].clone()
+                outcome.region = None if sample.region is None else sample.region.mask
             out.append(outcome)
         return out
 

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 MAX_DEPTH = 32  # of a JSON body
 # A string that does not end is taken whole too: looking for its end from every quote in it would take minutes.
 STRINGS, BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL), re.compile(rb"[\[\]{}]")
-OF_THE_SERVER = ("pack", "classifier", "mode", "speed", "seed")  # fields of Config that a request's `config` has not
+OF_THE_SERVER = (
+    "pack",
+    "classifier",
+    "mode",
+    "speed",
+    "seed",
+    "region",
+)  # fields of Config that a request's `config` has not
 
 
 class Problem(CounterlensError):

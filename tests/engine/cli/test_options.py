@@ -20,6 +20,7 @@ OF_THE_MODELS = {"pack", "classifier"}  # of a config; a command's are those of 
 NOT_IN_A_FILE = {"neighbours", "dtype", "device", "runtime", "attention", "checkpointing", "memory_budget"}
 # One value that does not fit, of every field that has a type, a range or choices.
 WRONG = {
+    "region": "1,2,3",
     "mode": "quick", "preset": "mine", "speed": "warp", "seed": "-1", "steps": "0", "strength": "0", "angle": "181",
     "guidance_scale": "-1", "class_scale": "-0.1", "distance_scale": "much", "noise": "none", "solver": "euler",
     "spacing": "even", "guidance_start": "1", "guidance_end": "0", "filter": "some", "gradient": "half",
