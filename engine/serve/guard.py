@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .telemetry import Metrics, log
+from .tracing import request_span
 from .wire import Problem
 
 Scope = MutableMapping[str, Any]
@@ -126,7 +127,12 @@ class Guard:
                         429, f"key: {self.limits.per_key} requests of it run already", None, {"Retry-After": "1"}
                     )
                 self.running[key] += 1
-            await self.app(scope, self._limited(headers, receive), answer)
+            with request_span(scope["method"], scope["path"], headers, request_id) as said:
+                try:
+                    await self.app(scope, self._limited(headers, receive), answer)
+                finally:
+                    said["http.route"] = getattr(scope.get("route"), "path", "other")
+                    said["http.response.status_code"] = status or None
         except Problem as problem:
             if not begun:
                 await send_problem(problem, answer, scope["path"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from ..saliency.explain import explain_by
 from .guard import Limits
 from .tasks import KEPT, KEPT_S, Event, Tasks
 from .telemetry import Metrics
+from .tracing import past_spans
 from .wire import CounterfactualRequest, Problem, SaliencyRequest, answer_of, config_of, png, read_image, to_base64
 from .worker import Ticket, Worker
 
@@ -101,7 +103,9 @@ class Server:
         self.metrics.answered(ticket)
         total = ticket.finished - ticket.arrived
         self.metrics.explain.observe(total)
+        began = time.perf_counter()
         body = await asyncio.to_thread(answer_of, result, ticket.slots, ticket.started - ticket.arrived, total)
+        past_spans([("encode", began, time.perf_counter())], {})
         if saliency:
             body["saliency"] = await self.saliency(result.input, SaliencyRequest(image="", target=result.source))
         return body

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from .tracing import past_spans
+
 if TYPE_CHECKING:
     from .worker import Ticket
 
@@ -50,6 +52,14 @@ class Metrics:
         self.queue_s = Histogram("counterlens_queue_seconds", "Seconds in the queue.", buckets=SECONDS, **named)
         self.run_s = Histogram("counterlens_run_seconds", "Seconds in the slots, encoding included.", buckets=SECONDS,
                                **named)  # fmt: skip
+        self.stages = {
+            name: Histogram(f"counterlens_{name}_seconds", text, buckets=SECONDS, **named)
+            for name, text in (
+                ("prepare", "Seconds from a lane to the first step: encoding, noise or inversion."),
+                ("steps", "Seconds from the first guided step to the last."),
+                ("decode", "Seconds from the last step to the measured result."),
+            )
+        } | {"queue": self.queue_s}
         for name, text, read in (
             ("queue_depth", "Requests that wait.", lambda: worker.waiting),
             ("slots_busy", "Requests in the slots or prepared for them.", lambda: worker.busy_slots),
@@ -67,7 +77,9 @@ class Metrics:
 
     def answered(self, ticket: Ticket[Any]) -> None:
         """A counterfactual is done."""
-        self.queue_s.observe(max(0.0, ticket.started - ticket.arrived))
+        for name, start, end in ticket.stages:
+            self.stages[name].observe(max(0.0, end - start))
+        past_spans(ticket.stages, {"counterlens.slots": ticket.slots, "counterlens.steps": ticket.step})
         self.run_s.observe(max(0.0, ticket.finished - ticket.started))
 
     def text(self) -> bytes:

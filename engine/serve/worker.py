@@ -63,11 +63,14 @@ class Ticket(Generic[T]):
         shares: of the latest preview: probability of the label that was predicted before, and of the target; None where
             they are not finite.
         arrived, started, finished: `time.perf_counter` at arrival, when it got into a lane, and when it was done.
+        first, last: when its first step began, and when the last one that was told ended; 0 without a step.
     """
 
     future: Future[T] = field(default_factory=_taken)
     arrived: float = field(default_factory=time.perf_counter)
     started: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
     finished: float = 0.0
     step: int = 0
     total: int = 0
@@ -76,6 +79,14 @@ class Ticket(Generic[T]):
     cancelled: bool = False
     on_step: Callable[[Ticket[T], Tensor | None], None] | None = None
     preview: bool = False
+
+    @property
+    def stages(self) -> list[tuple[str, float, float]]:
+        """What a finished one waited for, with start and end: queue, prepare, steps, decode (measuring included)."""
+        times = [self.arrived, self.started, self.first, self.last, self.finished]
+        if not self.first:  # it took no step
+            times[2:4] = [self.finished, self.finished]
+        return list(zip(("queue", "prepare", "steps", "decode"), times, times[1:], strict=False))
 
 
 @dataclass
@@ -384,7 +395,7 @@ class Worker:
         try:
             done = chosen.session.tick()
             spent = time.perf_counter() - started
-            self._tell(chosen)
+            self._tell(chosen, started)
         except (CounterlensError, *FAILURES) as error:
             self._broken(chosen, error)
             return
@@ -397,8 +408,8 @@ class Worker:
         for result in done:
             self._deliver(chosen.requests.pop(result.id), result)
 
-    def _tell(self, lane: _Lane) -> None:
-        """Progress of the samples that took a step in this tick."""
+    def _tell(self, lane: _Lane, began: float) -> None:
+        """Progress of the samples that took a step in this tick, which began then."""
         stepped = lane.session.stepped
         if stepped:
             self.ticks += 1
@@ -417,6 +428,7 @@ class Worker:
                 continue
             ticket = request.ticket
             ticket.step, ticket.total = step, total
+            ticket.first, ticket.last = ticket.first or began, time.perf_counter()
             if ticket.on_step is not None:
                 ticket.on_step(ticket, previews.get(id))
 
