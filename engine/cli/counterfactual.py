@@ -181,12 +181,17 @@ def _counterfactual_records(
             path = run.folder / f"{run.names[i]}.png"
             try:
                 if restore:
-                    picture, said = engine.restore(items[i].file(), loaded[i], result.image, items[i].name)
+                    where = result.region
+                    if masks is not None and (own := masks.of_photo(items[i], loaded[i].frame)) is not None:
+                        where = own
+                    picture, said = engine.restore(
+                        items[i].file(), loaded[i], result.image, items[i].name, region=where
+                    )
                     records[i] |= {
                         "restored_path": str(path.with_name(run.names[i] + RESTORED)),
                         "restored_prediction": said.label,
                         "restored_target_confidence": round(said.probabilities[result.target].item(), 6),
-                        "restored_flipped": said.label == records[i]["target"],
+                        "restored_flipped": int(said.probabilities.argmax()) == result.target,
                     }
                     line = run.line(run.names[i], records[i])
                     save_restored(picture, Path(records[i]["restored_path"]), line)

@@ -181,13 +181,16 @@ class EngineCore:
             UsageError: a runtime was named whose artefacts are of another size.
         """
         settings = self.settings(config or self.config)
+        guided_noise = None if settings.denoiser == "own" else self.runners.guided(settings).predict_noise
         if observe is None and sides is not None and not self.is_own_size(sides):
             self.check_runtime_for(sides)
             eager = GuidedStep(
-                self.diffusion, self.classifier, settings.graph, decoder=self.runners.decoder(settings),
+                self.runners.guided(settings), self.classifier, settings.graph, decoder=self.runners.decoder(settings),
                 mode=self.pullback, backend=self.backend,
             )  # fmt: skip
-            return Sampler(self.diffusion, slots, eager, settings.graph, decode=self.diffusion.decode)
+            return Sampler(
+                self.diffusion, slots, eager, settings.graph, decode=self.diffusion.decode, guided_noise=guided_noise
+            )
         if observe is not None:
             return Sampler(
                 self.diffusion, slots, self.runners.step(settings).observed(), settings.graph,
@@ -198,6 +201,7 @@ class EngineCore:
         return Sampler(
             self.diffusion, slots, step, settings.graph,
             predict_noise=parts["predict_noise"], encode=parts["encode"], decode=parts["decode"],
+            guided_noise=guided_noise,
         )  # fmt: skip
 
     def open_whole(self, settings: Settings, slots: int) -> WholeSampler | None:
@@ -549,7 +553,13 @@ class EngineCore:
         return [None if photo.own is None else next(said) for photo in photos]
 
     def restore(
-        self, file: Path | BytesIO, photo: Photo, after: Tensor, name: str | None = None, config: Config | None = None
+        self,
+        file: Path | BytesIO,
+        photo: Photo,
+        after: Tensor,
+        name: str | None = None,
+        config: Config | None = None,
+        region: Tensor | None = None,
     ) -> tuple[Image.Image, Said]:
         """A counterfactual's change laid over the photo at its own size; see `photos.restored`, errors too."""
-        return restored(self, file, photo, after, name, config or self.config)
+        return restored(self, file, photo, after, name, config or self.config, region)

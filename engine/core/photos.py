@@ -193,6 +193,7 @@ def restored(
     after: Tensor,  # [3, H, W] in [0, 1]
     name: str | None,
     config: Config,
+    region: Tensor | None = None,  # [H, W] bool, or of the photo's size
 ) -> tuple[Image.Image, Said]:
     """A counterfactual's change, enlarged and laid over the photo, see `images.restoring.restore`; what is said of it.
 
@@ -204,11 +205,13 @@ def restored(
         photo: as `read` gave it.
         after: the counterfactual.
         config: as for `read`.
+        region: where alone the image could change; outside it the photo keeps its pixels.
     """
     path = name or file
     picture = open_picture(file, path, managed=not config.match_official)
     before, changed = (x.permute(1, 2, 0).cpu().float().numpy() for x in (photo.image, as_saved(after)))
-    out = restore(picture, before, changed, photo.frame)
+    may = None if region is None else region.cpu().numpy()
+    out = restore(picture, before, changed, photo.frame, may)
     process = find_processor(engine.classifier)
     if process is not None:
         return out, say(engine, [process(out)])[0]

@@ -175,6 +175,7 @@ class Sampler:
         graph: the settings' `graph` that `step` was made for.
         predict_noise, encode, decode: in place of the diffusion model's own (compiled, for example); `decode=None`
             leaves outcomes without images.
+        guided_noise: the noise prediction of the denoiser that `step` has, where it is another.
         observe: told what the filter compared, see `Observer`; needs a `step` with directions.
         clock: seconds, for budgets.
 
@@ -193,6 +194,7 @@ class Sampler:
         predict_noise: Callable[[Tensor, Tensor, Condition], Tensor] | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
+        guided_noise: Callable[[Tensor, Tensor, Condition], Tensor] | None = None,
         observe: Observer | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -201,6 +203,7 @@ class Sampler:
         self.step = step
         self.graph = graph
         self.predict_noise = predict_noise or diffusion.predict_noise
+        self.guided_noise = guided_noise or self.predict_noise
         self.encode = encode or diffusion.encode
         self.decode = decode
         self.observe = observe
@@ -482,7 +485,7 @@ class Sampler:
         levels = self.diffusion.alphas_cumprod.to(z)
         held = [(i, s, s.region) for i, s in enumerate(self._running) if s and s.region]
         if looking := [(s, region, i) for i, s, region in held if region.mask is None and guided[i]]:
-            added = guidance_of(z, z0, self.predict_noise(z, t, self._null), levels[t])
+            added = guidance_of(z, z0, self.guided_noise(z, t, self._null), levels[t])
             for s, region, i in looking:
                 region.look(added[i], s.job.image.shape[-2:])
         z_next, z0 = z_next.clone(), z0.clone()  # of samples without a region nothing changes

@@ -126,7 +126,9 @@ class Masks:
     @property
     def files(self) -> list[Path]:
         """What it reads."""
-        return [] if self.text == AUTO or self.box is not None else [self.path]
+        if self.text == AUTO or self.box is not None:
+            return []
+        return [self.path] if self.path.is_file() else [p for p in sorted(self.path.rglob("*")) if p.is_file()]
 
     def facts(self) -> dict[str, Any]:
         """What was asked for, and what the files hold: what must not change under a run that goes on."""
@@ -162,8 +164,21 @@ class Masks:
             )
         return torch.from_numpy(mask)
 
+    def of_photo(self, sample: Sample, made: Frame) -> Tensor | None:
+        """The region in the picture's own pixels, [H, W] bool; None where it was not said in them."""
+        import torch
+
+        if self.text == AUTO:
+            return None
+        if self.box is not None:
+            return torch.from_numpy(box_mask(self.box, made.picture))
+        mask = self._read(self.path if self.path.is_file() else self._named_like(sample))
+        return torch.from_numpy(mask) if mask.shape[::-1] == made.picture else None
+
     def _named_like(self, sample: Sample) -> Path:
-        for name in (sample.id, sample.path.name):
+        # A path of the image itself, absolute or leading out of the folder, would name no mask but some other file.
+        inside = not Path(sample.id).is_absolute() and ".." not in Path(sample.id).parts
+        for name in ((sample.id,) if inside else ()) + (sample.path.name,):
             for wanted in (self.path / name, (self.path / name).with_suffix(".png")):
                 if wanted.is_file():
                     return wanted

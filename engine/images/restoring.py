@@ -24,11 +24,13 @@ def restore(
     before: NDArray[np.float32],  # [h, w, 3] in [0, 1], the image that a frame showed of the picture
     after: NDArray[np.float32],  # [h, w, 3] in [0, 1], its counterfactual
     made: Frame,
+    region: NDArray[np.bool_] | None = None,  # [h, w] of the image, or [H, W] of the picture
 ) -> Image.Image:
     """The picture with the change of the image in it, in RGB, at the picture's own size.
 
     The change, after less before, is enlarged (bicubic) and added where the image showed the picture; what the image
     did not show keeps its pixels. Where the box ends inside the picture the change fades in, so that no seam is seen.
+    Outside a region, where alone the image could change, pixels are the picture's own: enlarged, it would spread.
     """
     left, top, right, bottom = inside(made)
     change = (after - before)[top:bottom, left:right]
@@ -38,6 +40,13 @@ def restore(
     weight = (
         _fade(y1 - y0, y0 > 0, y1 < picture.height)[:, None] * _fade(x1 - x0, x0 > 0, x1 < picture.width)[None]
     )  # [y1 - y0, x1 - x0]
+    if region is not None:
+        if region.shape == (picture.height, picture.width):
+            may = region[y0:y1, x0:x1]
+        else:
+            seen = Image.fromarray(region[top:bottom, left:right].astype(np.uint8))
+            may = np.asarray(seen.resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST))
+        weight = weight * may.astype(np.float32)
     out = np.array(picture.convert("RGB"))
     for channel in range(3):
         small = Image.fromarray(np.ascontiguousarray(change[..., channel], dtype=np.float32))

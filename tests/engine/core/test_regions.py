@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,37 @@ def test_masks_of_files_have_the_photos_size_or_the_models(tmp_path: Path) -> No
     Image.fromarray(np.ones((16, 16), np.uint8)).save(tmp_path / "black.png")
     with pytest.raises(UsageError, match=r"an empty mask.*largest value is 1 of 255"):
         Masks(str(tmp_path / "black.png"))
+
+
+def test_a_folder_of_masks_is_never_the_image_itself(tmp_path: Path) -> None:
+    made = frame("squash", (16, 16), 16)
+    for folder in ("masks", "in"):
+        (tmp_path / folder).mkdir()
+    light = np.full((16, 16), 255, np.uint8)
+    Image.fromarray(light).save(tmp_path / "in" / "a.png")
+    Image.fromarray(light).save(tmp_path / "masks" / "b.png")
+    masks = Masks(str(tmp_path / "masks"))
+    for id in (str(tmp_path / "in" / "a.png"), "../in/a.png"):  # as images are called on a command line
+        with pytest.raises(CounterlensError, match=r"masks has no a\.png"):
+            masks.of(Sample(id, tmp_path / "in" / "a.png"), made)
+    assert masks.of(Sample(str(tmp_path / "in" / "b.png"), tmp_path / "in" / "b.png"), made).all()
+    assert masks.files == [tmp_path / "masks" / "b.png"]  # which no output may replace
+
+
+def test_auto_looks_at_what_guidance_added_to_the_denoiser_that_was_guided(engine: Engine, tiny: Any) -> None:
+    own, classifier = tiny
+    other = copy.copy(own)
+    other.denoiser = copy.deepcopy(own.denoiser)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in other.denoiser.parameters():
+            weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=g) if weight.numel() > 1 else 0
+    settings = {"realistic": NUMBERS, "audit": NUMBERS}
+    both = Engine(own, classifier, distilled=other, pack_settings=settings)
+    alone = Engine(other, classifier, pack_settings=settings)  # from noise it takes the same guided run
+    x = images(4)
+    targets = [(int(p) + 1) % 10 for p in engine.probabilities(x).argmax(1)]
+    expected = alone.counterfactual(x, targets, region="auto")
+    made = both.counterfactual(x, targets, config=Config(denoiser="distilled"), region="auto")
+    assert torch.equal(torch.stack(made.regions), torch.stack(expected.regions))
+    assert torch.equal(made.images, expected.images)

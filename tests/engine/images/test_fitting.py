@@ -113,6 +113,28 @@ def test_restored_changes_what_was_shown_and_nothing_else(fit: str, shape: tuple
     assert (np.abs(middle - 51) <= 1).all() or (out[(y0 + y1) // 2, (x0 + x1) // 2] == 255).any()
 
 
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+def test_restored_keeps_the_picture_outside_a_region(fit: str) -> None:
+    given, before = picture(403, 302), np.full((32, 32, 3), 0.3, dtype=np.float32)
+    made = frame(fit, given.size, 32)
+    small, large = np.zeros((32, 32), dtype=bool), np.zeros((302, 403), dtype=bool)
+    small[10:20, 8:24] = True
+    large[120:180, 130:251] = True  # no whole pixels of the image
+    after = before + np.float32(0.2) * small[..., None]
+    for region in (small, large):
+        out = restore(given, before, after, made, region)
+        changed = (np.asarray(out, dtype=int) != np.asarray(given, dtype=int)).any(axis=-1)
+        assert changed.any()
+        if region is large:
+            assert not changed[~large].any()
+        else:
+            shown = np.asarray(take(Image.fromarray(np.asarray(out)), made, "box"), dtype=int)
+            was = np.asarray(take(given, made, "box"), dtype=int)
+            near = small.copy()
+            near[9:21, 7:25] = True  # the image's pixels do not begin where the picture's do
+            assert (shown == was)[~near].all()
+
+
 def test_no_seam_where_the_box_ends_inside() -> None:
     given, out, (x0, _, x1, _) = restored("crop", (403, 302))
     profile = (out - given)[150, :, 0]
