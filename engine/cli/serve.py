@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import queue
 import signal
@@ -129,15 +128,9 @@ def _run(
     warm: Callable[[], None] = lambda: None, said: str = "",
 ) -> None:  # fmt: skip
     """Serve in this process until SIGTERM or Ctrl-C."""
-    import uvicorn
+    from ..serve.connection import http_server
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_level="error", access_log=False, timeout_keep_alive=5, lifespan="off",
-            h11_max_incomplete_event_size=32_768, timeout_graceful_shutdown=max(1, int(grace)),
-        )
-    )  # fmt: skip
-    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]  # they are handled below
+    server = http_server(app, grace)
     place = f"http://{host}:{listening.getsockname()[1]} ({said}interface: /docs; Ctrl-C stops)"
     asyncio.run(_serve(server, listening, place, worker, keys, grace, warm))
 
