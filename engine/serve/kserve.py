@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import struct
 from typing import Any
 
@@ -25,6 +26,7 @@ HEADER = "inference-header-content-length"
 DTYPES = {"FP32": np.float32, "INT64": np.int64, "INT32": np.int32, "FP64": np.float64, "BOOL": np.bool_}
 MAX_BATCH = 64
 DEFAULT_OUTPUTS = ("counterfactual", "prediction", "probabilities", "flipped")
+OUTPUTS = (*DEFAULT_OUTPUTS, "source", "l1", "saliency")
 
 
 def parameters_of(said: dict[str, Any], name: str = "parameters") -> dict[str, Any]:
@@ -46,9 +48,9 @@ def tensor_of(given: dict[str, Any], blob: memoryview) -> tuple[Any, int]:
         Problem: 400, naming the input.
     """
     name, kind, shape = str(given.get("name")), given.get("datatype"), given.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(n, int) and 0 <= n <= 2**24 for n in shape):
-        raise Problem(400, f"{name}: shape: expected a list of whole numbers, got {str(shape)[:60]}", name)
-    count = int(np.prod(shape, dtype=np.float64)) if shape else 1
+    if not isinstance(shape, list) or len(shape) > 8 or not all(isinstance(n, int) and 0 <= n <= 2**24 for n in shape):
+        raise Problem(400, f"{name}: shape: expected at most 8 whole numbers, got {str(shape)[:60]}", name)
+    count = math.prod(shape)
     size = parameters_of(given, name).get("binary_data_size")
     if size is not None and (not isinstance(size, int) or size < 0 or size > len(blob)):
         raise Problem(400, f"{name}: binary_data_size: {str(size)[:20]} bytes were said, {len(blob)} are there", name)
@@ -57,8 +59,10 @@ def tensor_of(given: dict[str, Any], blob: memoryview) -> tuple[Any, int]:
             texts = [str(x) for x in np.asarray(given.get("data", []), dtype=object).reshape(-1)]
         else:
             texts, at = [], 0
-            while at + 4 <= size:
-                (length,) = struct.unpack_from("<I", blob, at)
+            while at < size:
+                length = struct.unpack_from("<I", blob, at)[0] if at + 4 <= size else size
+                if at + 4 + length > size:
+                    raise Problem(400, f"{name}: a text of {length} bytes goes beyond the {size} of the input", name)
                 texts.append(bytes(blob[at + 4 : at + 4 + length]).decode(errors="replace"))
                 at += 4 + length
         if len(texts) != count:
@@ -130,6 +134,8 @@ async def run_all(
 ) -> list[Counterfactual]:
     """A counterfactual of each image; what is not wanted any more is cancelled."""
     tickets: list[Ticket[Counterfactual]] = []
+    if len(images) > (most := server.worker.max_queue):
+        raise Problem(413, f"image: {len(images)} at once, more than the {most} that may wait here", "image")
     try:
         for x, t in zip(images, targets, strict=True):
             tickets.append(server.worker.submit(x, t, config))
@@ -208,6 +214,11 @@ def add_routes(app: FastAPI, server: Server) -> None:
         if not isinstance(wanted, list) or not all(isinstance(o, dict) for o in wanted):
             raise Problem(400, "outputs: expected a list", "outputs")
         names = [str(o.get("name")) for o in wanted]
+        if wrong := [name for i, name in enumerate(names) if name not in OUTPUTS or name in names[:i]]:
+            raise Problem(
+                400, f"outputs: {wrong[0][:40]!r} is none, or is asked for twice; expected some of {', '.join(OUTPUTS)}",
+                "outputs",
+            )  # fmt: skip
         in_binary = [
             bool(parameters_of(o, name).get("binary_data", parameters.get("binary_data_output")))
             for o, name in zip(wanted, names, strict=True)
@@ -226,8 +237,6 @@ def add_routes(app: FastAPI, server: Server) -> None:
         if "saliency" in names:
             maps = await server.call(lambda: explain_by(server.engine, images).saliency)
             arrays["saliency"] = maps.numpy()
-        if wrong := [name for name in names if name not in arrays]:
-            raise Problem(400, f"outputs: {wrong[0][:40]!r} is none; expected some of {', '.join(arrays)}", "outputs")
         return await asyncio.to_thread(_respond, model, asked.get("id"), names, arrays, in_binary)
 
     @app.post("/v1/models/{model}:predict", tags=["kserve"])

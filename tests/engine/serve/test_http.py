@@ -361,21 +361,38 @@ def test_the_open_inference_protocol(client: TestClient, engine: EngineCore) -> 
         ([image | {"data": (shown + 2).reshape(-1).tolist()}], "image: expected numbers in [0, 1]"),
         ([image | {"parameters": {"binary_data_size": 10**9}}], "binary_data_size"),
         ([image | {"parameters": [1]}], "image: expected parameters as an object"),
+        ([image | {"shape": [2**24] * 60}], "image: shape"),
+        ([image | {"shape": [2**24] * 8, "data": []}], "image: does not fit shape"),
         ([image | {"data": shown.reshape(-1).tolist()}, target | {"datatype": "FP32"}], "target: expected an input of"),
     ):
         bad = client.post("/v2/models/tiny/infer", json={"inputs": inputs})
         assert bad.status_code == 400
         assert detail in bad.json()["detail"]
+    good = [image | {"data": shown.reshape(-1).tolist()}]
+    for names in (["other"], ["counterfactual"] * 2):
+        bad = client.post("/v2/models/tiny/infer", json={"inputs": good, "outputs": [{"name": n} for n in names]})
+        assert "is none, or is asked for twice" in bad.json()["detail"]
+    texts = {"name": "target", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": 5}}
+    head = json.dumps({"inputs": [texts]}).encode()
+    lying = head + (200).to_bytes(4, "little") + b"a" * 200
+    said = {"Inference-Header-Content-Length": str(len(head))}
+    assert "goes beyond" in client.post("/v2/models/tiny/infer", content=lying, headers=said).json()["detail"]
 
 
 def test_of_a_batch_that_does_not_fit_in_the_queue_nothing_runs(engine: EngineCore) -> None:
     gate = threading.Event()
-    image = {"name": "image", "datatype": "FP32", "shape": [3, 3, 16, 16], "data": [0.5] * 3 * 3 * 16 * 16}
+    image = {"name": "image", "datatype": "FP32", "shape": [2, 3, 16, 16], "data": [0.5] * 2 * 3 * 16 * 16}
     with working(engine, slots=1, max_queue=2) as worker, TestClient(make_app(engine, worker)) as client:
         worker.call(lambda: gate.wait(20))
         while worker._calls:
             time.sleep(0.001)
+        before = worker.submit(torch.full((3, 16, 16), 0.5))
         assert client.post("/v2/models/tiny/infer", json={"inputs": [image]}).status_code == 429
+        worker.cancel(before)
+        three = image | {"shape": [3, 3, 16, 16], "data": [0.5] * 3 * 3 * 16 * 16}
+        never = client.post("/v2/models/tiny/infer", json={"inputs": [three]})
+        assert never.status_code == 413
+        assert "more than the 2" in never.json()["detail"]
         gate.set()
         while worker.waiting or worker.busy_slots:
             time.sleep(0.001)
