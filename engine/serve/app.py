@@ -133,6 +133,9 @@ def make_app(
         waiting = asyncio.create_task(finish(server, name, ticket, asked.saliency))
         running.add(waiting)
         waiting.add_done_callback(running.discard)
+        if not streams:
+            release = request.scope["hold_key"]()
+            waiting.add_done_callback(lambda _: release())
         where = {"Location": f"/v1/counterfactuals/{name}"}
         if not streams:
             return JSONResponse({"id": name, "status": "accepted", **where}, 202, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import json
 import re
@@ -36,7 +37,7 @@ class Limits:
         body_bytes: of a request's body.
         body_seconds: until a body has to be there.
         pixels: of an image, before it is decoded.
-        per_key: requests of one key at once; 0: any number.
+        per_key: requests of one key at once, those that run on after a 202 included; 0: any number.
     """
 
     body_bytes: int = 32_000_000
@@ -127,6 +128,7 @@ class Guard:
                         429, f"key: {self.limits.per_key} requests of it run already", None, {"Retry-After": "1"}
                     )
                 self.running[key] += 1
+                scope["hold_key"] = functools.partial(self._hold, key)
             with request_span(scope["method"], scope["path"], headers, request_id) as said:
                 try:
                     await self.app(scope, self._limited(headers, receive), answer)
@@ -145,6 +147,15 @@ class Guard:
                 self.metrics.errors.labels(str(status)).inc()
             log("request", id=request_id, method=scope["method"], path=scope["path"][:200], status=status,
                 seconds=round(time.perf_counter() - started, 4))  # fmt: skip
+
+    def _hold(self, key: int) -> Callable[[], None]:
+        """Count one more request of a key until what comes back is called: work that goes on after its answer."""
+        self.running[key] += 1
+
+        def release() -> None:
+            self.running[key] -= 1
+
+        return release
 
     def _limited(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         """Receive a body of limited size within a limited time."""

@@ -220,7 +220,8 @@ class Worker:
             image, target, config, seed: see `core.session.Session.submit`.
             budget_s: seconds from now until the answer; what there is by then comes back.
             on_step: told after each of its steps, in the worker's thread; with `preview` also the clean estimate
-                [3, H, W] in [0, 1], which costs a decoder pass and a prediction (`Ticket.shares`).
+                [3, H, W] in [0, 1], which costs a decoder pass and a prediction (`Ticket.shares`). It is the tiny
+                decoder's where guidance goes through that one, else the full one's.
 
         Raises:
             UsageError: an argument does not fit. Full, Draining, Late: it is not taken.
@@ -416,7 +417,8 @@ class Worker:
             self.steps += len(stepped)
             self.places += lane.slots
         wanted = [id for id in stepped if id in lane.requests and lane.requests[id].ticket.preview]
-        previews = lane.session.previews(wanted) if wanted else {}
+        tiny = self.engine.guidance_decoder if lane.session.graph.guidance_decoder == "tiny" else None
+        previews = lane.session.previews(wanted, tiny and tiny.decode) if wanted else {}
         if previews:
             seen = self.engine.probabilities(torch.stack([*previews.values()]), (lane.slots,))
             for id, p in zip(previews, seen, strict=True):

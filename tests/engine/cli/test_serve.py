@@ -8,11 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from counterlens.engine.cli import serve
+from counterlens.engine.cli.main import app
+from counterlens.engine.config import Config
 from counterlens.engine.serve.wire import png
 from tests.engine.cli.test_cli import one_line_error, run
 
@@ -66,6 +71,30 @@ def test_it_answers_and_finishes_what_runs_when_it_is_stopped(tmp_path: Path) ->
 )
 def test_what_it_does_not_take(options: list[str], word: str) -> None:
     one_line_error(run("serve", *options), 2, word)
+
+
+def test_the_speeds_that_are_named_are_warm_before_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the slots that its first requests take; and requests that name no speed get the first one."""
+    made: list[Any] = []
+    monkeypatch.setattr(serve, "_run", lambda *given: made.append(given))
+    options = ["serve", "--port", "0", "--runtime", "eager", "--preload-speeds", "balanced,exact", "--slots", "2"]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    (_, worker, listening, *_, warm, _) = made[0]
+    listening.close()
+    engine, ran = worker.engine, []
+    prepare = engine.runners.prepare
+
+    def noted(settings: Any, slots: int, measure: bool | None) -> Any:
+        ran.append((settings.graph, settings.steps, slots))
+        return prepare(settings, slots, measure)
+
+    monkeypatch.setattr(engine.runners, "prepare", noted)
+    warm()
+    said = [engine.settings(Config(speed=speed)) for speed in ("balanced", "exact")]
+    assert said[0].graph != said[1].graph
+    assert ran == [(s.graph, s.steps, 2) for s in said]
+    assert engine.config.speed == "balanced"
 
 
 def test_a_warm_up_that_fails_ends_it() -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.connection import HEADER_BYTES, Connection, http_server
-from counterlens.engine.serve.guard import Limits
+from counterlens.engine.serve.guard import Keys, Limits
 from counterlens.engine.serve.worker import Worker
-from tests.engine.serve.test_http import engine, worker  # noqa: F401  # fixtures
+from tests.engine.serve.test_http import engine, picture, worker  # noqa: F401  # fixtures
+from tests.engine.serve.test_worker import Gate, working
 
+BODY = json.dumps({"image": base64.b64encode(picture()).decode()}).encode()
+ASYNC = {"Prefer": "respond-async"}
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /v1/predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n"
 SECONDS = 0.4
@@ -27,16 +34,25 @@ class Quick(Connection):
     seconds = SECONDS
 
 
+@contextmanager
+def listening(app: Any, connection: type[Connection] = Connection) -> Iterator[int]:
+    """The port of a server that runs meanwhile."""
+    server = http_server(app, 1, connection)
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        thread = threading.Thread(target=server.run, args=([held],))
+        thread.start()
+        try:
+            yield held.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
 @pytest.fixture(scope="module")
 def port(engine: EngineCore, worker: Worker) -> Iterator[int]:  # noqa: F811
     """Of a server whose callers have little time."""
-    server = http_server(make_app(engine, worker, limits=Limits(body_seconds=SECONDS)), 1, Quick)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        yield listening.getsockname()[1]
-        server.should_exit = True
-        thread.join()
+    with listening(make_app(engine, worker, limits=Limits(body_seconds=SECONDS)), Quick) as found:
+        yield found
 
 
 def drip(port: int, first: bytes, rest: bytes = b"") -> tuple[bytes, float]:
@@ -113,3 +129,43 @@ def test_headers_that_are_too_large_are_refused(port: int, head: bytes) -> None:
     said, seconds = drip(port, GET + head)
     assert said.startswith(b"HTTP/1.1 400 ")
     assert seconds < SECONDS
+
+
+def test_a_key_runs_so_many_requests_at_once_and_one_that_leaves_makes_room(
+    engine: EngineCore,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\ntwo\n")
+    post = POST.replace(b"predictions", b"counterfactuals").replace(b"90\r\n", b"%d\r\nAuthorization: Bearer one\r\n")
+    asked = post % len(BODY) + BODY
+    with working(engine, slots=1) as worker:  # noqa: F811
+        app = make_app(engine, worker, keys=Keys(file), limits=Limits(per_key=2))
+        with listening(app) as there, httpx.Client(base_url=f"http://127.0.0.1:{there}", timeout=20) as client:
+            one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+
+            def soon(status: int) -> httpx.Response:
+                """What key one is told, once it has this status."""
+                end = time.perf_counter() + 10
+                while (said := client.get("/v1/models", headers=one)).status_code != status:
+                    assert time.perf_counter() < end, said.text
+                    time.sleep(0.01)
+                return said
+
+            callers = [socket.create_connection(("127.0.0.1", there), timeout=20) for _ in range(2)]
+            with Gate(worker):
+                for caller in callers:
+                    caller.sendall(asked)
+                refused = soon(429)
+                assert refused.json()["detail"] == "key: 2 requests of it run already"
+                assert refused.headers["retry-after"] == "1"
+                assert client.get("/v1/models", headers=two).status_code == 200
+                assert client.get("/healthz", headers=one).status_code == 200
+                callers[0].close()
+                soon(200)
+                later = client.post("/v1/counterfactuals", files={"image": picture()}, headers=one | ASYNC)
+                assert later.status_code == 202
+                soon(429)  # it runs on
+            assert callers[1].recv(65536).startswith(b"HTTP/1.1 200 ")
+            soon(200)
+            callers[1].close()

@@ -17,6 +17,7 @@ from counterlens.engine.config import Config
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.models.protocols import SoftmaxClassifier
+from counterlens.engine.models.tiny import LatentResolutionDecoder, TinyDecoder
 from counterlens.engine.serve.sizing import check_slots, fit, free_bytes
 from counterlens.engine.serve.worker import Cancelled, Draining, Exhausted, Full, Late, Ticket, Worker
 
@@ -109,6 +110,30 @@ def test_steps_are_told_with_pictures(worker: Worker) -> None:
     assert [step for step, *_ in told] == list(range(1, len(told) + 1))
     assert len(told) in (total, total - 1)  # the last step and the result may come together
     assert {shape for *_, shape in told} == {torch.Size([3, 16, 16])}
+
+
+@pytest.mark.parametrize("through", ["full", "tiny"])
+def test_previews_are_of_the_decoder_that_guidance_goes_through(tiny: Any, through: str) -> None:
+    channels, side, _ = tiny[0].latent_shape
+    decoder = TinyDecoder(LatentResolutionDecoder(channels, 8, 1, tiny[0].image_size // side), "small", channels)
+    numbers = NUMBERS | {"guidance_decoder": through}
+    both = EngineCore(
+        *tiny, pack_settings={"realistic": numbers, "audit": numbers}, runtime="eager", guidance_decoder=decoder
+    )
+    expected: dict[int, Tensor] = {}
+    with both.session(slots=2) as session:
+        id = session.submit(images(1)[0])
+        while session.busy:
+            session.tick()
+            if id in session.stepped:
+                seen = session.previews([id], decoder.decode if through == "tiny" else None)
+                expected[session.stepped[id][0]] = seen[id]
+    told: dict[int, Tensor] = {}
+    with working(both, slots=2) as worker:
+        ticket = worker.submit(images(1)[0], on_step=lambda t, seen: told.update({t.step: seen}), preview=True)
+        ticket.future.result(timeout=60)
+    assert told.keys() == expected.keys()
+    assert all(torch.equal(told[step], expected[step]) for step in told)
 
 
 def test_a_quick_request_does_not_wait_behind_long_ones_and_they_do_not_starve(engine: EngineCore) -> None:
