@@ -216,9 +216,10 @@ def add_routes(app: FastAPI, server: Server) -> None:
         names = [str(o.get("name")) for o in wanted]
         if wrong := [name for i, name in enumerate(names) if name not in OUTPUTS or name in names[:i]]:
             raise Problem(
-                400, f"outputs: {wrong[0][:40]!r} is none, or is asked for twice; expected some of {', '.join(OUTPUTS)}",
+                400,
+                f"outputs: {wrong[0][:40]!r} is none, or is asked for twice; expected some of {', '.join(OUTPUTS)}",
                 "outputs",
-            )  # fmt: skip
+            )
         in_binary = [
             bool(parameters_of(o, name).get("binary_data", parameters.get("binary_data_output")))
             for o, name in zip(wanted, names, strict=True)

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartParser
 
 from ..errors import CounterlensError
 from .wire import Problem, from_base64, parse_json, problem_of
@@ -15,6 +16,7 @@ from .wire import Problem, from_base64, parse_json, problem_of
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     code: {"description": "Problem details (RFC 9457)."} for code in (400, 401, 413, 415, 422, 429, 503, 504)
 }
+MultiPartParser.spool_max_size = 0  # never: else uploads of more than a megabyte are written to a temporary file
 
 
 async def fields_of(request: Request) -> tuple[dict[str, Any], bytes]:

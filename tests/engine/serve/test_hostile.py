@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import base64
 import random
+import tempfile
+import time
+from typing import Any
 
+import pytest
 from starlette.testclient import TestClient
 
 from bench import hostile
+from counterlens.engine.serve.wire import Problem, parse_json
 from tests.engine.serve.test_http import client, engine, picture, worker  # noqa: F401  # fixtures
 
 
@@ -27,6 +32,23 @@ def test_odd_requests_are_answered_with_a_problem(client: TestClient) -> None:  
             assert problem["detail"], what
     good = {"image": base64.b64encode(picture()).decode()}
     assert client.post("/v1/counterfactuals", json=good).status_code == 200
+
+
+def test_many_lists_are_refused_at_once() -> None:
+    started = time.perf_counter()
+    with pytest.raises(Problem, match="more than 200000 lists") as refused:
+        parse_json(b"[" + b"[]," * 3_000_000 + b"[]]")
+    assert refused.value.status == 413
+    assert time.perf_counter() - started < 1  # it was 3 s, and nobody else was answered meanwhile
+
+
+def test_no_upload_is_written_to_disk(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a temporary file is opened")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    big = picture() + bytes(1_200_000)  # behind the end of a PNG nobody looks
+    assert client.post("/v1/predictions", files={"image": big}).status_code == 200
 
 
 def test_bombs_are_refused_before_they_are_decoded(client: TestClient) -> None:  # noqa: F811
