@@ -12,7 +12,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from bench import hostile
+from counterlens.engine.core.core import EngineCore
+from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.wire import Problem, parse_json
+from counterlens.engine.serve.worker import Worker
 from tests.engine.serve.test_http import client, engine, picture, worker  # noqa: F401  # fixtures
 
 
@@ -42,13 +45,16 @@ def test_many_lists_are_refused_at_once() -> None:
     assert time.perf_counter() - started < 1  # it was 3 s, and nobody else was answered meanwhile
 
 
-def test_no_upload_is_written_to_disk(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_no_upload_is_written_to_disk(
+    engine: EngineCore, worker: Worker, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a temporary file is opened")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     big = picture() + bytes(1_200_000)  # behind the end of a PNG nobody looks
-    assert client.post("/v1/predictions", files={"image": big}).status_code == 200
+    with TestClient(make_app(engine, worker)) as client:  # noqa: F811
+        assert client.post("/v1/predictions", files={"image": big}).status_code == 200
 
 
 def test_bombs_are_refused_before_they_are_decoded(client: TestClient) -> None:  # noqa: F811
