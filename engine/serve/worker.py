@@ -418,7 +418,7 @@ class Worker:
             self.places += lane.slots
         wanted = [id for id in stepped if id in lane.requests and lane.requests[id].ticket.preview]
         tiny = self.engine.guidance_decoder if lane.session.graph.guidance_decoder == "tiny" else None
-        previews = lane.session.previews(wanted, tiny and tiny.decode) if wanted else {}
+        previews = lane.session.previews(wanted, tiny.decode if tiny else None) if wanted else {}
         if previews:
             seen = self.engine.probabilities(torch.stack([*previews.values()]), (lane.slots,))
             for id, p in zip(previews, seen, strict=True):
