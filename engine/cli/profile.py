@@ -54,6 +54,8 @@ def profile(
         raise UsageError("images: none given; name files or folders (only a pack has its own)")
     if config.fit == "native":
         raise UsageError("fit: a profile is of the model's own size; auto, crop, pad and squash have it")
+    if config.region is not None:
+        raise UsageError("region: a profile is of steps, which are the same with and without one; leave it out")
     engine = open_engine(config, opening)
     import torch
 

@@ -83,6 +83,8 @@ def serve(
     keys = Keys(api_key_file)
     limits = Limits(body_bytes=max_bytes, pixels=max_pixels, per_key=per_key)
     said = config.model_dump(exclude_unset=True)
+    if config.region not in (None, "auto"):
+        raise UsageError(f"region: {config.region} lies in one picture, and uploads are many; a server takes auto")
     if file is not None:
         if given := [*said, *opening.model_dump(exclude_unset=True), *(["ray"] if ray else [])]:
             raise UsageError(f"{given[0].replace('_', '-')}: has no use with --file, which was exported with its own")

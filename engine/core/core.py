@@ -374,8 +374,10 @@ class EngineCore:
 
     @property
     def carries(self) -> bool:
-        """Whether a strength is carried over by its noise level: the model's path is no DDPM's (`carried_strength`)."""
-        return getattr(self.diffusion, "prediction", None) == FLOW
+        """Whether a strength is carried over by its noise level: the path is not Stable Diffusion's, nor one that
+        strengths were published or tuned for (see `carried_strength`).
+        """
+        return getattr(self.diffusion, "prediction", None) == FLOW or getattr(self.diffusion, "carried", False)
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:

@@ -48,6 +48,7 @@ class Backbone:
     sized: ClassVar[bool] = False  # whether it takes other image sizes than its own
     own_side: ClassVar[int | None] = None  # latent side, where the denoiser's config does not say one
     packed: ClassVar[int] = 1  # side of the square of latents that becomes one channel vector before the denoiser
+    carried: ClassVar[bool] = False  # a DDPM's noise levels, but others than those that strengths were published for
     rectangular: ClassVar[bool] = False  # whether images need not be square, nor all of one size
     longest: int | None = None  # side in pixels that such an image may have
 

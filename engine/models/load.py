@@ -163,5 +163,5 @@ def open_diffusion(
             f"(`hf download OWNER/NAME {' '.join(missing)} --local-dir {folder}`)"
         )
     if image_size is not None and not backbone.sized:
-        raise UsageError(f"image_size: a {backbone.__name__} has one image size; only Stable Diffusion takes others")
+        raise UsageError(f"image_size: a {backbone.__name__} has one image size; models of prompts take others")
     return backbone.open(folder, check_dtype(dtype, torch.device("cpu")), image_size)

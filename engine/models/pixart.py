@@ -32,6 +32,7 @@ class PixArt(Prompted):
     networks = {"transformer": "PixArtTransformer2DModel", "vae": "AutoencoderKL"}  # noqa: RUF012
     encoders = {"text_encoder": "T5EncoderModel"}  # noqa: RUF012
     rectangular = True
+    carried = True  # betas are linear: at the same share of the process there is far more noise
     others = ("text_encoder", "tokenizer")
 
     def __init__(self, *parts: Any, tokens: int = 300, **options: Any) -> None:

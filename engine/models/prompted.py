@@ -123,7 +123,9 @@ class Prompted(Backbone):
         made = make_prompts(labels, "imagenet" if prompts is None else prompts)
         if len(made) <= AT_ONCE:
             self._prepare(made)
-            self.text.free()
+        else:  # the longest alone, so that one that is too long is refused here and not in the middle of a run
+            self._prepare([max(made, key=lambda p: len(t(p).input_ids)) for t in self.text.tokenizers.values()])
+        self.text.free()
         self.labels, self.prompts = list(labels), made
 
     def condition(

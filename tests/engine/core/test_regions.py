@@ -21,6 +21,7 @@ from counterlens.engine.guidance.schedule import add_noise
 from counterlens.engine.images.fitting import frame
 from counterlens.engine.images.masks import Masks
 from counterlens.engine.images.sources import Sample
+from tests.engine.cli.test_cli import one_line_error, run
 
 NUMBERS = {
     "steps": 6, "strength": 0.5, "guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 60,
@@ -176,3 +177,8 @@ def test_auto_looks_at_what_guidance_added_to_the_denoiser_that_was_guided(engin
     made = both.counterfactual(x, targets, config=Config(denoiser="distilled"), region="auto")
     assert torch.equal(torch.stack(made.regions), torch.stack(expected.regions))
     assert torch.equal(made.images, expected.images)
+
+
+@pytest.mark.parametrize("command", ["serve", "profile", "export"])
+def test_commands_that_have_no_picture_of_a_region_refuse_it(command: str) -> None:
+    one_line_error(run(command, "--region", "0,0,4,4"), 2, "region: ")

@@ -24,7 +24,7 @@ from counterlens.engine.chance import carried_over
 from counterlens.engine.config import PRESETS, Config
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
-from counterlens.engine.guidance.schedule import ddim
+from counterlens.engine.guidance.schedule import carried_strength, ddim
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.images.files import save_png
 from counterlens.engine.models import prompted
@@ -588,3 +588,26 @@ def test_sdxl_keeps_its_vae_in_float32_and_its_null_condition_as_its_folder_says
     (folder / "model_index.json").write_text(json.dumps(index | {"requires_aesthetics_score": True}))
     with pytest.raises(UsageError, match=r"model_index\.json: requires_aesthetics_score is true: a refiner"):
         open_diffusion(folder, image_size=IMAGE_SIZE)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sdxl"])
+def test_of_many_labels_a_prompt_that_is_too_long_is_refused_at_once(name: str, folders: dict[str, Path]) -> None:
+    diffusion = open_diffusion(folders[name], image_size=IMAGE_SIZE)
+    labels = [*(f"thing {i}" for i in range(80)), " ".join(["thing"] * 400), "a thing"]
+    with pytest.raises(UsageError, match=r"^prompts: .* tokens, text_encoder"):
+        diffusion.describe(labels, prompts="a photo of {label}")
+    diffusion.describe(labels[:80], prompts="a photo of {label}")
+    assert not diffusion.text.held  # the encoders are not kept for labels that nobody asked for yet
+    assert diffusion.condition(torch.tensor([79, 3]))[0].shape[0] == 2
+
+
+def test_strengths_are_carried_over_to_linear_betas(folders: dict[str, Path]) -> None:
+    classifier = classifiers(folders, torch.float32)["softmax"]
+    for name, carried in (("pixart", True), ("sdxl", False)):
+        diffusion = open_diffusion(folders[name], image_size=IMAGE_SIZE)
+        diffusion.describe(LABELS)
+        engine = Engine(diffusion, classifier)
+        used = engine.settings(Config(strength=0.382)).strength
+        wanted = carried_strength(0.382, diffusion.alphas_cumprod) if carried else 0.382
+        assert used == wanted
+        assert (engine.facts(Config(strength=0.382)).get("strength_asked") == 0.382) == carried
