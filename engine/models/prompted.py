@@ -124,7 +124,8 @@ class Prompted(Backbone):
         if len(made) <= AT_ONCE:
             self._prepare(made)
         else:  # the longest alone, so that one that is too long is refused here and not in the middle of a run
-            self._prepare([max(made, key=lambda p: len(t(p).input_ids)) for t in self.text.tokenizers.values()])
+            with torch.no_grad():
+                self.embed(list({max(made, key=lambda p: len(t(p).input_ids)) for t in self.text.tokenizers.values()}))
         self.text.free()
         self.labels, self.prompts = list(labels), made
 
