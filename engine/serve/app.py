@@ -41,10 +41,11 @@ from .worker import Ticket, Worker
 async def finish(server: Server, name: str, ticket: Ticket[Counterfactual], saliency: bool) -> None:
     """Wait for a task's result and tell it as its last event."""
     try:
-        result = await asyncio.wrap_future(ticket.future)
-        answered = await server.answer(result, ticket, saliency)
-        # Whoever comes back may not have the image any more.
-        server.tasks.say(name, "result", answered | {"input": to_base64(png(result.input))})
+        with server.worker.holding():
+            result = await asyncio.wrap_future(ticket.future)
+            answered = await server.answer(result, ticket, saliency)
+            # Whoever comes back may not have the image any more.
+            server.tasks.say(name, "result", answered | {"input": to_base64(png(result.input))})
     except CounterlensError as error:
         server.tasks.say(name, "error", problem_of(error).body())
 
@@ -110,9 +111,10 @@ def make_app(
         accept, prefer = request.headers.get("accept", ""), request.headers.get("prefer", "")
         streams = "text/event-stream" in accept
         if not streams and "respond-async" not in prefer:
-            ticket = server.submit(image, asked, None)
-            result = await server.wait(request, ticket)
-            answered = await server.answer(result, ticket, asked.saliency)
+            with worker.holding():
+                ticket = server.submit(image, asked, None)
+                result = await server.wait(request, ticket)
+                answered = await server.answer(result, ticket, asked.saliency)
             if "image/png" in accept and result.error is None:
                 said = {"X-Prediction": answered["prediction"], "X-Flipped": str(answered["flipped"]).lower()}
                 return Response(png(result.image), 200, said, "image/png")
@@ -178,7 +180,7 @@ def make_app(
         """Where the evidence for a label is, and how good that answer is (MSI)."""
         fields, data = await fields_of(request)
         asked = validated(SaliencyRequest, fields)
-        return JSONResponse(await server.saliency(await server.image(data), asked))
+        return JSONResponse(await server.saliency(await server.image(data), asked, request))
 
     @app.post("/v1/predictions", openapi_extra=body_of(PredictionRequest), responses=PROBLEMS, tags=["explain"])
     async def prediction(request: Request) -> Response:
@@ -186,7 +188,7 @@ def make_app(
         fields, data = await fields_of(request)
         validated(PredictionRequest, fields)
         image = await server.image(data)
-        p = (await server.call(lambda: engine.probabilities(image[None])))[0]
+        p = (await server.call(lambda: engine.probabilities(image[None]), request))[0]
         if not p.isfinite().all():
             raise Problem(422, "classifier: NaN or infinity for this image")
         chances = {label: round(v, 6) for label, v in zip(engine.labels, p.tolist(), strict=True)}
@@ -203,7 +205,9 @@ def make_app(
 
     @app.get("/healthz", tags=["server"])
     async def healthz() -> dict[str, str]:
-        """Whether the process lives."""
+        """Whether the process lives, and the thread that owns the models: one that is not is to be started again."""
+        if worker.failed:
+            raise Problem(503, "server: the models' thread has ended")
         return {"status": "alive"}
 
     @app.get("/readyz", tags=["server"])

@@ -166,9 +166,10 @@ def add_routes(app: FastAPI, server: Server) -> None:
         return {"name": "counterlens", "version": "1", "extensions": ["binary_tensor_data"]}
 
     @app.get("/v2/health/live", tags=["kserve"])
-    async def live() -> dict[str, bool]:
-        """Whether the process lives."""
-        return {"live": True}
+    async def live() -> Response:
+        """Whether the process lives, and the thread that owns the models."""
+        good = not server.worker.failed
+        return JSONResponse({"live": good}, 200 if good else 503)
 
     @app.get("/v2/health/ready", tags=["kserve"])
     async def ready() -> Response:
@@ -224,20 +225,24 @@ def add_routes(app: FastAPI, server: Server) -> None:
             bool(parameters_of(o, name).get("binary_data", parameters.get("binary_data_output")))
             for o, name in zip(wanted, names, strict=True)
         ]
-        results = await run_all(server, request, images, targets_of(inputs, len(images)), config)
-        made = torch.stack([as_saved(r.image) for r in results])
-        arrays: dict[str, np.ndarray] = {
-            "counterfactual": made.numpy(),
-            "source": np.asarray([r.source for r in results], dtype=np.int64),
-            "prediction": np.asarray([r.prediction if r.error is None else r.source for r in results], dtype=np.int64),
-            "flipped": np.asarray([r.flipped for r in results]),
-            "l1": np.asarray([r.l1 if r.error is None else 0.0 for r in results], dtype=np.float32),
-        }
-        if "probabilities" in names:
-            arrays["probabilities"] = (await server.call(lambda: server.engine.probabilities(made))).numpy()
-        if "saliency" in names:
-            maps = await server.call(lambda: explain_by(server.engine, images).saliency)
-            arrays["saliency"] = maps.numpy()
+        targets = targets_of(inputs, len(images))
+        with server.worker.holding():
+            results = await run_all(server, request, images, targets, config)
+            made = torch.stack([as_saved(r.image) for r in results])
+            arrays: dict[str, np.ndarray] = {
+                "counterfactual": made.numpy(),
+                "source": np.asarray([r.source for r in results], dtype=np.int64),
+                "prediction": np.asarray(
+                    [r.prediction if r.error is None else r.source for r in results], dtype=np.int64
+                ),
+                "flipped": np.asarray([r.flipped for r in results]),
+                "l1": np.asarray([r.l1 if r.error is None else 0.0 for r in results], dtype=np.float32),
+            }
+            if "probabilities" in names:
+                arrays["probabilities"] = (await server.call(lambda: server.engine.probabilities(made))).numpy()
+            if "saliency" in names:
+                maps = await server.call(lambda: explain_by(server.engine, images).saliency)
+                arrays["saliency"] = maps.numpy()
         return await asyncio.to_thread(_respond, model, asked.get("id"), names, arrays, in_binary)
 
     @app.post("/v1/models/{model}:predict", tags=["kserve"])
@@ -245,7 +250,9 @@ def add_routes(app: FastAPI, server: Server) -> None:
         """Predictions of `instances`, images in base64."""
         known(model)
         images = torch.stack([await server.image(data) for data in _instances(await request.body())])
-        p = await server.call(lambda: server.engine.probabilities(images))
+        p = await server.call(lambda: server.engine.probabilities(images), request)
+        if not p.isfinite().all():
+            raise Problem(422, "classifier: NaN or infinity for an image")
         return {"predictions": [dict(zip(labels, map(float, row), strict=True)) for row in p.tolist()]}
 
     @app.post("/v1/models/{model}:explain", tags=["kserve"])

@@ -33,6 +33,20 @@ async def _gone(request: Request) -> None:
         pass
 
 
+async def _unless_gone(request: Request, future: asyncio.Future[T]) -> T:
+    gone = asyncio.ensure_future(_gone(request))
+    either: set[asyncio.Future[Any]] = {future, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise Problem(409, "request: the caller is gone")
+        return future.result()
+    finally:
+        gone.cancel()
+        if not future.done():
+            future.cancel()
+
+
 def area_curves(scores: MSI) -> dict[str, list[float]]:
     """Of one map: the explained quantity with the most salient `areas` of the pixels alone, and with all but these."""
     of = scores.area_curves
@@ -60,9 +74,10 @@ class Server:
             config = config.model_copy(update={"fit": "auto"}) if config.fit == "native" else config
         return await asyncio.to_thread(read_image, data, self.engine, self.limits.pixels, config)
 
-    async def call(self, run: Callable[[], T]) -> T:
-        """Something short that needs the models."""
-        return await asyncio.wrap_future(self.worker.call(run))
+    async def call(self, run: Callable[[], T], request: Request | None = None) -> T:
+        """Something short that needs the models, unless a request's caller is gone; else see `Worker.holding`."""
+        future = asyncio.wrap_future(self.worker.call(run, held=request is None))
+        return await future if request is None else await _unless_gone(request, future)
 
     def submit(
         self,
@@ -84,19 +99,11 @@ class Server:
 
     async def wait(self, request: Request, ticket: Ticket[T]) -> T:
         """The ticket's result; it is cancelled once the caller is gone."""
-        future = asyncio.wrap_future(ticket.future)
-        gone = asyncio.ensure_future(_gone(request))
-        either: set[asyncio.Future[Any]] = {future, gone}
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not future.done():
-                raise Problem(409, "request: the caller is gone")
-            return future.result()
+            return await _unless_gone(request, asyncio.wrap_future(ticket.future))
         finally:
-            gone.cancel()
-            if not future.done():
+            if not ticket.future.done():
                 self.worker.cancel(ticket)
-                future.cancel()
 
     async def answer(self, result: Counterfactual, ticket: Ticket[Counterfactual], saliency: bool) -> dict[str, Any]:
         """The result as JSON, with the saliency of its input where that was asked for."""
@@ -110,12 +117,13 @@ class Server:
             body["saliency"] = await self.saliency(result.input, SaliencyRequest(image="", target=result.source))
         return body
 
-    async def saliency(self, image: Tensor, asked: SaliencyRequest) -> dict[str, Any]:
-        """A saliency map with MSI and its curve."""
+    async def saliency(self, image: Tensor, asked: SaliencyRequest, request: Request | None = None) -> dict[str, Any]:
+        """A saliency map with MSI and its curve; see `call`."""
         made = await self.call(
             lambda: explain_by(
                 self.engine, image[None], explained=asked.target, method=asked.method, quantity=asked.quantity
-            )
+            ),
+            request,
         )
         shown = to_base64(await asyncio.to_thread(png, made.saliency[0]))
         return made.record(0) | area_curves(made.msi) | {"map": shown}

@@ -11,8 +11,9 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -33,6 +34,7 @@ T = TypeVar("T")
 SHARE = 3.0
 Group = tuple[StepOptions, torch.Size]  # the graph and the image's shape: samples that share both share a batch
 LANES = 2  # of one graph that are busy at once
+KEPT_LANES = 32  # with their graphs and slots; more only if all are busy
 AHEAD = 3  # batches that a lane of all slots holds beside the one in them: inverted, encoded, or waiting for a pass
 PATIENCE_FULL = 8  # of a lane with more than a batch behind its slots: a decoder pass for few costs all of them more
 SMOOTHING = 0.2  # weight of the newest tick in a lane's measured seconds a tick
@@ -100,6 +102,14 @@ class _Request:
     total: int  # ticks that it takes at least
     budget_s: float | None
 
+    def left(self, now: float) -> float:
+        """Seconds of its budget."""
+        return math.inf if self.budget_s is None else self.budget_s - (now - self.ticket.arrived)
+
+    @property
+    def late(self) -> Late:
+        return Late(f"budget_s: {self.budget_s:g} s ended while it waited")
+
 
 class _Lane:
     """The slots of one graph, and who is in them."""
@@ -150,6 +160,7 @@ class Worker:
         self.largest = engine.slots[-1] if slots == "auto" else int(slots)
         self.draining = False
         self.ready = False
+        self.failed = False  # the thread has ended, and nobody stopped it
         self.ticks = 0
         self.steps = 0  # samples stepped, all ticks together
         self.places = 0  # slots of those ticks
@@ -159,6 +170,7 @@ class Worker:
         self._lanes: list[tuple[Group, _Lane]] = []
         self._change = threading.Condition()
         self._stop = False
+        self._held = 0  # see `holding`
         self._worked_s = 0.0  # in ticks
         self._finished: deque[float] = deque([0.0], maxlen=32)  # seconds worked when the latest results were delivered
         self._thread = threading.Thread(target=self._run, name="counterlens-worker", daemon=True)
@@ -257,17 +269,28 @@ class Worker:
                 f"{budget_s:g} s were given"
             )
 
-    def call(self, run: Callable[[], T]) -> Future[T]:
-        """Run something short that needs the models, between two ticks."""
+    def call(self, run: Callable[[], T], *, held: bool = False) -> Future[T]:
+        """Run something short that needs the models, between two ticks; `held`: within `holding`."""
         future: Future[T] = Future()
         with self._change:
-            if self.draining:
+            if self._stop or (self.draining and not held):
                 raise Draining("server: it is being stopped; ask another one")
             if len(self._calls) >= self.max_queue:
                 raise Full(len(self._calls), self._wait_for(1))
             self._calls.append((run, future))
             self._change.notify()
         return future
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Whoever was taken may finish: within this, `stop` waits, and `held` calls are taken until its grace ends."""
+        with self._change:
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._held -= 1
 
     def cancel(self, ticket: Ticket[Any]) -> None:
         """Give its slot free at the next step's boundary; a result that is there stays."""
@@ -281,7 +304,7 @@ class Worker:
             self.draining = True
             self._change.notify()
         end = time.perf_counter() + grace_s
-        while (self._waiting or self._calls or self.busy_slots) and time.perf_counter() < end:
+        while (self._waiting or self._calls or self.busy_slots or self._held) and time.perf_counter() < end:
             time.sleep(0.01)
         with self._change:
             self._stop = True
@@ -303,19 +326,27 @@ class Worker:
                             self._change.wait()
                         if self._stop:
                             break
-                    for _ in range(len(self._calls)):
-                        self._call(*self._calls.popleft())
+                    self._run_calls()
                     self.ready = True
                     self._drop_cancelled()
                     self._fill()
                     self._tick()
         finally:  # whatever ended it: nobody waits for ever, and health checks see it
             with self._change:
-                self.draining = True
+                self.failed = not self._stop
+                self.draining = self._stop = True
             self._fail_rest(Draining("server: it was stopped before this was done"))
 
     def _lanes_busy(self) -> bool:
         return any(lane.requests for _, lane in self._lanes)
+
+    def _run_calls(self) -> None:
+        """Those that wait; samples' next tick waits no longer for them than for other lanes, but for the last one."""
+        end = time.perf_counter() + SHARE * (self.tick_s or KNOWN_TICK_S)
+        for _ in range(len(self._calls)):
+            self._call(*self._calls.popleft())
+            if time.perf_counter() > end and (self._waiting or self._lanes_busy()):
+                break
 
     def _call(self, run: Callable[[], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
@@ -331,11 +362,11 @@ class Worker:
             future.set_result(result)
 
     def _drop_cancelled(self) -> None:
-        gone = Cancelled("request: cancelled")
+        gone, now = Cancelled("request: cancelled"), time.perf_counter()
         with self._change:
-            for request in [r for r in self._waiting if r.ticket.cancelled]:
+            for request in [r for r in self._waiting if r.ticket.cancelled or r.left(now) <= 0]:
                 self._waiting.remove(request)
-                request.ticket.future.set_exception(gone)
+                request.ticket.future.set_exception(gone if request.ticket.cancelled else request.late)
         for _, lane in self._lanes:
             for id in [id for id, r in lane.requests.items() if r.ticket.cancelled]:
                 lane.session.cancel(id)
@@ -350,9 +381,9 @@ class Worker:
             if lane is None:
                 continue
             waiting.remove(request)
-            with self._change:
-                self._waiting.remove(request)
             self._enter(request, lane)
+            with self._change:  # afterwards: at every moment it is somewhere
+                self._waiting.remove(request)
 
     def _lane_for(self, request: _Request, waiting: list[_Request]) -> _Lane | None:
         """A lane with a free slot; else the widest, which prepares newcomers while others run; else a second one."""
@@ -368,16 +399,19 @@ class Worker:
         for lane in mine:
             if lane.slots == slots and not lane.requests:
                 return lane
+        if len(self._lanes) >= KEPT_LANES:  # images may have any size: of lanes that nobody is in the oldest goes
+            idle = [one for one in self._lanes if not one[1].requests]
+            self._lanes = [one for one in self._lanes if not idle or one is not idle[0]]
         lane = _Lane(Session(self.engine, request.config, slots), slots, AHEAD if slots == self.largest else 1)
         self._lanes.append((request.graph, lane))
         return lane
 
     def _enter(self, request: _Request, lane: _Lane) -> None:
         ticket, now = request.ticket, time.perf_counter()
-        left = None if request.budget_s is None else request.budget_s - (now - ticket.arrived)
+        left = None if request.budget_s is None else request.left(now)
         try:
             if left is not None and left <= 0:
-                raise Late(f"budget_s: {request.budget_s:g} s ended while it waited")
+                raise request.late
             id = lane.session.submit(request.image, request.target, request.seed, request.config, left)
         except CounterlensError as error:
             ticket.future.set_exception(error)
@@ -466,12 +500,11 @@ class Worker:
             waiting, calls = list(self._waiting), list(self._calls)
             self._waiting.clear()
             self._calls.clear()
-        for request in waiting:
-            request.ticket.future.set_exception(error)
+        held = [r for _, lane in self._lanes for r in lane.requests.values()]
+        for request in (*waiting, *held):
+            if not request.ticket.future.done():
+                request.ticket.future.set_exception(error)
         for _, future in calls:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
-        for _, lane in self._lanes:
-            for request in lane.requests.values():
-                request.ticket.future.set_exception(error)
         self._lanes = []

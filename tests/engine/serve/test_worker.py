@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 from torch import Tensor
 
 from counterlens.engine.config import Config
@@ -18,6 +19,7 @@ from counterlens.engine.core.core import EngineCore
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.models.tiny import LatentResolutionDecoder, TinyDecoder
+from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.sizing import check_slots, fit, free_bytes
 from counterlens.engine.serve.worker import Cancelled, Draining, Exhausted, Full, Late, Ticket, Worker
 
@@ -320,6 +322,55 @@ def test_stopping_finishes_what_runs_and_refuses_the_rest(engine: EngineCore) ->
         long.future.result(timeout=1)
 
 
+def test_whoever_was_taken_may_finish_while_it_is_stopped(engine: EngineCore) -> None:
+    with working(engine, slots=1) as worker:
+        with worker.holding():
+            worker.submit(images(1)[0]).future.result(timeout=60)
+            stopping = threading.Thread(target=worker.stop, args=(30,))
+            stopping.start()
+            while not worker.draining:
+                time.sleep(0.001)
+            time.sleep(0.05)
+            assert worker.call(lambda: 3, held=True).result(timeout=10) == 3
+        stopping.join(timeout=10)
+        assert not stopping.is_alive()
+        with pytest.raises(Draining):
+            worker.call(lambda: 3, held=True)
+
+
+def test_calls_do_not_starve_samples(engine: EngineCore, worker: Worker) -> None:
+    with Gate(worker):
+        calls = [worker.call(lambda: time.sleep(0.03)) for _ in range(12)]
+        sample = worker.submit(images(1)[0], config=QUICK)
+    while not calls[-2].done():
+        time.sleep(0.001)
+    assert sample.step > 0 or sample.future.done()  # all of them came first
+    sample.future.result(timeout=60)
+    for call in calls:
+        call.result(timeout=60)
+
+
+def test_who_is_late_while_waiting_hears_of_it_at_once(engine: EngineCore) -> None:
+    with working(engine, slots=1) as worker:
+        with Gate(worker):
+            before = [worker.submit(images(1)[0], other(engine, images(1)[0]), LONG) for _ in range(4)]
+            late = worker.submit(images(1)[0], config=LONG, budget_s=0.01)
+            time.sleep(0.02)
+        with pytest.raises(Late, match="ended while it waited"):
+            late.future.result(timeout=60)
+        assert not before[0].future.done()
+        for ticket in before:
+            worker.cancel(ticket)
+
+
+def test_few_lanes_are_kept(engine: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("counterlens.engine.serve.worker.KEPT_LANES", 2)
+    with working(engine, slots=1) as worker:
+        for config in (QUICK, LONG, Config(filter="off"), Config(guidance_every=2)):
+            worker.submit(images(1)[0], config=config).future.result(timeout=60)
+        assert len(worker._lanes) == 2
+
+
 def test_auto_takes_one_slot_for_one_and_more_for_many(engine: EngineCore) -> None:
     with working(engine, slots="auto") as worker:
         alone = worker.submit(images(1)[0])
@@ -369,5 +420,8 @@ def test_nobody_waits_for_a_worker_that_has_ended(engine: EngineCore) -> None:
             with pytest.raises(error):
                 future.result(timeout=60)
         assert worker.draining
+        assert worker.failed
         with pytest.raises(Draining):
             worker.submit(images(1)[0])
+        with TestClient(make_app(engine, worker)) as client:
+            assert client.get("/healthz").status_code == client.get("/v2/health/live").status_code == 503
