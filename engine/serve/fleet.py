@@ -15,7 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..core.core import EngineCore
 from ..errors import CounterlensError, UsageError, install_hint
 from .app import make_app
 from .guard import Keys, Limits
+from .sizing import Fit, check_slots, fit, free_bytes
 from .tasks import LAST, Event, Tasks
 from .telemetry import Metrics
 from .wire import Problem
@@ -65,6 +66,10 @@ class Fleet:
     def threads(self) -> int:
         """Of each replica."""
         return self.cpus or max(1, (os.cpu_count() or 1) // self.most)
+
+    def neighbours(self, node_cpus: float) -> int:
+        """How many replicas may share the memory of one machine of so many CPUs, or of one GPU."""
+        return max(1, min(self.most, int(1 / self.gpus if self.gpus else node_cpus / self.threads)))
 
 
 @dataclass(frozen=True)
@@ -223,22 +228,22 @@ class Replica:
     """One engine and its worker, as Ray Serve starts it; ready once it is warm."""
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, serving: Serving, board: Any, folder: str, threads: int
+        self, serving: Serving, board: Any, folder: str, fleet: Fleet
     ) -> None:
         import torch
 
         if Path(folder).is_dir():  # where relative paths of the command line lie, on this machine
             os.chdir(folder)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(fleet.threads)
         self.name, self.board, self.serving = uuid.uuid4().hex[:8], board, serving
-        engine, warm = await asyncio.to_thread(serving.make)
+        engine, warm, measured = await asyncio.to_thread(_opened, serving, fleet)
         self.worker = Worker(engine, slots=serving.slots, max_queue=serving.max_queue)
         self.keys, self.metrics = Keys(None), Metrics(self.worker)
         self.keys.keys = serving.keys
         self.tasks = SharedTasks(board, self.name)
         self.inner = make_app(
             engine, self.worker, keys=self.keys, limits=serving.limits, cors_origins=serving.cors_origins,
-            tasks=self.tasks, metrics=self.metrics,
+            tasks=self.tasks, metrics=self.metrics, measured=measured,
         )  # fmt: skip
         await asyncio.wrap_future(self.worker.start(lambda: warm(self.worker)))
         self.stopping = False
@@ -289,6 +294,21 @@ class Replica:
         if hasattr(self, "beating") and not self.beating.done():
             self.beating.cancel()
             await self._finish(self.serving.grace_s)
+
+
+def _opened(serving: Serving, fleet: Fleet) -> tuple[EngineCore, Callable[[Worker], None], Fit]:
+    """A replica's engine, held to its share of the memory: those beside it may start at the same time."""
+    import ray
+
+    engine, warm = serving.make()
+    here = ray.get_runtime_context().get_node_id()
+    cpus = next(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["NodeID"] == here)
+    there, of = free_bytes(engine.device)
+    if (count := fleet.neighbours(cpus)) > 1:
+        there, of = there // count, f"{of}, shared by {count} replicas"
+    measured = fit(engine, free=(there, of))
+    check_slots(serving.slots, measured)
+    return engine, warm, measured
 
 
 def merged(texts: dict[str, bytes]) -> bytes:
@@ -402,7 +422,7 @@ def _application(serving: Serving, fleet: Fleet, board: Any) -> Any:
         health_check_timeout_s=30.0,
         max_constructor_retry_count=1,
     )(serve.ingress()(Replica))  # fmt: skip
-    return deployed.bind(serving, board, os.getcwd(), fleet.threads)
+    return deployed.bind(serving, board, os.getcwd(), replace(fleet, cpus=fleet.threads))
 
 
 def _status(serve: Any) -> str:

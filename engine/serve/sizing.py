@@ -24,7 +24,8 @@ class Fit:
     Attributes:
         slots: samples that may be guided at once.
         sample_bytes: what a step needs for one more sample; the larger of the first one's and the second one's.
-        free_bytes: what was free, and of what: `memory`, `cgroup` (a container's limit) or `gpu`.
+        free_bytes: what was free, and of what: `memory`, `cgroup` (a container's limit) or `gpu`;
+            of a replica, its share.
     """
 
     slots: int

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 pytest.importorskip("prometheus_client", reason="needs the extra `serve`")
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,6 +19,7 @@ from bench.serve import Served, pictures
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.serve import fleet
 from counterlens.engine.serve.fleet import Board, Fleet, SharedTasks, merged
+from counterlens.engine.serve.sizing import free_bytes
 from tests.engine.cli.test_cli import one_line_error, run
 
 
@@ -97,6 +99,14 @@ def test_a_replicas_own_error_is_told() -> None:
     assert str(fleet._told("first\nlast\n")) == "ray: last"
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "node", "count"),
+    [(2, 0.0, 8.0, 4), (2, 0.0, 5.0, 2), (2, 0.0, 1.0, 1), (2, 0.5, 64, 2), (2, 1, 64, 1)],
+)
+def test_so_many_replicas_share_memory(cpus: int, gpus: float, node: float, count: int) -> None:
+    assert Fleet(most=4, cpus=cpus, gpus=gpus).neighbours(node) == count
+
+
 def test_what_it_does_not_take() -> None:
     with pytest.raises(UsageError, match=r"^replicas: expected MIN\.\.MAX with 1 <= MIN <= MAX, got 3\.\.1"):
         Fleet(least=3, most=1)
@@ -120,6 +130,9 @@ def test_two_replicas_of_which_one_is_killed(served: Served) -> None:
         made = client.post("/v1/counterfactuals", files={"image": image}, headers={"X-Request-Id": "mine"})
         assert made.json()["status"] in ("done", "skipped")
         assert made.headers.get_list("x-request-id") == ["mine"]
+        memory = client.get("/v1/models").json()["models"][0]["memory"]
+        assert memory["of"].endswith(", shared by 2 replicas")
+        assert memory["free_bytes"] < free_bytes(torch.device("cpu"))[0] * 0.75
         missing = client.post("/v1/counterfactuals", data={"target": "3"}, files={"other": b""})
         assert missing.status_code == 400
         assert missing.json()["field"] == "image"
