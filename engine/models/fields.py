@@ -116,6 +116,12 @@ def check_fields(path: Path, config: dict[str, Any], loader: type, taken: Collec
     _refuse_unknown(path, config, known, name)
 
 
+def _refuse_meant(path: Path, config: dict[str, Any], fields: dict[str, tuple[Any, str]]) -> None:
+    for field, (only, meaning) in fields.items():
+        if (value := config.get(field, only)) != only:
+            raise UsageError(f"{path}: {field} is {value!r}: {meaning}, which is not supported; expected {only!r}")
+
+
 def _refuse_unknown(path: Path, config: dict[str, Any], known: Any, name: str) -> None:
     for field, value in config.items():
         if not field.startswith("_") and field not in known and value:  # null, false and 0 ask for nothing
@@ -161,11 +167,10 @@ def read_noise_levels(path: Path, config: dict[str, Any], tokens: int | None = N
     if is_flow(config):
         flows = set(inspect.signature(loader.__init__).parameters) | SAMPLERS | FLOW_SAMPLERS
         _refuse_unknown(path, config, flows | set(MEANT) | set(FLOW_MEANT), name)
+        _refuse_meant(path, config, {field: MEANT[field] for field in ("thresholding", "timestep_type")})
         sigmas, times = read_flow(path, config, tokens)
         return NoiseLevels(flow_levels(sigmas), FLOW, times)
-    for field, (only, meaning) in MEANT.items():
-        if (value := config.get(field, only)) != only:
-            raise UsageError(f"{path}: {field} is {value!r}: {meaning}, which is not supported; expected {only!r}")
+    _refuse_meant(path, config, MEANT)
     known = set(inspect.signature(loader.__init__).parameters) | SAMPLERS | set(MEANT)
     _refuse_unknown(path, config, known, name)
     prediction = config.get("prediction_type") or "epsilon"

@@ -60,6 +60,11 @@ def read_flow(path: Path, config: dict[str, Any], tokens: int | None) -> tuple[T
     if config.get("use_flow_sigmas"):  # of DPM-Solver and its like, which tell the model whole timesteps
         if (said := config.get("prediction_type")) != "flow_prediction":
             raise UsageError(f"{path}: prediction_type is {said!r} with use_flow_sigmas; expected flow_prediction")
+        if config.get("use_dynamic_shifting"):
+            raise UsageError(
+                f"{path}: use_dynamic_shifting is true with use_flow_sigmas: another shift for each size of image, "
+                "which is not supported; expected false"
+            )
         sigmas = shifted(t, _positive(path, config, "flow_shift", 1.0))
         return sigmas, (count * sigmas + 1e-6).floor()
     if not config.get("use_dynamic_shifting"):

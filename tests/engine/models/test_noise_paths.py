@@ -96,6 +96,11 @@ def test_dpm_solvers_flow_tells_whole_timesteps() -> None:
         assert float(levels.times[i]).is_integer()
 
 
+SOLVED = {
+    "_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fields", "named_field"),
     [
@@ -108,6 +113,9 @@ def test_dpm_solvers_flow_tells_whole_timesteps() -> None:
         ({"mystery": 2}, "mystery"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "prediction_type"),
         ({"_class_name": "EDMEulerScheduler"}, "_class_name"),
+        ({**SOLVED, "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ({**SOLVED, "thresholding": True}, "thresholding"),
+        ({"timestep_type": "continuous"}, "timestep_type"),
     ],
 )
 def test_a_field_that_changes_numbers_is_refused_by_name(fields: dict[str, object], named_field: str) -> None:
