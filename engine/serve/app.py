@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..errors import CounterlensError
 from ..saliency.table import METHODS
-from .guard import Guard, Keys, Limits
+from .guard import Guard, Keys, Limits, own_name
 from .kserve import add_routes
 from .page import add_page, facts
 from .routes import PROBLEMS, add_problems, body_of, fields_of
@@ -119,7 +118,7 @@ def make_app(
                 said = {"X-Prediction": answered["prediction"], "X-Flipped": str(answered["flipped"]).lower()}
                 return Response(png(result.image), 200, said, "image/png")
             return JSONResponse(answered)
-        name = uuid.uuid4().hex
+        name = own_name(request.scope)
 
         def tell(step: int, total: int, preview: Tensor | None, shares: Shares | None) -> None:
             data: dict[str, Any] = {"step": step, "total": total}
@@ -157,7 +156,7 @@ def make_app(
     )
     async def fetch(name: str, request: Request) -> Response:
         """The result if it is there (200), else how far it is (202); `text/event-stream` streams it."""
-        events = await server.events(name)
+        events = await server.events(request, name)
         if "text/event-stream" in request.headers.get("accept", ""):
             return StreamingResponse(stream(server, name), 200, {"Cache-Control": "no-store"}, "text/event-stream")
         start: Event = ("progress", {"step": 0, "total": 0})
@@ -169,9 +168,9 @@ def make_app(
         return JSONResponse({"status": "running", "step": data["step"], "total": data["total"]}, 202)
 
     @app.delete("/v1/counterfactuals/{name}", status_code=204, tags=["explain"])
-    async def forget(name: str) -> Response:
+    async def forget(name: str, request: Request) -> Response:
         """Cancel it if it runs, and forget it."""
-        await server.events(name)
+        await server.events(request, name)
         await server.tasks.forget(name)
         return Response(status_code=204)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import hmac
 import json
 import re
@@ -71,22 +72,38 @@ class Keys:
             raise UsageError(f"api-key-file: {self.path} holds no key; one a line")
         self.keys = keys
 
-    def check(self, header: bytes) -> int:
-        """The place of the key that an Authorization header holds; -1 where no key is asked for.
+    def check(self, header: bytes) -> bytes:
+        """The key that an Authorization header holds; nothing where no key is asked for.
 
         Raises:
             Problem: 401.
         """
         if not self.keys:
-            return -1
+            return b""
         scheme, _, given = header.partition(b" ")
         # Compared with all of them, in a time that says nothing of where they differ.
-        found = [i for i, key in enumerate(self.keys) if hmac.compare_digest(key, given.strip())]
+        found = [key for key in self.keys if hmac.compare_digest(key, given.strip())]
         if scheme.lower() != b"bearer" or not found:
             raise Problem(
                 401, "authorization: a bearer key is asked for", "authorization", {"WWW-Authenticate": "Bearer"}
             )
         return found[0]
+
+
+def own_name(scope: Scope) -> str:
+    """A name that nobody can guess, for what the request's key alone may ask for later."""
+    name = uuid.uuid4().hex
+    return name + _mark(scope, name)
+
+
+def is_own(scope: Scope, name: str) -> bool:
+    """Whether a name was made for this request's key."""
+    return hmac.compare_digest(name[32:].encode(), _mark(scope, name[:32]).encode())
+
+
+def _mark(scope: Scope, name: str) -> str:
+    key = scope.get("key", b"")
+    return hmac.digest(key, name.encode(), hashlib.sha256).hex()[:16] if key else ""
 
 
 class Guard:
@@ -99,7 +116,7 @@ class Guard:
 
     def __init__(self, app: Any, keys: Keys, limits: Limits, metrics: Metrics) -> None:
         self.app, self.keys, self.limits, self.metrics = app, keys, limits, metrics
-        self.running: Counter[int] = Counter()
+        self.running: Counter[bytes] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,17 +135,17 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        key: int | None = None
+        key: bytes | None = None
         try:
             if scope["path"] not in OPEN:
                 key = self.keys.check(headers.get(b"authorization", b""))
-                if key >= 0 and self.limits.per_key and self.running[key] >= self.limits.per_key:
+                if key and self.limits.per_key and self.running[key] >= self.limits.per_key:
                     key = None
                     raise Problem(
                         429, f"key: {self.limits.per_key} requests of it run already", None, {"Retry-After": "1"}
                     )
                 self.running[key] += 1
-                scope["hold_key"] = functools.partial(self._hold, key)
+                scope["key"], scope["hold_key"] = key, functools.partial(self._hold, key)
             with request_span(scope["method"], scope["path"], headers, request_id) as said:
                 try:
                     await self.app(scope, self._limited(headers, receive), answer)
@@ -148,7 +165,7 @@ class Guard:
             log("request", id=request_id, method=scope["method"], path=scope["path"][:200], status=status,
                 seconds=round(time.perf_counter() - started, 4))  # fmt: skip
 
-    def _hold(self, key: int) -> Callable[[], None]:
+    def _hold(self, key: bytes) -> Callable[[], None]:
         """Count one more request of a key until what comes back is called: work that goes on after its answer."""
         self.running[key] += 1
 

@@ -16,7 +16,7 @@ from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..metrics.msi_score import MSI
 from ..saliency.explain import explain_by
-from .guard import Limits
+from .guard import Limits, is_own
 from .tasks import KEPT, KEPT_S, Event, Tasks
 from .telemetry import Metrics
 from .tracing import past_spans
@@ -138,13 +138,13 @@ class Server:
             self.worker.cancel(ticket)
             raise Problem(429, f"tasks: {KEPT} run already", None, {"Retry-After": "5"})
 
-    async def events(self, name: str) -> list[Event]:
-        """What has been told of a task so far.
+    async def events(self, request: Request, name: str) -> list[Event]:
+        """What has been told of a task of the request's key so far.
 
         Raises:
             Problem: 404.
         """
-        events = await self.tasks.events(name, 0, wait_s=0)
+        events = await self.tasks.events(name, 0, wait_s=0) if is_own(request.scope, name) else None
         if events is None:
             raise Problem(404, f"counterfactual: there is none of this name, or none any more ({KEPT_S:.0f} s)")
         return events

@@ -274,6 +274,24 @@ def test_keys_are_asked_for_counted_and_read_again(engine: EngineCore, worker: W
         assert client.get("/v1/models", headers={"Authorization": "Bearer third"}).status_code == 200
 
 
+def test_what_one_key_asked_for_is_not_another_keys(engine: EngineCore, worker: Worker, tmp_path: Any) -> None:
+    file = tmp_path / "keys"
+    file.write_text("first\nsecond\n")
+    first, second = ({"Authorization": f"Bearer {key}"} for key in ("first", "second"))
+    keys = Keys(file)
+    with TestClient(make_app(engine, worker, keys=keys)) as client:
+        later = client.post(
+            "/v1/counterfactuals", files={"image": picture()}, headers=first | {"Prefer": "respond-async"}
+        ).headers["Location"]
+        file.write_text("second\nfirst\n")
+        keys.read()
+        assert client.get(later, headers=second).status_code == 404
+        assert client.delete(later, headers=second).status_code == 404
+        assert client.get(later[:-16], headers=first).status_code == 404
+        assert client.get(later, headers=first).status_code in (200, 202)
+        assert client.delete(later, headers=first).status_code == 204
+
+
 def test_a_page_of_another_origin_may_ask_with_its_key(engine: EngineCore, worker: Worker, tmp_path: Any) -> None:
     file = tmp_path / "keys"
     file.write_text("first\n")

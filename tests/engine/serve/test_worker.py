@@ -338,16 +338,15 @@ def test_whoever_was_taken_may_finish_while_it_is_stopped(engine: EngineCore) ->
             worker.call(lambda: 3, held=True)
 
 
-def test_calls_do_not_starve_samples(engine: EngineCore, worker: Worker) -> None:
-    with Gate(worker):
-        calls = [worker.call(lambda: time.sleep(0.03)) for _ in range(12)]
-        sample = worker.submit(images(1)[0], config=QUICK)
-    while not calls[-2].done():
-        time.sleep(0.001)
-    assert sample.step > 0 or sample.future.done()  # all of them came first
-    sample.future.result(timeout=60)
-    for call in calls:
-        call.result(timeout=60)
+def test_calls_do_not_starve_samples(engine: EngineCore) -> None:
+    with working(engine, slots=1, max_queue=16) as worker:
+        with Gate(worker):
+            calls = [worker.call(lambda: time.sleep(0.03)) for _ in range(12)]
+            sample = worker.submit(images(1)[0], config=QUICK)
+        calls[-2].result(timeout=60)
+        assert sample.step > 0 or sample.future.done()  # all of them came first
+        sample.future.result(timeout=60)
+        calls[-1].result(timeout=60)
 
 
 def test_who_is_late_while_waiting_hears_of_it_at_once(engine: EngineCore) -> None:
