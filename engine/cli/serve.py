@@ -83,15 +83,23 @@ def serve(
     keys = Keys(api_key_file)
     limits = Limits(body_bytes=max_bytes, pixels=max_pixels, per_key=per_key)
     said = config.model_dump(exclude_unset=True)
+    if ray is None and (replicas != "1..4" or replica_cpus or replica_gpus is not None):
+        raise UsageError("ray: --replicas, --replica-cpus and --replica-gpus are for replicas on Ray; give --ray too")
     if config.region not in (None, "auto"):
         raise UsageError(f"region: {config.region} lies in one picture, and uploads are many; a server takes auto")
     if file is not None:
-        if given := [*said, *opening.model_dump(exclude_unset=True), *(["ray"] if ray else [])]:
+        own = {"ray": ray is not None, "slots": slots != "auto", "preload-speeds": preload_speeds != "fast"}
+        if given := [
+            *said,
+            *opening.model_dump(exclude_unset=True),
+            *(name for name, is_given in own.items() if is_given),
+        ]:
             raise UsageError(f"{given[0].replace('_', '-')}: has no use with --file, which was exported with its own")
         from ..serve.file import FileWorker, make_file_app
 
         whole = FileWorker(file, max_queue)
-        return _run(make_file_app(whole, keys=keys, limits=limits), whole, _listen(host, port), host, keys, grace)
+        app = make_file_app(whole, keys=keys, limits=limits, cors_origins=cors_origin)
+        return _run(app, whole, _listen(host, port), host, keys, grace)
     from ..serve.app import make_app
     from ..serve.sizing import check_slots, fit
     from ..serve.worker import Worker

@@ -15,7 +15,7 @@ from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..errors import CounterlensError
 from ..saliency.table import METHODS
-from .guard import Guard, Keys, Limits, own_name
+from .guard import Keys, Limits, guarded, own_name
 from .kserve import add_routes
 from .page import add_page, facts
 from .routes import PROBLEMS, add_problems, body_of, fields_of
@@ -29,6 +29,7 @@ from .wire import (
     Problem,
     SaliencyRequest,
     config_of,
+    in_header,
     png,
     problem_of,
     to_base64,
@@ -115,7 +116,8 @@ def make_app(
                 result = await server.wait(request, ticket)
                 answered = await server.answer(result, ticket, asked.saliency)
             if "image/png" in accept and result.error is None:
-                said = {"X-Prediction": answered["prediction"], "X-Flipped": str(answered["flipped"]).lower()}
+                shown = in_header(answered["prediction"])
+                said = {"X-Prediction": shown, "X-Flipped": str(answered["flipped"]).lower()}
                 return Response(png(result.image), 200, said, "image/png")
             return JSONResponse(answered)
         name = own_name(request.scope)
@@ -224,10 +226,4 @@ def make_app(
     add_routes(app, server)
     keys = keys or Keys(None)
     add_page(app, server, asks_for_keys=bool(keys.keys))
-    guarded = Guard(app, keys, limits, metrics)
-    if not cors_origins:
-        return guarded
-    from starlette.middleware.cors import CORSMiddleware
-
-    # Outermost: browsers ask without a key first, and pages are to read refusals too.
-    return CORSMiddleware(guarded, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+    return guarded(app, keys, limits, metrics, cors_origins)

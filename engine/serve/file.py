@@ -20,11 +20,20 @@ from PIL import Image
 from ..images.files import load_pixels
 from ..portable.file import SALIENCY, CounterfactualFile, SaliencyFile
 from ..portable.overlay import change
-from .guard import Guard, Keys, Limits
+from .guard import Keys, Limits, guarded
 from .refusals import Draining, Full
 from .routes import PROBLEMS, add_problems, body_of, fields_of
 from .telemetry import Metrics
-from .wire import CounterfactualRequest, PredictionRequest, Problem, SaliencyRequest, checked, to_base64, validated
+from .wire import (
+    CounterfactualRequest,
+    PredictionRequest,
+    Problem,
+    SaliencyRequest,
+    checked,
+    in_header,
+    to_base64,
+    validated,
+)
 
 T = TypeVar("T")
 OWN = ("speed", "mode", "budget_s", "saliency", "config")  # of a request that the file decides
@@ -126,7 +135,9 @@ def png(pixels: NDArray[Any]) -> bytes:
     return out.getvalue()
 
 
-def make_file_app(worker: FileWorker, *, keys: Keys | None = None, limits: Limits | None = None) -> Any:
+def make_file_app(
+    worker: FileWorker, *, keys: Keys | None = None, limits: Limits | None = None, cors_origins: list[str] | None = None
+) -> Any:
     """The server's ASGI application; see `app.make_app`."""
     limits, metrics = limits or Limits(), Metrics(worker)
     opened, labels = worker.run, worker.run.labels
@@ -175,7 +186,7 @@ def make_file_app(worker: FileWorker, *, keys: Keys | None = None, limits: Limit
             return JSONResponse({"status": "skipped", "error": made.errors[0], **answer})
         after = made.counterfactual[0]
         if "image/png" in accept:
-            headers = {"X-Prediction": labels[said], "X-Flipped": str(said == wanted).lower()}
+            headers = {"X-Prediction": in_header(labels[said]), "X-Flipped": str(said == wanted).lower()}
             return Response(png(after), 200, headers, "image/png")
         return JSONResponse({
             "status": "done", **answer, "prediction": labels[said],
@@ -248,7 +259,7 @@ def make_file_app(worker: FileWorker, *, keys: Keys | None = None, limits: Limit
         """Prometheus metrics."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    return Guard(app, keys or Keys(None), limits, metrics)
+    return guarded(app, keys or Keys(None), limits, metrics, cors_origins)
 
 
 def probabilities(worker: FileWorker, pixels: NDArray[np.float32]) -> NDArray[Any]:

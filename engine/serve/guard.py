@@ -199,6 +199,20 @@ class Guard:
         return limited
 
 
+def guarded(app: Any, keys: Keys, limits: Limits, metrics: Metrics, cors_origins: list[str] | None) -> Any:
+    """The application behind a `Guard`, which pages of these origins may ask."""
+    inner = Guard(app, keys, limits, metrics)
+    if not cors_origins:
+        return inner
+    from starlette.middleware.cors import CORSMiddleware
+
+    # Outermost: browsers ask without a key first, and pages are to read refusals too.
+    return CORSMiddleware(
+        inner, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"],
+        expose_headers=["Location", "Retry-After", "X-Request-Id", "X-Prediction", "X-Flipped"],
+    )  # fmt: skip
+
+
 async def send_problem(problem: Problem, send: Send, path: str = "") -> None:
     """Answer with problem details."""
     body = json.dumps(problem.body(path)).encode()

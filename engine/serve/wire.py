@@ -8,6 +8,7 @@ import json
 import re
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -156,6 +157,11 @@ def from_base64(text: str, field: str = "image") -> bytes:
 
 def to_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def in_header(label: str) -> str:
+    """A label as a header may hold it: percent-encoded where it has more than letters of ASCII, digits and spaces."""
+    return quote(label, safe=" /:;,()@+=!*'")
 
 
 def checked(data: bytes, max_pixels: int) -> BytesIO:

@@ -123,6 +123,22 @@ def test_a_process_without_pytorch(file: Path) -> None:
         process.kill()
 
 
+def test_pages_of_other_origins_and_labels_of_other_alphabets(file: Path) -> None:
+    worker = FileWorker(file)
+    worker.run.labels = ["dark", "hell\r\nX-Odd: \u732b"]
+    origin = "https://page.example"
+    with TestClient(make_file_app(worker, cors_origins=[origin])) as client:
+        worker.start().result()
+        headers = {"Origin": origin, "Accept": "image/png"}
+        answer = client.post("/v1/counterfactuals", files={"image": picture(20)}, headers=headers)
+        worker.stop()
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["access-control-allow-origin"] == origin
+    assert answer.headers["x-prediction"] == "hell%0D%0AX-Odd: %E7%8C%AB"
+
+
 def test_options_that_have_no_use_beside_a_file(file: Path) -> None:
     one_line_error(run("serve", "--file", file, "--speed", "fast"), 2, "speed: has no use with --file")
+    one_line_error(run("serve", "--file", file, "--slots", "4"), 2, "slots: has no use with --file")
+    one_line_error(run("serve", "--replicas", "2"), 2, "give --ray too")
     one_line_error(run("serve", "--file", file.with_name("none.onnx")), 2, "no such file")
