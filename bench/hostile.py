@@ -180,8 +180,8 @@ def raws() -> dict[str, bytes]:
     }  # fmt: skip
 
 
-def slow(url: str, connections: int = 100, hold_s: float = 5.0) -> None:
-    """Connections that send half of their headers, or of a body, and then nothing; all at once."""
+def slow(url: str, connections: int = 100, hold_s: float = 5.0, closed_s: float = 40.0) -> list[str]:
+    """Connections that send half of their headers, or of a body, and then nothing; all at once: those left open."""
     there = urlsplit(url)
     post = b"POST /v1/predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 90\r\n"
     held = [socket.create_connection((there.hostname or "", there.port or 80)) for _ in range(connections)]
@@ -189,8 +189,33 @@ def slow(url: str, connections: int = 100, hold_s: float = 5.0) -> None:
         one.sendall(post[:40] if i % 2 else post + b"\r\n{")
     time.sleep(hold_s)
     assert httpx.get(f"{url}/healthz", timeout=10).status_code == 200
+    end, left = time.monotonic() + closed_s, 0
     for one in held:
+        one.settimeout(max(0.01, end - time.monotonic()))
+        try:
+            while one.recv(65536):
+                pass
+        except TimeoutError:
+            left += 1
+        except ConnectionError:
+            pass
         one.close()
+    return [f"{left} slow connections are open after {hold_s + closed_s:g} s"] if left else []
+
+
+def keys(url: str, key: str) -> list[str]:
+    """No key, wrong ones and the right one at a server that asks for it: what is answered as it should not be."""
+    wrong = ["", key, "Bearer", "Bearer ", f"Bearer {key}x", f"Bearer {key[:-1]}", f"Basic {key}",
+             f"Bearer {key} {key}", f"Bearer {'a' * 20_000}", "Bearer \u00e9", f"Bearer\t{key}"]  # fmt: skip
+    bad = []
+    for path in ("/v1/models", "/openapi.json", "/v2/models/digits", "/v1/counterfactuals/x"):
+        for said in (None, *wrong, f"bearer {key}"):
+            header = b"" if said is None else b"Authorization: " + said.encode("latin-1") + b"\r\n"
+            answer = raw(url, f"GET {path} HTTP/1.1\r\nHost: x\r\n".encode() + header + b"\r\n").decode("latin-1")
+            right = said == f"bearer {key}"
+            if (answer[9:12] == "401") == right or answer[9:10] not in "24":
+                bad.append(f"{path}: {said!r:.60} gets {answer[:60]!r}")
+    return bad
 
 
 def fuzz(url: str, cases: int) -> tuple[Counter[str], list[str]]:
@@ -245,6 +270,6 @@ def attack(url: str, image: bytes, cases: int) -> dict[str, Any]:
     for what, data in raws().items():
         said = raw(url, data, wait_s=2.0).decode("latin-1")
         _judge(what, int(said.split()[1]) if said.startswith("HTTP/") else 0, said, statuses, bad)
-    slow(url)
+    bad += slow(url)
     more, worse = fuzz(url, cases)
     return {"statuses": dict(statuses), "schemathesis": dict(more), "cases": sum(more.values()), "bad": bad + worse}

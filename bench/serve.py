@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import httpx
@@ -33,7 +34,7 @@ import torch
 import typer
 from PIL import Image
 
-from bench.hostile import attack
+from bench.hostile import attack, keys
 from bench.record import quantiles, say, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.images.files import to_uint8
@@ -42,6 +43,7 @@ from counterlens.engine.serve.wire import png
 
 Answer = tuple[int, float, dict[str, Any]]  # status, seconds, body
 SECTIONS = ("start", "throughput", "latency", "mixed", "aborted", "overload", "terminate", "identity", "hostile")
+MORE_BYTES = 512_000_000  # of memory after hostile input: more is a leak
 LEVELS = (0.5, 0.95, 0.99)
 
 
@@ -217,7 +219,7 @@ def overload(minutes: float = 1.0) -> dict[str, Any]:
             before, began = served.held(), time.perf_counter()
             answers = []
             for part in range(max(1, round(minutes)) if times == 3.0 else 1):  # memory is looked at every minute
-                span = 20 if times < 3 else seconds / max(1, round(minutes))
+                span = min(20, seconds) if times < 3 else seconds / max(1, round(minutes))
                 answers += with_client(
                     served.url,
                     lambda c, t=times, s=span, p=part: poisson(c, shown, t * capacity, s, 7 + p, speed="fast"),
@@ -381,30 +383,47 @@ def _pixels(text: str) -> bytes:
 def hostile(cases: int = 2000) -> dict[str, Any]:
     """Everything of `bench.hostile`: nothing is a 500 or shows a traceback, and a good request is answered after it."""
     image = pictures(1)[0]
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "keys")
+        file.write_text("a-key-of-the-bench\n")
+        with Served("--slots", "1", "--api-key-file", str(file)) as served:
+            let_in = keys(served.url, "a-key-of-the-bench")
     with Served("--slots", "4") as served:
         with_client(served.url, lambda client: burst(client, [image] * 8, speed="fast"))
         before = served.held()
         found = attack(served.url, image, cases)
         time.sleep(6)  # connections that were left open are closed
         status, _, answer = with_client(served.url, lambda client: ask(client, image, speed="fast"))
-        return found | {"good_after": [status, answer.get("status")], "before": before, "after": served.held()}
+        after = served.held()
+        bad = found.pop("bad") + let_in
+        if status != 200:
+            bad.append(f"a good request afterwards: {status} {answer}")
+        if after["bytes"] > before["bytes"] + MORE_BYTES:
+            bad.append(f"memory: {before['bytes']} bytes became {after['bytes']}")
+        return found | {"good_after": [status, answer.get("status")], "before": before, "after": after, "bad": bad}
 
 
 def main(
     sections: Annotated[str, typer.Option(help=f"Of {', '.join(SECTIONS)}.")] = ",".join(SECTIONS),
     minutes: Annotated[float, typer.Option(help="Of overload at three times the capacity.")] = 1.0,
+    cases: Annotated[int, typer.Option(help="Of schemathesis, in hostile.")] = 2000,
     record: Annotated[bool, typer.Option("--record", help="Write bench/results/serve-SECTION.json.")] = False,
 ) -> None:
     """Measure the server of the digits pack; `counterlens export --what all --speed fast` builds artefacts before."""
     asked = sections.split(",")
     if unknown := set(asked) - set(SECTIONS):
         raise typer.BadParameter(f"no section {sorted(unknown)[0]}; expected some of {', '.join(SECTIONS)}")
+    bad: list[str] = []
     for name in asked:
         say(name)
-        result = overload(minutes) if name == "overload" else globals()[name]()
+        given = {"overload": [minutes], "hostile": [cases]}.get(name, [])
+        result = globals()[name](*given)
         print(json.dumps({name: result}, indent=1))
         if record:
             write_result(f"serve-{name}", result)
+        bad += result.get("bad", [])
+    if bad:
+        raise SystemExit(f"bad: {len(bad)}, the first of them {bad[0]}")
 
 
 if __name__ == "__main__":
