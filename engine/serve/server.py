@@ -68,11 +68,19 @@ class Server:
         self.name = engine.names.get("pack") or Path(engine.names.get("model", "model")).name
 
     async def image(self, data: bytes, config: Config | None = None) -> Tensor:
-        """An uploaded image, decoded beside the event loop; square without a config."""
-        if config is None:
-            config = self.engine.config
-            config = config.model_copy(update={"fit": "auto"}) if config.fit == "native" else config
-        return await asyncio.to_thread(read_image, data, self.engine, self.limits.pixels, config)
+        """An uploaded image, decoded beside the event loop; without a config, of the model's own size.
+
+        Raises:
+            Problem: 422, the server's `fit` is native, and that leaves it another size.
+        """
+        own, size = config or self.engine.config, self.engine.image_size
+        image = await asyncio.to_thread(read_image, data, self.engine, self.limits.pixels, own)
+        if config is None and image.shape[-2:] != (size, size):
+            raise Problem(
+                422, f"image: {image.shape[-1]}x{image.shape[-2]} pixels under fit {own.fit}, which is for "
+                f"/v1/counterfactuals; here it takes {size}x{size}", "image",
+            )  # fmt: skip
+        return image
 
     async def call(self, run: Callable[[], T], request: Request | None = None) -> T:
         """Something short that needs the models, unless a request's caller is gone; else see `Worker.holding`."""

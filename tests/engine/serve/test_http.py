@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from torch import Tensor
 
+from counterlens.engine import Engine
 from counterlens.engine.config import Config
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.errors import CounterlensError
@@ -27,6 +29,7 @@ from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.guard import Keys, Limits
 from counterlens.engine.serve.wire import MAX_DEPTH, parse_json, png
 from counterlens.engine.serve.worker import Worker
+from tests import tiny as saved
 from tests.engine.serve.test_worker import working
 
 NUMBERS = {
@@ -427,3 +430,25 @@ def test_kserve_version_1(client: TestClient, engine: EngineCore) -> None:
     made = client.post("/v1/models/tiny:explain", json=asked).json()["explanations"]
     assert [m["status"] for m in made] == ["done", "done"]
     assert client.post("/v1/models/tiny:predict", json={"instances": []}).status_code == 400
+
+
+def test_what_is_no_counterfactual_takes_the_models_own_size_under_fit_native(tmp_path: Path) -> None:
+    """Instead of quietly reading the image in another way than the server was told."""
+    saved.save_stable_diffusion(tmp_path / "sd")
+    saved.save_resnet(tmp_path / "resnet")
+    native = Engine.from_pretrained(
+        tmp_path / "sd", tmp_path / "resnet", Config(preset="imagenet-text", steps=4, fit="native")
+    )
+    wide, own = png(torch.rand(3, 16, 40)), png(torch.rand(3, 16, 16))
+    with working(native, slots=1) as worker, TestClient(make_app(native, worker)) as client:
+        for path, asked in (
+            ("/v1/predictions", {"files": {"image": wide}}),
+            ("/v1/saliency", {"files": {"image": wide}}),
+            ("/v1/models/sd:predict", {"json": {"instances": [{"b64": base64.b64encode(wide).decode()}]}}),
+        ):
+            refused = client.post(path, **asked)
+            assert refused.status_code == 422
+            assert refused.json()["field"] == "image"
+            assert "24x8 pixels under fit native, which is for /v1/counterfactuals; here" in refused.json()["detail"]
+        assert client.post("/v1/predictions", files={"image": own}).status_code == 200
+        assert client.post("/v1/counterfactuals", files={"image": wide}).status_code == 200
