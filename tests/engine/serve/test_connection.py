@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from bench import hostile
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.connection import HEADER_BYTES, Connection, http_server
@@ -169,3 +170,10 @@ def test_a_key_runs_so_many_requests_at_once_and_one_that_leaves_makes_room(
             assert callers[1].recv(65536).startswith(b"HTTP/1.1 200 ")
             soon(200)
             callers[1].close()
+
+
+def test_nobody_is_let_in_without_the_key(engine: EngineCore, worker: Worker, tmp_path: Path) -> None:  # noqa: F811
+    file = tmp_path / "keys"
+    file.write_text("the-key\nother\n")
+    with listening(make_app(engine, worker, keys=Keys(file))) as there:
+        assert hostile.keys(f"http://127.0.0.1:{there}", "the-key") == []
