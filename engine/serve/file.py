@@ -26,10 +26,10 @@ from .routes import PROBLEMS, add_problems, body_of, fields_of
 from .telemetry import Metrics
 from .wire import (
     CounterfactualRequest,
+    Decoder,
     PredictionRequest,
     Problem,
     SaliencyRequest,
-    checked,
     in_header,
     to_base64,
     validated,
@@ -140,16 +140,16 @@ def make_file_app(
 ) -> Any:
     """The server's ASGI application; see `app.make_app`."""
     limits, metrics = limits or Limits(), Metrics(worker)
-    opened, labels = worker.run, worker.run.labels
+    opened, labels, decoder = worker.run, worker.run.labels, Decoder(limits.pixels)
     app = FastAPI(title="counterlens", version="1", description="A whole run in one file.", docs_url="/docs")
     add_problems(app)
 
     async def image(data: bytes) -> NDArray[np.float32]:
-        def read() -> NDArray[np.float32]:
-            pixels = load_pixels(checked(data, limits.pixels), opened.image_size, "image", fit=opened.fit)
+        def read(file: BytesIO) -> NDArray[np.float32]:
+            pixels = load_pixels(file, opened.image_size, "image", fit=opened.fit)
             return pixels.transpose(2, 0, 1)[None]
 
-        return await asyncio.to_thread(read)
+        return await decoder.read(data, read)
 
     async def done(request: Request, call: Callable[[], T]) -> T:
         """What the worker makes of it; it is not begun once the caller is gone."""

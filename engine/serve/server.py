@@ -20,7 +20,7 @@ from .guard import Limits, is_own
 from .tasks import KEPT, KEPT_S, Event, Tasks
 from .telemetry import Metrics
 from .tracing import past_spans
-from .wire import CounterfactualRequest, Problem, SaliencyRequest, answer_of, config_of, png, read_image, to_base64
+from .wire import CounterfactualRequest, Decoder, Problem, SaliencyRequest, answer_of, config_of, png, to_base64
 from .worker import Ticket, Worker
 
 T = TypeVar("T")
@@ -65,6 +65,7 @@ class Server:
     ) -> None:
         self.engine, self.worker, self.metrics, self.limits = engine, worker, metrics, limits
         self.tasks = tasks or Tasks()
+        self.decoder = Decoder(limits.pixels)
         self.name = engine.names.get("pack") or Path(engine.names.get("model", "model")).name
 
     async def image(self, data: bytes, config: Config | None = None) -> Tensor:
@@ -74,7 +75,7 @@ class Server:
             Problem: 422, the server's `fit` is native, and that leaves it another size.
         """
         own, size = config or self.engine.config, self.engine.image_size
-        image = await asyncio.to_thread(read_image, data, self.engine, self.limits.pixels, own)
+        image = await self.decoder.read(data, lambda file: self.engine.read(file, "image", own, own=False).image)
         if config is None and image.shape[-2:] != (size, size):
             raise Problem(
                 422, f"image: {image.shape[-1]}x{image.shape[-2]} pixels under fit {own.fit}, which is for "

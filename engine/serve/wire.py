@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import json
 import re
+from collections.abc import Callable
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from PIL import Image
@@ -21,9 +23,10 @@ from .refusals import Cancelled, Draining, Exhausted, Full, Late
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.core import EngineCore
     from ..core.result import Counterfactual
 
+T = TypeVar("T")
+LARGE = 4_000_000  # pixels of an image
 MAX_DEPTH = 32  # of a JSON body
 # A string that does not end is taken whole too: looking for its end from every quote in it would take minutes.
 STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
@@ -164,8 +167,8 @@ def in_header(label: str) -> str:
     return quote(label, safe=" /:;,()@+=!*'")
 
 
-def checked(data: bytes, max_pixels: int) -> BytesIO:
-    """An uploaded file whose size is that of an image that may be decoded.
+def checked(data: bytes, max_pixels: int) -> tuple[BytesIO, int]:
+    """An uploaded file whose size is that of an image that may be decoded, and its pixels.
 
     Raises:
         Problem: 413, more pixels than allowed. CounterlensError: no image.
@@ -178,16 +181,30 @@ def checked(data: bytes, max_pixels: int) -> BytesIO:
     if pixels > max_pixels:
         raise Problem(413, f"image: {pixels / 1e6:.1f} megapixels, more than {max_pixels / 1e6:.1f}", "image")
     file.seek(0)
-    return file
+    return file, pixels
 
 
-def read_image(data: bytes, engine: EngineCore, max_pixels: int, config: Config) -> Tensor:
-    """An uploaded file as [3, H, W] in [0, 1], fitted as the config says.
+class Decoder:
+    """Reads uploads beside the event loop; large ones one after the other: each takes memory for all its pixels.
 
-    Raises:
-        Problem, CounterlensError: see `checked`.
+    Args:
+        max_pixels: of one image.
     """
-    return engine.read(checked(data, max_pixels), "image", config, own=False).image
+
+    def __init__(self, max_pixels: int) -> None:
+        self.max_pixels, self.large = max_pixels, asyncio.Lock()
+
+    async def read(self, data: bytes, decode: Callable[[BytesIO], T]) -> T:
+        """What `decode` makes of the file.
+
+        Raises:
+            Problem, CounterlensError: see `checked`.
+        """
+        file, pixels = await asyncio.to_thread(checked, data, self.max_pixels)
+        if pixels <= LARGE:
+            return await asyncio.to_thread(decode, file)
+        async with self.large:
+            return await asyncio.to_thread(decode, file)
 
 
 def png(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import random
 import tempfile
@@ -14,7 +15,7 @@ from starlette.testclient import TestClient
 from bench import hostile
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.serve.app import make_app
-from counterlens.engine.serve.wire import Problem, parse_json
+from counterlens.engine.serve.wire import Decoder, Problem, parse_json
 from counterlens.engine.serve.worker import Worker
 from tests.engine.serve.test_http import client, engine, picture, worker  # noqa: F401  # fixtures
 
@@ -55,6 +56,28 @@ def test_no_upload_is_written_to_disk(
     big = picture() + bytes(1_200_000)  # behind the end of a PNG nobody looks
     with TestClient(make_app(engine, worker)) as client:  # noqa: F811
         assert client.post("/v1/predictions", files={"image": big}).status_code == 200
+
+
+def test_large_images_are_decoded_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("counterlens.engine.serve.wire.LARGE", 100)
+    at_once: list[int] = []
+    running = 0
+
+    def decode(_: Any) -> None:
+        nonlocal running
+        running += 1
+        at_once.append(running)
+        time.sleep(0.02)
+        running -= 1
+
+    async def ask(data: bytes) -> int:
+        at_once.clear()
+        decoder = Decoder(max_pixels=10_000)
+        await asyncio.gather(*(decoder.read(data, decode) for _ in range(4)))
+        return max(at_once)
+
+    assert asyncio.run(ask(picture())) == 1
+    assert asyncio.run(ask(picture(size=8))) > 1
 
 
 def test_bombs_are_refused_before_they_are_decoded(client: TestClient) -> None:  # noqa: F811
