@@ -48,6 +48,7 @@ class Backbone:
     sized: ClassVar[bool] = False  # whether it takes other image sizes than its own
     own_side: ClassVar[int | None] = None  # latent side, where the denoiser's config does not say one
     packed: ClassVar[int] = 1  # side of the square of latents that becomes one channel vector before the denoiser
+    flows: ClassVar[bool] = False  # trained by flow matching, always
     carried: ClassVar[bool] = False  # a DDPM's noise levels, but others than those that strengths were published for
     rectangular: ClassVar[bool] = False  # whether images need not be square, nor all of one size
     longest: int | None = None  # side in pixels that such an image may have
@@ -106,6 +107,11 @@ class Backbone:
         path = folder / "scheduler" / "scheduler_config.json"
         side = (image_size or cls.own_size(*configs)) // vae_factor(configs[1])
         levels = read_noise_levels(path, read_json(path), tokens=(side // cls.patch(configs[0])) ** 2)
+        if cls.flows and levels.prediction != FLOW:
+            raise UsageError(
+                f"{path}: _class_name is {read_json(path).get('_class_name')!r}: noise levels of a DDPM, and a "
+                f"{cls.networks[denoiser]} was trained on a flow; take the scheduler that belongs to it"
+            )
         said = cls.more(folder, dtype) | {"prediction": levels.prediction}
         if levels.times is not None:
             said["times"] = levels.times

@@ -233,6 +233,9 @@ def latent_scale(path: Path, config: Any) -> None:
     scaling = config.get("scaling_factor", 1.0)
     if not isinstance(scaling, int | float) or isinstance(scaling, bool) or not 0 < scaling < float("inf"):
         raise UsageError(f"{path}: scaling_factor is {scaling!r}; expected a positive number")
+    shift = config.get("shift_factor") or 0.0
+    if not isinstance(shift, int | float) or isinstance(shift, bool) or not abs(shift) < float("inf"):
+        raise UsageError(f"{path}: shift_factor is {shift!r}; expected a number")
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if (mean is None) != (std is None):
         raise UsageError(f"{path}: latents_mean and latents_std belong together, one is missing")

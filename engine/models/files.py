@@ -164,7 +164,7 @@ def read_part(loader: Any, folder: Path, dtype: torch.dtype, ignore: str = r"$^"
         module, info = loader.from_pretrained(
             folder, local_files_only=True, use_safetensors=not pickled, output_loading_info=True, **ours
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, ArithmeticError) as error:
         said = " ".join(str(error).split())
         raise CounterlensError(f"{folder}: cannot be loaded as {loader.__name__} ({said})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

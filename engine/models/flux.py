@@ -34,6 +34,7 @@ class Flux(Prompted):
     networks = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL"}  # noqa: RUF012
     encoders = {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}  # noqa: RUF012
     rectangular = True
+    flows = True
     others = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     packed = 2
     own_side = 128

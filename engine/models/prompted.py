@@ -15,7 +15,7 @@ from .backbone import Backbone
 from .conditions import Condition
 from .files import read_json
 from .stable_diffusion import make_prompts
-from .text import open_encoder, open_tokenizer
+from .text import open_encoder, open_tokenizer, prompt_length
 from .wide import exact
 
 AT_ONCE = 64  # labels whose prompts are embedded as soon as they are known; of more, those that a batch asks for
@@ -57,7 +57,7 @@ class TextParts:
             UsageError: a prompt is longer.
         """
         tokenizer = self.tokenizers[name]
-        length = length or int(tokenizer.model_max_length)
+        length = length or prompt_length(tokenizer, name)
         for prompt in prompts:
             if (count := len(tokenizer(prefix + prompt).input_ids)) > length:
                 raise UsageError(f"prompts: {prompt!r} has {count} tokens, {name} reads {length}")

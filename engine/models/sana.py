@@ -29,6 +29,7 @@ class Sana(Prompted):
     networks = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC"}  # noqa: RUF012
     encoders = {"text_encoder": "Gemma2Model"}  # noqa: RUF012
     rectangular = True
+    flows = True
     others = ("text_encoder", "tokenizer")
 
     def __init__(self, vae: Any, denoiser: Any, alphas_cumprod: Any, text: TextParts, **options: Any) -> None:

@@ -35,6 +35,7 @@ class StableDiffusion3(Prompted):
         "text_encoder_3": "T5EncoderModel",
     }
     rectangular = True
+    flows = True
     others = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     optional = ("text_encoder_3", "tokenizer_3")
 

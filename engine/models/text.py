@@ -52,9 +52,26 @@ def open_text_encoder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise UsageError(f"{path}: model_type is {kind!r}; expected clip_text_model")
     if config.get("use_attention_mask"):
         raise UsageError(f"{path}: use_attention_mask is set: the prompt's padding is hidden, which is not supported")
-    return read_part(transformers.CLIPTextModel, folder / "text_encoder", dtype), open_tokenizer(folder / "tokenizer")
+    tokenizer = open_tokenizer(folder / "tokenizer")
+    prompt_length(tokenizer, "text_encoder")
+    return read_part(transformers.CLIPTextModel, folder / "text_encoder", dtype), tokenizer
 
 
+def prompt_length(tokenizer: Any, encoder: str) -> int:
+    """Tokens to which prompts are padded.
+
+    Raises:
+        UsageError: the tokenizer does not say; its class then makes it an endless number.
+    """
+    if (length := tokenizer.model_max_length) > LONGEST:
+        raise UsageError(
+            f"{tokenizer.name_or_path}: tokenizer_config.json says no model_max_length; expected what {encoder} reads, "
+            "for CLIP 77"
+        )
+    return int(length)
+
+
+LONGEST = 2**20  # tokens that any prompt could have
 # What a text encoder's config calls the model that each class reads.
 KINDS = {
     "CLIPTextModel": ("clip_text_model", "clip"),

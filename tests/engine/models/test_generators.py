@@ -611,3 +611,29 @@ def test_strengths_are_carried_over_to_linear_betas(folders: dict[str, Path]) ->
         wanted = carried_strength(0.382, diffusion.alphas_cumprod) if carried else 0.382
         assert used == wanted
         assert (engine.facts(Config(strength=0.382)).get("strength_asked") == 0.382) == carried
+
+
+def changed(folder: Path, tmp_path: Path, file: str, **fields: Any) -> Path:
+    """A copy of a model's folder with other fields in one of its files; None takes one out."""
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / file
+    said = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana"])
+def test_a_flows_denoiser_with_another_familys_scheduler_is_refused(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = changed(folders[name], tmp_path, "model_index.json")
+    shutil.copytree(folders["sdxl"] / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    with pytest.raises(UsageError, match=r"scheduler_config\.json: _class_name is .* trained on a flow; take the") as e:
+        open_diffusion(folder, image_size=IMAGE_SIZE)
+    assert "\n" not in str(e.value)
+
+
+def test_a_tokenizer_that_names_no_length_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = changed(folders["sdxl"], tmp_path, "tokenizer/tokenizer_config.json", model_max_length=None)
+    with pytest.raises(UsageError, match=r"tokenizer_config\.json says no model_max_length; expected"):
+        open_diffusion(folder, image_size=IMAGE_SIZE)
