@@ -14,6 +14,10 @@ KEPT_CHARACTERS = 256_000_000  # of images in all that are kept: a long run's pr
 LAST = ("result", "error")
 
 
+def _characters(data: dict[str, Any]) -> int:
+    return sum(len(value) for value in data.values() if isinstance(value, str))
+
+
 @dataclass
 class Task:
     """One of them; `cancel` is called if it is forgotten while it runs."""
@@ -58,13 +62,25 @@ class Tasks:
         task = self.tasks.get(name)
         if task is not None and not task.done:
             task.events.append((event, data))
-            task.characters += sum(len(value) for value in data.values() if isinstance(value, str))
+            task.characters += _characters(data)
             self._wake(task)
             if task.done:
                 asyncio.get_running_loop().call_later(KEPT_S, self.tasks.pop, name, None)
-                while sum(t.characters for t in self.tasks.values()) > KEPT_CHARACTERS:
-                    if not self._drop_oldest(name):
-                        break
+            while (over := sum(t.characters for t in self.tasks.values()) - KEPT_CHARACTERS) > 0:
+                if not self._drop_oldest(name):
+                    self._thin_out(over)
+                    break
+
+    def _thin_out(self, over: int) -> None:
+        """Forget the pictures of steps of the fullest one, the oldest first: runs are many, and none is done."""
+        task = max(self.tasks.values(), key=lambda task: task.characters)
+        for i, (event, data) in enumerate(task.events):
+            if event == "progress" and "image" in data:
+                task.events[i] = event, {key: value for key, value in data.items() if key != "image"}
+                task.characters -= len(data["image"])
+                over -= len(data["image"])
+                if over <= 0:
+                    break
 
     async def events(self, name: str, after: int, wait_s: float) -> list[Event] | None:
         """The events behind the first `after`, waited for if there are none yet; None: no such task, or no more."""

@@ -140,6 +140,24 @@ def test_results_are_forgotten_in_time_and_before_their_previews_fill_the_memory
     assert asyncio.run(run()) == [["long", "third"], ["long"]]
 
 
+def test_previews_of_runs_that_go_on_do_not_fill_the_memory_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "KEPT_CHARACTERS", 250)
+
+    async def run() -> tasks.Tasks:
+        held = tasks.Tasks()
+        for name in ("one", "other"):
+            await held.open(name, lambda: None)
+            for step in range(1, 5):
+                held.say(name, "progress", {"step": step, "image": "x" * 100})
+        return held
+
+    held = asyncio.run(run())
+    kept = {name: [d["step"] for _, d in task.events if "image" in d] for name, task in held.tasks.items()}
+    assert sum(map(len, kept.values())) == 2
+    assert kept["other"] == [4]
+    assert all([d["step"] for _, d in task.events] == [1, 2, 3, 4] for task in held.tasks.values())
+
+
 # In a browser
 
 
