@@ -167,6 +167,7 @@ def test_a_key_runs_so_many_requests_at_once_and_one_that_leaves_makes_room(
                 later = client.post("/v1/counterfactuals", files={"image": picture()}, headers=one | ASYNC)
                 assert later.status_code == 202
                 soon(429)  # it runs on
+                assert client.get(later.headers["Location"], headers=one).status_code == 202  # and is to be had
             assert callers[1].recv(65536).startswith(b"HTTP/1.1 200 ")
             soon(200)
             callers[1].close()
