@@ -227,6 +227,6 @@ def _say_own_answers(
         records[i] |= {"own_prediction": own.label, "own_confidence": round(own.confidence, 6)}
         confidence, predicted = engine.probabilities(photo.image[None])[0].max(dim=0)
         ours = engine.labels[int(predicted)], confidence.item()
-        if ours[0] != own.label:
+        if int(predicted) != int(own.probabilities.argmax()):  # names may repeat
             said = disagreement((own.label, own.confidence), ours, photo.frame.fit)
             errors.print(f"warning: {items[i].name}: {said}", style="yellow")

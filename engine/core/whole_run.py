@@ -389,7 +389,7 @@ def _card(
         "bytes": model.stat().st_size,
         "labels": engine.labels,
         "image_size": engine.image_size,
-        "fit": card_fit(engine.classifier),
+        "fit": card_fit(engine.classifier) if config.fit == "auto" else config.fit,
         "inputs": [described(n, x, batch, INPUTS) | _default(n, settings) for n, x in inputs.items()],
         "outputs": [described(n, outputs[n], batch, OUTPUTS) for n in OUTPUTS],
         "mode": config.mode_name,

@@ -133,6 +133,11 @@ class Held:
         self._seen = strength if self._seen is None else self._seen + strength
         self.looks -= 1
         if self.looks == 0:
+            self.decide(size)
+
+    def decide(self, size: Sequence[int]) -> None:
+        """Let `auto` take the guided steps that there were, of a run that ends before the last that it waits for."""
+        if self.mask is None and self._seen is not None:
             self.mask = strongest(self._seen, size)
 
 

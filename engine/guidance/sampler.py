@@ -460,6 +460,9 @@ class Sampler:
             if whole or self._expired(sample):
                 sample.complete = whole
                 sample.z = (z_next if whole else z0)[i].clone()
+                if sample.region is not None and not whole:
+                    sample.region.decide(sample.job.image.shape[-2:])
+                    _, sample.z = sample.region.put_back(sample.z, sample.z, len(sample.kept) - 1, t_prev[i])
                 sample.finished = self.ticks
                 self._done.append(sample)
                 self._running[i] = None

@@ -182,3 +182,21 @@ def test_auto_looks_at_what_guidance_added_to_the_denoiser_that_was_guided(engin
 @pytest.mark.parametrize("command", ["serve", "profile", "export"])
 def test_commands_that_have_no_picture_of_a_region_refuse_it(command: str) -> None:
     one_line_error(run(command, "--region", "0,0,4,4"), 2, "region: ")
+
+
+def test_auto_of_a_run_that_ends_early_is_a_region_too(engine: Engine) -> None:
+    """The budget ends it after the first step, before `auto` has seen all that it waits for."""
+    x, settings = images(1)[0], engine.settings(Config(steps=8))
+    seconds = iter(range(10_000))
+    with engine.frozen(), torch.no_grad():
+        sampler = engine.sampler(Config(steps=8), 1)
+        sampler.clock = lambda: float(next(seconds))
+        sampler.submit(Job(x, 3, 7, settings, budget_s=6.0, region="auto"))
+        outcomes = []
+        while sampler.busy:
+            outcomes += sampler.tick()
+    assert not outcomes[0].complete
+    assert 1 <= len(outcomes[0].kept) < 3
+    region = outcomes[0].region
+    assert region is not None
+    assert 0 < region.float().mean() < 1
