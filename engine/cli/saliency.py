@@ -353,7 +353,7 @@ def evaluate_methods(
     Example: counterlens evaluate --methods lax,ig,gradcam --count 50 --judge judge --metrics main,judge --out compared
     """
     from ..images.maps import check_charts
-    from ..metrics.table import check_metrics
+    from ..metrics.table import METRICS, check_metrics
     from ..models.placing import choose_device, computing_on
     from ..outputs import open_run
     from ..runtime.forward import forward_by
@@ -363,6 +363,9 @@ def evaluate_methods(
     _check_layer(how.layer, chosen)
     given = {"judge": judge, "masks": masks, "stability": True}
     measured = check_metrics([name.strip() for name in metrics.split(",")], [g for g, there in given.items() if there])
+    for group in ("judge", "masks"):
+        if given[group] and not any(METRICS[name].group == group for name in measured):
+            raise UsageError(f"{group}: no metric of this run asks it; give --metrics {metrics},{group}")
     check_charts()
     there = choose_device(how.device)
     opened = subject.open(images, how.device)

@@ -72,7 +72,8 @@ def faithfulness_correlation(
         generators = (torch.Generator().manual_seed(seed + SUBSET_STREAM) for seed in case.seeds)
         drawn = [torch.rand(runs, pixels, generator=g).topk(subset_size, dim=1).indices for g in generators]
         subsets = torch.stack(drawn) if drawn else torch.empty(0, runs, subset_size, dtype=torch.long)
-    if subsets.ndim != 3 or len(subsets) != len(flat) or not 0 <= int(subsets.min()) <= int(subsets.max()) < pixels:
+    within = ((subsets >= 0) & (subsets < pixels)).all()
+    if subsets.ndim != 3 or len(subsets) != len(flat) or not within:
         raise UsageError(f"subsets: expected [{len(flat)}, R, S] of indices below {pixels}, got {list(subsets.shape)}")
     chosen = subsets.to(images.device)
     _, c, h, w = case.shape
@@ -180,8 +181,7 @@ def region_perturbation(
     _positive("patch", patch)
     _positive("regions", regions)
     case = make_case(classifier, images, _over_channels(saliency), options | {"channels": "together"})
-    groups = _patches(case.images, patch)
-    count = int(groups.max()) + 1
+    groups, count = _patches(case.images, patch), _patch_count(case.images, patch)
     sums = _sums(case.planes, groups, count)
     place = (-sums if order == "morf" else sums).argsort(dim=1, stable=True).argsort(dim=1)  # of each patch
     values, full, chosen, areas = _groups_path(case, groups, place, min(regions, count), target)
@@ -263,8 +263,7 @@ def infidelity(
     errors = []
     for side in patches:
         _positive("patches", side)
-        groups = _patches(images, side)
-        count = int(groups.max()) + 1
+        groups, count = _patches(images, side), _patch_count(images, side)
         expected = _sums(linear, groups, count)
         apart = groups[:, None].expand(n, c, h, w)
 
@@ -305,6 +304,10 @@ def _patches(images: Tensor, side: int) -> Tensor:
         (torch.arange(size, device=images.device) + (-size % side) // 2) // side for size in (h, w)
     )  # Quantus pads so
     return (row[:, None] * (int(column[-1]) + 1) + column).expand(n, h, w)
+
+
+def _patch_count(images: Tensor, side: int) -> int:
+    return math.prod(-(-size // side) for size in images.shape[2:])
 
 
 def _segments(case: Case, segments: Segments, patch: int) -> Tensor:

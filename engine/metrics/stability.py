@@ -82,6 +82,6 @@ def sensitivity(
         )
     check_computed("explain", maps, torch.arange(n).repeat(len(noise)))
     own = saliency.detach().double().flatten(1).cpu()
-    changed = maps.detach().double().cpu().reshape(len(noise), n, -1) - own
+    changed = maps.detach().double().cpu().reshape(len(noise), n, own.shape[1]) - own
     changes = (changed.norm(dim=2) / own.norm(dim=1)).T
     return Sensitivity(changes.amax(1), changes.mean(1), changes)

@@ -108,6 +108,12 @@ def test_an_image_that_cannot_be_read_and_constant_maps(digits: Path, tmp_path: 
     assert lines[-1].startswith("error: 1 of 2 images failed")
 
 
+def test_what_no_metric_asks_is_refused(tmp_path: Path) -> None:
+    asked = ("evaluate", "--methods", "gradxinput", "--count", 2, "--judge", "judge", "--out", tmp_path / "out")
+    one_line_error(run(*asked), 2, "judge: no metric of this run asks it", "main,shape,robust,judge")
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_by_other_groups_of_metrics(tmp_path: Path) -> None:
     pytest.importorskip("captum", reason="needs captum")
     question = ("--classifier", "shortcut", "--quantity", "0,1,2,3,4/5,6,7,8,9", "--marker", "matching", "--count", 3)

@@ -414,3 +414,12 @@ def test_quantus_monotonicity_is_another_thing(quantus: Any, case: dict[str, Any
     found = ours(monotonicity, case, per_step=16, channels="apart")
     assert not found.all()
     assert "quantus" in sys.modules
+
+
+def test_no_images_have_no_scores() -> None:
+    images, maps, target = torch.rand(0, 3, 8, 8), torch.rand(0, 8, 8), torch.zeros(0, dtype=torch.long)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    assert faithfulness_correlation(model, images, maps, target, subset_size=4).shape == (0,)
+    assert region_perturbation(model, images, maps, target, patch=4).score.shape == (0,)
+    assert infidelity(model, images, maps, target).shape == (0,)
+    assert sensitivity(lambda x, _: x.mean(1), images, maps, target).maximum.shape == (0,)
