@@ -444,6 +444,7 @@ class Sampler:
         if any(sample.region for _, sample in held):
             z_next, z0 = self._keep_to_regions(z, z_next, z0, t, t_prev, guided)
         finite = z_next.isfinite().flatten(1).all(dim=1).tolist()
+        levels_prev = self.diffusion.alphas_cumprod.to(z)[t_prev]
         shares = kept.tolist()
         self._share([sample for _, sample in held], started)
         self._last_tick_s = self.clock() - started
@@ -462,7 +463,7 @@ class Sampler:
                 sample.z = (z_next if whole else z0)[i].clone()
                 if sample.region is not None and not whole:
                     sample.region.decide(sample.job.image.shape[-2:])
-                    _, sample.z = sample.region.put_back(sample.z, sample.z, len(sample.kept) - 1, t_prev[i])
+                    _, sample.z = sample.region.put_back(sample.z, sample.z, len(sample.kept) - 1, levels_prev[i])
                 sample.finished = self.ticks
                 self._done.append(sample)
                 self._running[i] = None
