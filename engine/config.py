@@ -245,6 +245,7 @@ class Config(Overrides):
     region: Annotated[str, AfterValidator(_known_region)] | None = Field(
         None, description="Only there it may change: MASK.png, a folder of masks, x,y,w,h, or auto."
     )
+    count: int = Field(1, ge=1, le=16, description="Counterfactuals of each image, nearest first.")
     seed: int = Field(
         0, ge=0, le=MAX_SEED, description="Of everything random; combined with each image's own pixels or id."
     )

@@ -55,17 +55,20 @@ def safe_name(text: str) -> str:
     return kept
 
 
-def output_names(wanted: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
-    """One safe name for each that is wanted, none twice: numbered where it is taken, in capitals or not."""
-    used = {_folded(name) for name in taken}
+def output_names(wanted: Iterable[str], taken: Iterable[str] = (), endings: Sequence[str] = ("",)) -> list[str]:
+    """One safe name for each that is wanted, none twice: numbered where it is taken, in capitals or not.
+
+    With `endings` no two names make the same file: `four.2` is none beside `four` where that makes `four.2.png`.
+    """
+    used = {_folded(name + ending) for name in taken for ending in endings}
     names = []
     for text in wanted:
         base = name = safe_name(text)
         n = 1
-        while _folded(name) in used:
+        while not used.isdisjoint(_folded(name + ending) for ending in endings):
             n += 1
             name = f"{base}-{n}"
-        used.add(_folded(name))
+        used |= {_folded(name + ending) for ending in endings}
         names.append(name)
     return names
 
@@ -84,6 +87,7 @@ class Run:
         facts: what made it, as every line of results.jsonl says it.
         names: of the outputs, without ending, one for each source.
         done: for each source its finished line of an earlier session, or None.
+        further: by name of such a source, the lines that it has besides; see `Run.line`.
         description: run.json.
     """
 
@@ -92,6 +96,7 @@ class Run:
     description: dict[str, Any]
     names: list[str] = field(default_factory=list)
     done: list[dict[str, Any] | None] = field(default_factory=list)
+    further: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def claim(self, files: Iterable[str]) -> None:
         """Put files, relative to the folder, into run.json before they are written.
@@ -111,7 +116,10 @@ class Run:
         self.save()
 
     def line(self, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """What results.jsonl says of an output: its record, its name, and all that made it."""
+        """What results.jsonl says of an output: its record, its name, and all that made it.
+
+        A source's further lines say its name in `answer_of`; its own says in `answers` how many there are with it.
+        """
         facts = {("run_seed" if k == "seed" else k): v for k, v in self.facts.items() if k != "started"}
         return {**record, "name": name, **{k: v for k, v in facts.items() if k not in record}}
 
@@ -175,6 +183,7 @@ def open_run(
     *,
     sources: Sequence[Source] = (),
     endings: Sequence[str] = (),
+    further: Sequence[str] = (),
     files: Sequence[str] = (),
     inputs: Sequence[Path] = (),
     overwrite: bool = False,
@@ -190,6 +199,7 @@ def open_run(
         facts: what makes the files (`provenance`), with `command`; those of `SESSION` may differ when a run goes on.
         sources: one for each image; without them the run writes only `files`, and its repetition writes them again.
         endings: of the files that each source becomes, such as .png.
+        further: endings of files that it may become besides.
         files: that the run writes besides.
         inputs: files and folders that it reads besides; neither these nor sources are ever removed or overwritten.
         overwrite: remove what the run that is there wrote, and nothing else.
@@ -212,7 +222,8 @@ def open_run(
         before = read_run(out)
         if before is not None and not _wrote(out, before):
             before = None
-        wanted = [f"{name}{e}" for name in output_names(s.name for s in sources) for e in endings]
+        every = [*endings, *further]
+        wanted = [f"{name}{e}" for name in output_names((s.name for s in sources), (), every or ("",)) for e in every]
         read = {real(path) for path in (*inputs, *(s.path for s in sources if s.path is not None))}
         if own := read & {real(out / name) for name in wanted}:
             raise UsageError(f"out: {min(own)} is an input and would be overwritten; choose another folder")
@@ -229,14 +240,14 @@ def open_run(
         new = [source.name for source, name in zip(sources, names, strict=True) if name is None]
         if before is not None:
             _check_same(out, before, made, 0 if resume else len(new), len(sources), option)
-        fresh = iter(output_names(new, (before or {}).get("sources", {})))
+        fresh = iter(output_names(new, (before or {}).get("sources", {}), every or ("",)))
         final = [name or next(fresh) for name in names]
         description = {"format": FORMAT, **made, "sources": {}, "files": []}
         if before is not None:
             description |= {"sources": before["sources"], "files": before["files"]}
         run = Run(out, made, description, final)
         description["sources"] |= {n: json.loads(json.dumps(s.says)) for n, s in zip(final, sources, strict=True)}
-        run.claim([*files, *([LOG] if sources else []), *(f"{n}{ending}" for n in final for ending in endings)])
+        run.claim([*files, *([LOG] if sources else []), *(f"{n}{ending}" for n in final for ending in every)])
         lines = {} if before is None else _finished_lines(run, endings, redo=redo)
         run.done = [lines.get(name) for name in final]
         for source, line in zip(sources, run.done, strict=True):
@@ -350,19 +361,33 @@ def _finished_lines(run: Run, endings: Sequence[str], *, redo: bool) -> dict[str
         texts = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"out: {path} cannot be read ({error}); --overwrite replaces it") from error
-    kept, asked = {}, set(run.names)
+    known: dict[str, dict[str, dict[str, Any]]] = {}  # lines by name, by the source's name
     for text in texts:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue  # the last line of a run that was killed
         name = line.get("name") if isinstance(line, dict) else None
-        finished = not redo and "path" in line and all((run.folder / f"{name}{e}").is_file() for e in endings)
-        if isinstance(name, str) and (finished or name not in asked):
-            kept[name] = line
-    if len(kept) < len(texts):
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept.values()))
-    return {name: line for name, line in kept.items() if name in asked}
+        if isinstance(name, str):
+            known.setdefault(line.get("answer_of", name), {})[name] = line
+    asked, kept = set(run.names), {}
+    for source, lines in known.items():
+        there = all((run.folder / f"{source}{e}").is_file() for e in endings)
+        own = lines.get(source, {})
+        whole = len(lines) == own.get("answers", 1) and all(_has_file(run.folder, line) for line in lines.values())
+        if source not in asked or (not redo and there and "path" in own and whole):
+            kept[source] = lines
+    if sum(map(len, kept.values())) < len(texts):
+        every = [line for lines in kept.values() for line in lines.values()]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in every))
+    for source in asked & kept.keys():
+        run.further[source] = [line for name, line in kept[source].items() if name != source]
+    return {source: kept[source][source] for source in asked & kept.keys()}
+
+
+def _has_file(folder: Path, line: dict[str, Any]) -> bool:
+    """Whether a line says a file that is there; the folder may have been moved since."""
+    return "path" in line and (folder / Path(line["path"]).name).is_file()
 
 
 def remove_run(out: Path, read: set[Path]) -> None:

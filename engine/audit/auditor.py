@@ -57,6 +57,8 @@ class Auditor:
     ) -> None:
         self.engine, self.source, self.options = engine, source, options
         self.config = config or engine.config
+        if self.config.count > 1:
+            raise UsageError("count: an audit makes one counterfactual of each image; leave it out")
         self.judges = dict(judges or {})
         self.masks = None if self.config.region is None else Masks(self.config.region)
         self.settings = engine.settings(self.config)

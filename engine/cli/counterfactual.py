@@ -60,8 +60,8 @@ def counterfactual(
 ) -> None:
     """Change each image as little as needed for the classifier to say the target.
 
-    Writes one PNG per image, results.jsonl and run.json, each batch as soon as it is done. An image that fails is
-    reported and the others go on; the exit code is 1 then.
+    Writes one PNG per image (with --count also NAME.2.png, ...), results.jsonl and run.json, each batch as soon as it
+    is done. An image that fails is reported and the others go on; the exit code is 1 then.
 
     A folder takes one run: the same command goes on in it, where finished images are skipped; --resume adds images to
     it, --overwrite replaces it, and what differs in a setting is refused.
@@ -91,24 +91,26 @@ def counterfactual(
         raise
     console = text_console(as_json)
     rows = []
-    failed = 0
+    failed: set[str] = set()
     facts = {
         "command": "counterlens counterfactual", **engine.facts(config), "target": target, "budget_s": budget,
         **({"restore": True} if restore else {}),
         **({} if masks is None else masks.facts()),
     }  # fmt: skip
     endings = (".png", *((RESTORED,) if restore else ()), *((REGION,) if masks and masks.text == AUTO else ()))
+    further = [f".{n}{ending}" for n in range(2, config.count + 1) for ending in endings]
     sources = [Source(item.path.stem, {"image": item.name, "target": item.target}, item.own_file) for item in items]
     kept = 0
     with (
         progress_bar("counterfactuals") as progress,
         open_run(
-            out, facts, sources=sources, endings=endings, inputs=[] if masks is None else masks.files,
-            overwrite=overwrite, resume=resume, say=errors.print,
+            out, facts, sources=sources, endings=endings, further=further,
+            inputs=[] if masks is None else masks.files, overwrite=overwrite, resume=resume, say=errors.print,
         ) as run,
     ):  # fmt: skip
         for record in _counterfactual_records(engine, items, choices, run, budget, restore, masks, progress):
-            failed += record["status"] == "failed"
+            if record["status"] == "failed":
+                failed.add(record.get("answer_of", record["name"]))
             kept += record.get("restored_flipped", False)
             if as_json:
                 print_json(record)
@@ -117,7 +119,7 @@ def counterfactual(
     if restore and (flips := sum(row[5] == "yes" for row in rows)):
         console.print(f"{kept} of {flips} flips survive in the restored photos")
     if failed:
-        raise CounterlensError(f"{failed} of {len(items)} images failed; the others are in {out}")
+        raise CounterlensError(f"{len(failed)} of {len(items)} images failed; the others are in {out}")
 
 
 def _counterfactual_records(
@@ -130,21 +132,20 @@ def _counterfactual_records(
     masks: Masks | None,
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one line per image in order, batch by batch, as it was written; what cannot be read or written is one too.
+    """Yield the lines of each image in order, batch by batch, as written; what cannot be read or written is one too.
 
     Those that are done already come as they are.
     """
     import torch
 
-    from ..images.files import save_png
-    from ..images.masks import AUTO
-    from ..images.restoring import save_restored
+    from ..core.answers import diversity, features_of
     from ..runtime.spec import SLOTS
 
     task = progress.task_ids[0]
     todo = [i for i, line in enumerate(run.done) if line is None]
     batches = [todo[k : k + SLOTS[-1]] for k in range(0, len(todo), SLOTS[-1])]
     told = 0
+    features = features_of(engine.classifier, engine.source.get("pack")) if engine.config.count > 1 else None
     for b, rows in enumerate(batches):
         records: dict[int, dict[str, Any]] = {i: {"image": items[i].name} for i in rows}
         loaded: dict[int, Photo] = {}
@@ -162,7 +163,7 @@ def _counterfactual_records(
         shapes: dict[tuple[int, int], list[int]] = {}  # images of one shape share a batch
         for i, photo in loaded.items():
             shapes.setdefault(photo.frame.size, []).append(i)
-        results: dict[int, Counterfactual] = {}
+        results: dict[int, list[Counterfactual]] = {}
         for s, alike in enumerate(shapes.values()):
 
             def show(i: int, n: int, done: float = b + s / len(shapes), share: float = 1 / len(shapes)) -> None:
@@ -173,44 +174,79 @@ def _counterfactual_records(
                 images, [targets[i] for i in alike], on_step=show, budget_s=budget_s,
                 region=[regions[i] for i in alike],
             )  # fmt: skip
-            results.update(zip(alike, made, strict=True))
-        for i, result in sorted(results.items()):
-            records[i] |= result.record() | {"runtime": result.provenance["runtime"]}
-            if records[i]["status"] != "done":
-                continue
-            path = run.folder / f"{run.names[i]}.png"
-            try:
-                if restore:
-                    where = result.region
-                    if masks is not None and (own := masks.of_photo(items[i], loaded[i].frame)) is not None:
-                        where = own
-                    picture, said = engine.restore(
-                        items[i].file(), loaded[i], result.image, items[i].name, region=where
-                    )
-                    records[i] |= {
-                        "restored_path": str(path.with_name(run.names[i] + RESTORED)),
-                        "restored_prediction": said.label,
-                        "restored_target_confidence": round(said.probabilities[result.target].item(), 6),
-                        "restored_flipped": int(said.probabilities.argmax()) == result.target,
-                    }
-                    line = run.line(run.names[i], records[i])
-                    save_restored(picture, Path(records[i]["restored_path"]), line)
-                save_png(result.image, path, run.line(run.names[i], records[i]))
-                records[i]["path"] = str(path)
-                if masks is not None and masks.text == AUTO and result.region is not None:
-                    found = result.region[None].expand(3, -1, -1).float()
-                    save_png(found, path.with_name(run.names[i] + REGION))
-            except CounterlensError as error:
-                records[i] |= {"status": "failed", "error": str(error)}
+            results.update(zip(alike, made.by_image(), strict=True))
         for i in rows:
-            yield from (line for line in run.done[told:i] if line is not None)
+            yield from _done(run, told, i)
             told = i
-            if (label := items[i].label) is not None:
-                records[i]["label"] = label
-            line = run.line(run.names[i], records[i])
-            run.append(line)
+            label = {} if items[i].label is None else {"label": items[i].label}
+            answers = results.get(i, [])
+            said: dict[str, Any] = {}
+            if features is not None and answers and answers[0].error is None:
+                apart = diversity(answers, features)
+                said = {"answers": len(answers), "diversity": round(apart, 6) if len(answers) > 1 else None}
+                said["diversity_by"] = features.name
+            lines = [] if answers else [run.line(run.names[i], records[i] | label)]
+            for n, result in enumerate(answers, 1):
+                record = records[i] | result.record() | {"runtime": result.provenance["runtime"]}
+                record |= {"answer": n, **said} if said else {}
+                name = run.names[i]
+                if n > 1:
+                    record["answer_of"], name = name, f"{name}.{n}"
+                lines.append(_written(engine, items[i], loaded[i], result, run, name, record, restore, masks) | label)
+            for line in lines:
+                run.append(line)
+            yield from lines
+    yield from _done(run, told, len(run.done))
+
+
+def _done(run: Run, start: int, end: int) -> Iterator[dict[str, Any]]:
+    """The lines of images that an earlier session finished, in order."""
+    for line in run.done[start:end]:
+        if line is not None:
             yield line
-    yield from (line for line in run.done[told:] if line is not None)
+            yield from sorted(run.further.get(line["name"], []), key=lambda other: other["answer"])
+
+
+def _written(
+    engine: Engine,
+    item: Sample,
+    photo: Photo,
+    result: Counterfactual,
+    run: Run,
+    name: str,
+    record: dict[str, Any],
+    restore: bool,
+    masks: Masks | None,
+) -> dict[str, Any]:
+    """Write a counterfactual's pictures, and return its line; one that cannot be written has failed."""
+    from ..images.files import save_png
+    from ..images.masks import AUTO
+    from ..images.restoring import save_restored
+
+    if record["status"] != "done":
+        return run.line(name, record)
+    path = run.folder / f"{name}.png"
+    try:
+        if restore:
+            where = result.region
+            if masks is not None and (own := masks.of_photo(item, photo.frame)) is not None:
+                where = own
+            picture, said = engine.restore(item.file(), photo, result.image, item.name, region=where)
+            record |= {
+                "restored_path": str(path.with_name(name + RESTORED)),
+                "restored_prediction": said.label,
+                "restored_target_confidence": round(said.probabilities[result.target].item(), 6),
+                "restored_flipped": int(said.probabilities.argmax()) == result.target,
+            }
+            save_restored(picture, Path(record["restored_path"]), run.line(name, record))
+        save_png(result.image, path, run.line(name, record))
+        record["path"] = str(path)
+        if masks is not None and masks.text == AUTO and result.region is not None:
+            found = result.region[None].expand(3, -1, -1).float()
+            save_png(found, path.with_name(name + REGION))
+    except CounterlensError as error:
+        record |= {"status": "failed", "error": str(error)}
+    return run.line(name, record)
 
 
 def _say_own_answers(

@@ -88,6 +88,8 @@ def export(
     """
     if config.region is not None:
         raise UsageError("region: of runs, not of what is compiled; a step serves them with and without one")
+    if config.count > 1:
+        raise UsageError("count: of runs, not of what is compiled; a step serves any number")
     if what in ("adapter", "curve"):
         raise UsageError(f"what: {what} has a command of its own: counterlens adapter export")
     own = [name for name, said in (("format", format != "onnx"), ("dtype", dtype != "fp32"), ("force", force)) if said]

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
+from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
-from .generated import with_options
-from .opening import EngineOptions, RunOptions, open_engine
+from .generated import with_options, without
+from .opening import EngineOptions, open_engine
 from .options import (
     ImagesArgument,
     JsonFlag,
@@ -27,7 +28,7 @@ from .options import (
 
 @with_options
 def profile(
-    config: RunOptions,
+    config: Annotated[Config, without("pack", "classifier", "count")],  # its own count is of images
     opening: EngineOptions,
     images: Annotated[list[Path] | None, ImagesArgument] = None,
     recursive: RecursiveOption = False,

@@ -70,6 +70,8 @@ def serve(
 
     Example: counterlens serve --port 8000
     """
+    if config.count > 1:
+        raise UsageError("count: the service makes one counterfactual a request; ask again with another seed")
     if host not in LOCAL and api_key_file is None and not insecure:
         raise UsageError(f"host: {host} is beyond this machine; give --api-key-file, or --insecure to let everybody in")
     if slots != "auto" and not slots.isdigit():

@@ -37,6 +37,7 @@ from ..runtime.choice import Choice
 from ..runtime.registry import AUTO, EAGER
 from ..runtime.runners import REAL_IMAGES, Runners
 from ..runtime.spec import SLOTS, Spec
+from .answers import arranged_by_image
 from .checks import check_images, check_models, check_running
 from .photos import Photo, Said, check_native, read, restored, say
 from .regions import RegionLike, one_region_each
@@ -331,6 +332,7 @@ class EngineCore:
             "match_official": config.match_official,
             "fit": config.fit_name,
             **({} if config.region is None else {"region": config.region}),
+            **({} if config.count == 1 else {"count": config.count}),
             "settings": self.settings(config).model_dump(),
             # Of another noise path, where `settings` has the strength of the same noise level.
             **({"strength_asked": config.settings(self.pack_settings, self.speeds).strength} if self.carries else {}),
@@ -486,7 +488,9 @@ class EngineCore:
                 for all, or one per image. Outside, pixels are the image's own, bit by bit.
 
         Returns:
-            Counterfactuals; samples that fail are reported in `.errors` and do not stop the others.
+            Counterfactuals; samples that fail are reported in `.errors` and do not stop the others. With `config.count`
+            up to so many of each image, one image's after the other's (`.by_image()`): those that flip first, then
+            nearest first, without duplicates (see `core.answers`).
 
         Raises:
             UsageError: images, targets, seeds, config, budget or regions do not fit.
@@ -504,25 +508,46 @@ class EngineCore:
         given = [None] * len(images) if seeds is None else list(seeds)
         if len(given) != len(images):
             raise UsageError(f"seeds: expected {len(images)}, one per image, got {len(given)}")
-        samples: list[Counterfactual] = []
-        with self.frozen():
-            whole = whole and (progress, on_step, budget_s, observe) == (None,) * 4
-            session = Session(self, configs[0] if configs else None, observe=observe, whole=whole)
-            for image, target, seed, one, where in zip(images, asked, given, configs, regions, strict=True):
-                session.submit(image, target, seed, one, budget_s, where)
+        whole = whole and (progress, on_step, budget_s, observe) == (None,) * 4
+        taken = 0  # ticks of earlier batches
+
+        def run(answers: list[tuple[int, int]]) -> list[Counterfactual]:
+            """One batch: answer k of image i for each of these."""
+            nonlocal taken
+            samples: list[Counterfactual] = []
+            places = [i for i, _ in answers]
+            watch = None if observe is None else lambda ids, *seen: observe([places[id] for id in ids], *seen)
+            session = Session(self, configs[0] if configs else None, observe=watch, whole=whole)
+            for i, k in answers:
+                session.submit(images[i], asked[i], given[i], configs[i], budget_s, regions[i], k)
             while session.busy:
                 samples = session.tick()
                 sampler = session.sampler
                 if sampler is None or not sampler.stepped:
                     continue
+                step, total = taken + sampler.ticks, taken + session.total
                 if on_step is not None:
-                    on_step(sampler.ticks, session.total)
+                    on_step(step, total)
                 if progress is not None:
                     rows = [slot for slot, _ in sampler.stepped]
                     with torch.no_grad():
                         x0 = (self.diffusion.decode(sampler.z0)[rows] + 1) / 2
-                    progress(sampler.ticks, session.total, x0.clamp(0, 1).cpu())
-            return Counterfactuals.stack(samples, images, self.labels)
+                    progress(step, total, x0.clamp(0, 1).cpu())
+            taken += session.total
+            for made, (i, _) in zip(samples, answers, strict=True):
+                made.sample = i
+            return samples
+
+        with self.frozen():
+            samples = run([(i, 0) for i in range(len(images))])  # as without `count`, bit by bit
+            more = [
+                (made.sample, k) for made in samples if made.error is None for k in range(1, configs[made.sample].count)
+            ]
+            if more:
+                samples = arranged_by_image([*samples, *run(more)])
+            return Counterfactuals.stack(
+                samples, images[[made.sample for made in samples]] if more else images, self.labels
+            )
 
     def meet_images(self, images: Tensor) -> None:
         """Keep the first images, if they are finite: artefacts are held to eager on them."""

@@ -48,6 +48,8 @@ class Counterfactual:
         labels: names of the classifier's labels.
         provenance: what made it: classifier, mode, settings, seed, weights, versions, threads, ...
         region: where alone it could change, [H, W] bool; None: anywhere.
+        sample: place of its image among those that were given; in a session the id.
+        k: which of the `count` counterfactuals of its image it was made as, from 0.
     """
 
     id: int
@@ -69,6 +71,8 @@ class Counterfactual:
     labels: list[str] = field(repr=False)
     provenance: dict[str, Any] = field(repr=False)
     region: Tensor | None = field(default=None, repr=False)
+    sample: int = 0
+    k: int = 0
 
     __repr__ = one_line
 
@@ -106,6 +110,7 @@ class Counterfactual:
             "l1": round(self.l1, 6),
             "l2": round(self.l2, 6),
             "complete": self.complete,
+            **({"k": self.k} if "count" in self.provenance else {}),
             "seed": self.seed,
             "seconds": round(self.seconds, 4),
             **{name: round(value, 6) for name, value in self.measures().items()},
@@ -124,6 +129,8 @@ class Counterfactuals:
         kept_fraction: [B, steps], of the longest schedule.
         seeds, errors, provenance: one per sample.
         regions: [H, W] bool of each sample, or None where it could change anywhere.
+        samples: which of the images that were given each is of; with `count`, an image has several, nearest first.
+        ks: which of its image's `count` counterfactuals each was made as.
         labels: names of the classifier's labels.
     """
 
@@ -145,6 +152,8 @@ class Counterfactuals:
     labels: list[str]
     provenance: list[dict[str, Any]] = field(default_factory=list, repr=False)
     regions: list[Tensor | None] = field(default_factory=list, repr=False)
+    samples: list[int] = field(default_factory=list, repr=False)
+    ks: list[int] = field(default_factory=list, repr=False)
 
     @classmethod
     def stack(
@@ -179,6 +188,8 @@ class Counterfactuals:
             labels=labels,
             provenance=[s.provenance for s in samples],
             regions=[s.region for s in samples],
+            samples=[s.sample for s in samples],
+            ks=[s.k for s in samples],
         )
 
     def __repr__(self) -> str:
@@ -212,7 +223,16 @@ class Counterfactuals:
             labels=self.labels,
             provenance=self.provenance[i] if self.provenance else {},
             region=self.regions[i] if self.regions else None,
+            sample=self.samples[i] if self.samples else range(len(self))[i],
+            k=self.ks[i] if self.ks else 0,
         )
+
+    def by_image(self) -> list[list[Counterfactual]]:
+        """The counterfactuals of each image, nearest first; one each without `count`."""
+        images: dict[int, list[Counterfactual]] = {}
+        for answer in self:
+            images.setdefault(answer.sample, []).append(answer)
+        return list(images.values())
 
     def figure(self, most: int = 8) -> Figure:
         """Inputs, counterfactuals and what became darker and brighter, as a matplotlib figure.
@@ -261,7 +281,8 @@ class Counterfactuals:
 
         Args:
             folder: created if needed.
-            names: file names without ending, made safe where they are not; `0000`, `0001`, ... without them.
+            names: of the images' files without ending, made safe where they are not; `0000`, `0001`, ... without them.
+                The first counterfactual of an image is NAME.png, with `count` the second NAME.2.png and so on.
             overwrite: remove what an earlier run wrote there.
             resume: add to it.
 
@@ -274,9 +295,15 @@ class Counterfactuals:
         """
         from ..outputs import Source, open_run
 
-        names = [f"{i:04d}" for i in range(len(self))] if names is None else list(names)
-        if len(names) != len(self) or len(set(names)) != len(names):
-            raise UsageError(f"names: expected {len(self)} different names, got {len(names)}")
+        found = self.by_image()
+        names = [f"{i:04d}" for i in range(len(found))] if names is None else list(names)
+        if len(names) != len(found) or len(set(names)) != len(names):
+            raise UsageError(f"names: expected {len(found)} different names, got {len(names)}")
+        names = [
+            name if n == 0 else f"{name}.{n + 1}"
+            for name, answers in zip(names, found, strict=True)
+            for n in range(len(answers))
+        ]
         made = self.provenance or [{} for _ in names]
         shared = {k: v for k, v in (made[0] if made else {}).items() if all(m.get(k) == v for m in made)}
         sources = [

@@ -20,6 +20,7 @@ from ..models.protocols import Diffusion
 from ..runtime.registry import EAGER
 from ..runtime.runners import REAL_IMAGES
 from ..runtime.spec import SLOTS
+from .answers import RENEWED, answer_seed
 from .regions import RegionLike, check_region
 from .result import ALREADY, Counterfactual, noise_seed
 from .targets import TargetLabels
@@ -60,6 +61,7 @@ class _Sample:
     steps: int
     budget_s: float | None
     region: Region | None
+    k: int = 0
     source: int = -1
     wanted: int = -1
     error: str | None = None
@@ -120,6 +122,7 @@ class Session:
         config: Config | None = None,
         budget_s: float | None = None,
         region: RegionLike | None = None,
+        k: int = 0,
     ) -> int:
         """Add a sample and return its id; its result comes from a later `tick`.
 
@@ -130,10 +133,11 @@ class Session:
             config: instead of the session's.
             budget_s: seconds from the moment that it is first worked on, see `EngineCore.counterfactual`.
             region: where alone it may change, see there; `config.region` without it.
+            k: which of the `config.count` counterfactuals of this image, from 0, see `core.answers`.
 
         Raises:
-            UsageError: image, config, budget or region do not fit. A target that is no label, or is predicted already,
-                is in the result's `error` instead.
+            UsageError: image, config, budget, region or k do not fit. A target that is no label, or is predicted
+                already, is in the result's `error` instead.
         """
         config = config or self.config
         settings, steps = self._checked(config)
@@ -141,9 +145,11 @@ class Session:
             raise UsageError(f"budget_s: expected seconds above 0, got {budget_s}")
         self.models.check_images(image[None])
         self._check_sides((image.shape[1], image.shape[2]))
-        seed = noise_seed(image, config) if seed is None else seed
+        if not 0 <= k < config.count:
+            raise UsageError(f"k: expected 0 to {config.count - 1}, of {config.count} (count), got {k}")
+        seed = answer_seed(noise_seed(image, config) if seed is None else seed, k)
         found = check_region(config.region if region is None else region, image)
-        sample = _Sample(self._next_id, image, target, seed, config, settings, steps, budget_s, found)
+        sample = _Sample(self._next_id, image, target, seed, config, settings, steps, budget_s, found, k)
         self._next_id += 1
         self._new.append(sample)
         return sample.id
@@ -253,14 +259,17 @@ class Session:
             self.total = count_ticks([sample.steps for sample in todo], slots)
         for sample in todo:
             assert self.sampler is not None
-            job = Job(sample.image, sample.wanted, sample.seed, sample.settings, sample.budget_s, sample.region)
+            job = Job(
+                sample.image, sample.wanted, sample.seed, sample.settings, sample.budget_s, sample.region,
+                renewed=RENEWED if sample.k else 0.0,
+            )  # fmt: skip
             self._running[self.sampler.submit(job)] = sample
 
     def _whole_sampler(self, samples: Sequence[_Sample], slots: int) -> WholeSampler | None:
         """A whole run's file for a batch whose samples share their settings and end together."""
         settings = samples[0].settings
         alike = all(
-            s.settings == settings and (s.budget_s, s.region) == (None, None) and not s.config.match_official
+            s.settings == settings and (s.budget_s, s.region, s.k) == (None, None, 0) and not s.config.match_official
             for s in samples
         )
         alike = alike and self.models.is_own_size(samples[0].image.shape[1:])
@@ -353,6 +362,8 @@ class Session:
             labels=self.models.targets.labels,
             provenance=made,
             region=None if outcome is None or failed else outcome.region,
+            sample=sample.id,
+            k=sample.k,
         )
 
 

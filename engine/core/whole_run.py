@@ -283,6 +283,8 @@ def export_counterfactual(
         )
     if config.region is not None:
         raise UsageError("region: a whole run's file takes the image alone; the engine's own steps keep to regions")
+    if config.count > 1:
+        raise UsageError("count: a whole run's file makes one of an image; the engine's own steps make several")
     if engine.device.type != "cpu":
         raise UsageError(f"device: a whole run is written and checked on the CPU, the models are on {engine.device}")
     if pages and batch not in (None, 1):

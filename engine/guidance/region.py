@@ -118,10 +118,20 @@ class Held:
         """
         if self.mask is None:
             return z, z0
+        there = self.trajectory[step] if self.noise is None else add_noise(self.latents, self.noise, abar[None])[0]
+        return self.inside(z, there), self.inside(z0, self.latents)
+
+    def inside(
+        self,
+        z: Tensor,  # [C, h, w]
+        there: Tensor,  # [C, h, w]
+    ) -> Tensor:
+        """`z` where it may change, what is there elsewhere."""
+        if self.mask is None:
+            return z
         if self._free is None:
             self._free = free_latents(self.mask, (z.shape[-2], z.shape[-1])).to(z.device)
-        there = self.trajectory[step] if self.noise is None else add_noise(self.latents, self.noise, abar[None])[0]
-        return torch.where(self._free, z, there), torch.where(self._free, z0, self.latents)
+        return torch.where(self._free, z, there)
 
     def look(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ class Job:
         settings: its numbers; those that decide the step's graph must be the sampler's.
         budget_s: seconds from the moment that the sample is first worked on, after which what there is comes back.
         region: where alone it may change, see `guidance.region`; [H, W] bool or `auto`, anywhere without it.
+        renewed: share in [0, 1] of its own noise in the noise that an inversion found, see `renew`.
     """
 
     image: Tensor
@@ -48,6 +50,7 @@ class Job:
     settings: Settings
     budget_s: float | None = None
     region: Region | None = None
+    renewed: float = 0.0
 
 
 @dataclass
@@ -149,6 +152,18 @@ def invert(
         eps = diffusion.predict_noise(z, timestep, null)
         z, _ = ddim(z, eps, alphas_cumprod[t_prev].expand(batch), alphas_cumprod[t].expand(batch))
     return z
+
+
+def renew(
+    z: Tensor,  # [C, h, w], noised
+    latents: Tensor,  # [C, h, w]
+    noise: Tensor,  # [C, h, w]
+    share: float,
+    abar: Tensor,  # [], of z
+) -> Tensor:
+    """Latents whose noise is sqrt(1 - share^2) of that in `z` and `share` of another: as large, and another start."""
+    centre = abar.sqrt() * latents
+    return centre + math.sqrt(1 - share**2) * (z - centre) + share * (1 - abar).sqrt() * noise
 
 
 class Sampler:
@@ -390,8 +405,17 @@ class Sampler:
                 self._fail(sample, f"budget_s: {sample.job.budget_s:g} s ended before the first guided step")
             else:
                 sample.z = z[i].clone()
+                if sample.job.renewed:
+                    self._renew(sample)
                 self._ready.append(sample)
         self._inverted = torch.where(torch.tensor(keep, device=device)[:, None, None, None], z, 0.0)
+
+    def _renew(self, sample: _Sample) -> None:
+        seed, share = sample.job.seed, sample.job.renewed
+        noise = seeded_noise(tuple(sample.z.shape), [seed], sample.z)[0]  # type: ignore[arg-type]
+        abar = self.diffusion.alphas_cumprod.to(sample.z)[sample.schedule.start]
+        fresh = renew(sample.z, sample.latents, noise, share, abar)
+        sample.z = fresh if sample.region is None else sample.region.inside(fresh, sample.z)
 
     # Guided steps
 

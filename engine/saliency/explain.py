@@ -288,6 +288,8 @@ def explain_by(
     """See `Engine.explain`; `options` are those of `explain`."""
     check_methods([method])
     config = config or engine.config
+    if counterfactual and config.count > 1:
+        raise UsageError("count: an explanation has one counterfactual; Engine.counterfactual makes several")
     pack = Pack(engine.source["pack"]) if "pack" in engine.source else None
     question = make_quantity(engine.classifier, quantity)
     found = None

@@ -41,6 +41,7 @@ OF_THE_SERVER = (
     "speed",
     "seed",
     "region",
+    "count",
 )  # fields of Config that a request's `config` has not
 
 
