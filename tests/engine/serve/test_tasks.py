@@ -57,7 +57,7 @@ def test_the_oldest_finished_one_makes_room_and_none_that_runs(
 
 
 def test_images_are_kept_up_to_a_size_in_all() -> None:
-    """Of 100 million characters each, two fit, those of runs that go on included; the newest stays whatever its size."""
+    """Of 100 million characters each, two fit, also of runs that go on; the newest stays whatever its size."""
     assert tasks.KEPT_CHARACTERS == 256_000_000
     picture = "x" * 100_000_000  # one text in all of them
 
