@@ -1,8 +1,9 @@
 """Saliency methods on the digits pack's test split: `python -m bench.explain --record`.
 
-LAX, captum's methods and RISE on the same images: whether they point at a planted cause, five metrics with 95 %
-bootstrap intervals, cost, what becomes of LAX's maps when the model's weights are random, and the memory of training.
-Everything was chosen on the training and validation splits. Results: bench/results/explain.json, pictures beside it.
+LAX, captum's methods and RISE on the same images: whether they point at a planted cause, metrics with 95 % bootstrap
+intervals (of maps as they are, moved by a pixel, smoothed, asked of the judge), cost, what becomes of LAX's maps when
+the model's weights are random, and the memory of training. Everything was chosen on the training and validation splits.
+Results: bench/results/explain.json, pictures beside it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from counterlens.engine.guidance.memory import PeakMemory
 from counterlens.engine.images.files import write_png
 from counterlens.engine.images.maps import draw_methods
 from counterlens.engine.metrics import load_alpha_min
-from counterlens.engine.metrics.table import METRICS, compared
+from counterlens.engine.metrics.table import METRICS, check_metrics, compared
 from counterlens.engine.models.freezing import frozen
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 from counterlens.engine.packs.architectures import StridedClassifier
 from counterlens.engine.packs.rendering import MARKER_SIZE, Marker
-from counterlens.engine.saliency.evaluation import evaluate
+from counterlens.engine.saliency.evaluation import brittle, evaluate
 from counterlens.engine.saliency.explain import Explanations, pack_adapter
 from counterlens.engine.saliency.lax import LAX, new_adapter
 from counterlens.engine.saliency.methods import explain_with, minmax
@@ -39,6 +40,7 @@ from counterlens.engine.saliency.training import Schedule, faithfulness
 
 SECTIONS = ("truth", "quality", "cost", "sanity", "memory")
 CLASSIFIERS = ("clean", "shortcut")
+GROUPS = ("main", "shape", "robust", "judge")  # of metrics, in `quality`
 ALPHA_MIN = {c: load_alpha_min(RESULTS / f"calibration-{c}" / "calibration.json") for c in CLASSIFIERS}  # frozen
 ROUNDS, SHORT_ROUNDS = 5, 25  # of the cost table, the second of what takes milliseconds
 
@@ -113,17 +115,21 @@ def quality_figures(pack: Pack, count: int | None, methods: list[str], known: di
         classifier = pack.classifier(name)
         scored = evaluate(
             classifier, samples.images, methods, adapter=pack_adapter(pack, name, classifier),
-            alpha_min=ALPHA_MIN[name], pack=pack,
+            alpha_min=ALPHA_MIN[name], pack=pack, metrics=GROUPS, judge=pack.classifier("judge"),
             on_method=lambda m, n=name: print(n, m, flush=True),
         )  # fmt: skip
         rows = known.get(name, {}).get("methods", {}) if len(methods) < len(METHODS) else {}
         rows = rows | {m: {k: interval(v) for k, v in s.values.items()} for m, s in scored.items()}
-        against = {m: against_best(scored, m) for m in compared()}
+        against = {m: against_best(scored, m) for m in compared(check_metrics(GROUPS))}
         for metric, row in against.items():
             others = {m: direction(metric) * r[metric]["mean"] for m, r in rows.items() if m != "lax"}
             if (best := max(others, key=lambda m: others[m])) != row["best_other"]:
                 raise SystemExit(f"--methods: {best} is the best other method by {metric}; run it as well")
-        out[name] = {"methods": rows, "against_best": against}
+        out[name] = {
+            "methods": rows,
+            "against_best": against,
+            "brittle": {method: brittle(s) for method, s in scored.items()},
+        }
     return out
 
 
@@ -138,7 +144,8 @@ def against_best(scored: dict[str, Explanations], metric: str) -> dict[str, Any]
     others = {name: sign * s.values[metric] for name, s in scored.items() if name != "lax"}
     best = max(others, key=lambda name: others[name].mean().item())
     difference = interval(sign * scored["lax"].values[metric] - others[best])
-    verdict = "first" if difference["low"] > 0 else "tied" if difference["high"] >= 0 else "behind"
+    # Tied: the lower bound of the paired difference is above -0.01.
+    verdict = "first" if difference["low"] > 0 else "tied" if difference["low"] >= -0.01 else "behind"
     return {"best_other": best, "difference": difference, "verdict": verdict}
 
 

@@ -289,7 +289,7 @@ def faithfulness_table() -> str:
         ]
         rows.append([f"`{classifier}`: LAX is", *verdicts])
     n = part["methods"]["lax"]["msi"]["n"]
-    text = f'{n} test digits, 95 % intervals. "Tied": the paired difference to the best other method includes 0.'
+    text = f'{n} test digits, 95 % intervals. "Tied": the 95 % lower bound to the best other is -0.01 or more.'
     return (
         f"{table(['classifier, method', *names.values()], rows)}\n\n{text} {provenance(result, 'explain', 'quality')}"
     )

@@ -53,15 +53,16 @@ def train(
     """Train a LAX adapter for a frozen classifier, which must be differentiable; it is not changed.
 
     Interrupted, the same command goes on from its checkpoint. Training stops early on the validation images: on their
-    MSI, and with the pack's and the general recipe, on the sum of MSI and BaseScore_area.
+    MSI, and with the pack's and the general recipe, on the sum of MSI and BaseScore_area, of the map as it is and moved
+    by one pixel.
 
-    The pack's recipe for labels takes over an hour on one core; --steps 1000 is a tenth of that and most of the way.
+    The pack's recipe for labels takes half an hour on one core; --steps 1000 is a quarter of that and most of the way.
 
     Example: counterlens adapter train --pack digits --classifier shortcut --out my-adapter
     """
     from ..images.files import make_folder
     from ..models.placing import choose_device, computing_on
-    from ..saliency.recipes import pack_images, schedule_for, taps_for, train_adapter
+    from ..saliency.recipes import pack_images, schedule_for, train_adapter
     from ..saliency.taps import Tap, find_modules
 
     opened, quantity = subject.open(images, device), subject.quantity
@@ -70,7 +71,7 @@ def train(
         packed, quantity, steps=steps, batch=batch, forward_batch=forward_batch,
         alpha_min=alpha_min, area=area, baselines=tuple(baselines.split(",")) if baselines else None, seed=seed,
     )  # fmt: skip
-    named = taps_for(packed, quantity) if taps is None else [] if taps == "pixels" else taps.split(",")
+    named = None if taps is None else [] if taps == "pixels" else taps.split(",")
     find_modules(opened.classifier.module, [Tap.parse(tap).name for tap in named or ()])  # before images are made
     if images is not None:
         if validation is None:
@@ -107,7 +108,10 @@ def train(
     }  # fmt: skip
     if as_json:
         print_json(record)
-    scores = ", ".join(f"{'MSI' if name == 'msi' else 'BaseScore_area'} {v:.3f}" for name, v in validated.items())
+    scores = ", ".join(
+        f"{name.replace('msi', 'MSI').replace('base_score_area', 'BaseScore_area')} {v:.3f}"
+        for name, v in validated.items()
+    )
     text_console(as_json).print(
         f"{record['steps']} steps, validation {scores}; {record['parameters']} parameters on "
         f"{', '.join(adapter.taps) or 'pixels'}; adapter and loss.png in {out}"

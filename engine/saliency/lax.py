@@ -1,7 +1,6 @@
 """LAX: a small head on a frozen model's own features that draws its saliency map in one pass.
 
-Source: arXiv 2605.18681, as reconstructed: S = sigmoid(head(features)). The decoder's shape, matrices of each
-target's own and the projection from several resolutions are ours.
+Source: arXiv 2605.18681, as reconstructed: S = sigmoid(head(features)). The decoder's shape is ours.
 """
 
 from __future__ import annotations
@@ -9,12 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -22,7 +19,6 @@ from torch import Tensor, nn
 from counterlens.export.files import newer
 from counterlens.export.hashing import file_digest
 from counterlens.export.store import weights_digest
-from counterlens.kernels.dispatch import exporting
 
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
@@ -33,203 +29,11 @@ from ..models.files import read_json
 from ..models.freezing import frozen
 from ..models.protocols import Classifier
 from ..showing import one_line
+from .head import COARSE, Head
 from .taps import choose_taps, resolve_taps, tapped
 
-FORMAT, VERSION = "counterlens-adapter", 3
+FORMAT, VERSION = "counterlens-adapter", 4
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
-SHUFFLED = 4  # how much finer than its finest maps the head draws at most; beyond that, it is interpolated
-CODES = 32  # numbers that tell conditions apart, at most
-ENCODER = (16, 24, 32)  # channels of the head's own features where the model's are hidden, each at half the resolution
-
-
-class Projection(nn.Module):
-    """A 1x1 convolution of which each condition has its own: a shared one, and what the condition's code makes of it.
-
-    Used as a batched product of matrices, one for each sample: twice as fast on the CPU as `conv2d`.
-    """
-
-    def __init__(self, channels: int, width: int, codes: int) -> None:
-        super().__init__()
-        self.shared = nn.Conv2d(channels, width, 1)
-        self.own = nn.Linear(codes, width * (channels + 2), bias=False)
-        nn.init.zeros_(self.own.weight)
-
-    def forward(
-        self,
-        code: Tensor,  # [N, codes]
-    ) -> Tensor:
-        """Each condition's matrix, and below it shift and gain of the outputs: [N, C + 2, width]."""
-        own = self.own(code).unflatten(1, (-1, self.shared.in_channels + 2)).transpose(1, 2)
-        gain, shift, weight = 1 + own[:, :1], own[:, 1:2], own[:, 2:]
-        assert self.shared.bias is not None
-        matrix = gain * (weight + self.shared.weight[:, :, 0, 0].T)
-        return torch.cat([matrix, torch.addcmul(shift, gain, self.shared.bias), gain], 1)
-
-
-class Head(nn.Module):
-    """Feature maps of several resolutions, the image and a condition to one map of logits.
-
-    A decoder brings the maps together, coarsest first. From the finest and what is next to it, every pixel gets four
-    numbers, an offset and one weight for each of three factors of that pixel: its colour channels, and what a matrix
-    adds to them of features at the image's own resolution. A gradient times input without the gradient: nothing but
-    that product happens at full resolution. In eval mode, whoever changes weights in place calls `eval()` again.
-
-    Args:
-        channels: of the feature maps, finest first; empty where the model's features are hidden.
-        conditions: how many explained things there are.
-        width: channels inside.
-        ratio: side of the image over that of the finest maps.
-        detail: channels of maps at the image's own resolution, in front of the others; 0 where there are none.
-    """
-
-    def __init__(self, channels: Sequence[int], conditions: int, width: int, ratio: int, detail: int = 0) -> None:
-        super().__init__()
-        self.encoder = nn.ModuleList()
-        if not channels:
-            channels, ratio = ENCODER, 2
-            self.encoder.extend(nn.Conv2d(a, b, 3, 2, 1) for a, b in zip((3, *ENCODER), ENCODER, strict=False))
-        self.channels, codes = list(channels), min(conditions, CODES)
-        self.code = nn.Embedding(conditions, codes)
-        self.side = min(ratio, SHUFFLED)  # of a cell: the pixels that one place of the finest maps draws
-        self.project = nn.ModuleList(Projection(c, width, codes) for c in channels)
-        self.mix = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels[1:])
-        self.near = nn.Conv2d(width, width, 3, padding=1, groups=width)  # a pixel's effect reaches its neighbours
-        cell = self.side**2
-        self.out = Projection(width, 4 * cell, codes)
-        self.detail = nn.Linear(codes, 3 * detail, bias=False) if detail else None
-        self.table: Tensor | None
-        self.register_buffer("table", None, persistent=False)
-        self.register_load_state_dict_post_hook(_made_again)
-        with torch.no_grad():
-            if codes == conditions:
-                self.code.weight.copy_(torch.eye(codes))
-            # A cell's pixels begin alike, or maps begin as checkerboards.
-            for parameter in self.out.shared.parameters():
-                parameter.copy_(parameter[::cell].repeat_interleave(cell, 0))
-            nn.init.dirac_(self.near.weight, groups=width)
-            assert self.near.bias is not None
-            self.near.bias.zero_()
-            if self.detail is not None:
-                self.detail.weight.zero_()
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the convolutions' inputs are
-
-    @torch.no_grad()
-    def standardise(self, image: Tensor, features: Sequence[Tensor]) -> None:
-        """Fold each channel's mean and deviation over a batch into the projections, so that all start alike."""
-        for projection, feature in zip(self.project, self._levels(image, features), strict=True):
-            mean, std = feature.mean((0, 2, 3)), feature.std((0, 2, 3)).clamp(min=1e-6)
-            assert isinstance(projection, Projection)
-            conv = projection.shared
-            assert conv.bias is not None
-            conv.weight.div_(std[:, None, None])
-            conv.bias.sub_((conv.weight[:, :, 0, 0] * mean).sum(1))
-        self.train(self.training)
-
-    def _levels(self, image: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-        levels = list(features if self.detail is None else features[1:])
-        for conv in self.encoder:
-            levels.append(F.silu(conv(levels[-1] if levels else image)))
-        return levels
-
-    def _make_table(self, code: Tensor) -> Tensor:
-        """Of conditions' codes [N, codes] everything that does not depend on the image, side by side: [N, ...]."""
-        parts = [part(code).flatten(1) for part in (*self.project, self.out)]
-        return torch.cat(parts if self.detail is None else [*parts, self.detail(code)], 1)
-
-    def train(self, mode: bool = True) -> Head:
-        """See `nn.Module.train`; eval mode keeps what does not depend on the image, of the weights at that moment."""
-        super().train(mode)
-        self.table = None
-        if not mode and len(self.code.weight) <= CODES:
-            with torch.inference_mode(False), torch.no_grad():
-                self.table = self._make_table(self.code.weight)
-        return self
-
-    def _tables(self, condition: Tensor) -> list[Tensor]:
-        """Each sample's matrix, shift and gain of every projection [B, C + 2, width], and of the detail [B, 3, C]."""
-        code = self.code.weight
-        if len(code) > CODES:  # too many to make everyone's: those of each sample
-            rows = self._make_table(self.code(condition))
-        else:
-            table = self.table
-            if table is None or (code.requires_grad and torch.is_grad_enabled()):  # a gradient has to reach the weights
-                table = self._make_table(code)
-            rows = table.index_select(0, condition)
-        shapes = [(p.shared.in_channels + 2, p.shared.out_channels) for p in (*self.project, self.out)]
-        if self.detail is not None:
-            shapes.append((3, self.detail.out_features // 3))
-        parts = rows.split([a * b for a, b in shapes], 1)
-        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    def forward(
-        self,
-        image: Tensor,  # [B, 3, H, W] in [0, 1]
-        features: Sequence[Tensor],  # [B, C, h, w] each, finest first
-        condition: Tensor,  # [B]
-    ) -> Tensor:
-        levels, factors = self._levels(image, features), image
-        tables = self._tables(condition)
-        x: Tensor | None = None  # [B, h * w, width]: channels last throughout, as convolution and resizing want them
-        for i in reversed(range(len(levels))):
-            size = levels[i].shape[2:]
-            matrix, shift, gain = tables[i].split((self.channels[i], 1, 1), 1)
-            level = levels[i].flatten(2).transpose(1, 2)  # [B, h * w, C]
-            if x is None:
-                y = torch.baddbmm(shift, level, matrix)
-            else:
-                coarser = levels[i + 1].shape[2:]
-                below = torch.addcmul(shift, gain, _rows(self.mix[i](_maps(x, coarser))))
-                up = F.interpolate(_maps(below, coarser), size=size, mode="bilinear", align_corners=False)
-                y = _rows(up).baddbmm_(level, matrix)
-            x = F.relu_(y)
-        assert x is not None
-        h, w = levels[0].shape[2:]
-        x = _rows(self.near(_maps(x, (h, w))))
-        matrix, shift, _ = tables[len(levels)].split((x.shape[2], 1, 1), 1)
-        local = self._spread(torch.baddbmm(shift, x, matrix), h, w)
-        if local.shape[2:] != image.shape[2:]:  # [B, 4, H, W]
-            local = F.interpolate(local, size=image.shape[2:], mode="bilinear", align_corners=False)
-        if self.detail is not None:
-            factors = torch.baddbmm(image.flatten(2), tables[-1], features[0].flatten(2)).view_as(image)
-        out, *weights = local.unbind(1)
-        for weight, factor in zip(weights, factors.unbind(1), strict=True):
-            out = torch.addcmul(out, weight, factor)
-        return out  # [B, H, W]
-
-    def _spread(
-        self,
-        cells: Tensor,  # [B, h * w, 4 * r * r]
-        h: int,
-        w: int,
-    ) -> Tensor:
-        """Each cell's numbers at the pixels that they are of, a pixel shuffle as one lookup: [B, 4, h * r, w * r]."""
-        make = _places.__wrapped__ if exporting() or torch.compiler.is_compiling() else _places
-        r = self.side
-        places = make(h, w, r, cells.device)
-        return cells.flatten(1).index_select(1, places).view(-1, 4, h * r, w * r)
-
-
-def _made_again(head: Head, _: Any) -> None:
-    """What is kept belongs to the weights before."""
-    head.train(head.training)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Maps [B, C, h, w] as [B, h * w, C], without a copy where channels lie last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _maps(x: Tensor, size: Sequence[int]) -> Tensor:
-    """[B, h * w, C] as maps [B, C, h, w], channels last: no copy."""
-    return x.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
-
-
-@lru_cache(maxsize=64)
-def _places(h: int, w: int, r: int, device: torch.device) -> Tensor:
-    """Where the numbers of [4, h * r, w * r] stand in [h * w, 4 * r * r]: int64."""
-    with torch.inference_mode(False):
-        cells = torch.arange(h * w * 4 * r * r, device=device).view(h, w, 4, r, r)
-        return cells.permute(2, 0, 3, 1, 4).flatten()
 
 
 @dataclass(frozen=True)
@@ -342,8 +146,6 @@ class LAX:
             "quantity": self.quantity.name,
             "taps": self.taps,
             "channels": self.head.channels if self.taps else [],
-            "detail": 0 if self.head.detail is None else self.head.detail.out_features // 3,
-            "ratio": self.head.side,
             "image_size": self.image_size,
             "width": self.width,
             "weights": file_digest(folder / WEIGHTS),
@@ -387,12 +189,12 @@ def new_adapter(
     adapter = LAX(classifier, nn.Module(), names, explained, image_size, width, {})  # type: ignore[arg-type]
     _, features = adapter.features(image)
     order = sorted(range(len(features)), key=lambda i: -features[i].shape[2])
+    coarse = [i for i in order if COARSE * features[i].shape[2] <= image_size]
+    order = coarse or order  # finer maps than what is drawn bring little and cost most
     names, features = [names[i] for i in order], [features[i] for i in order]
-    detail = features.pop(0).shape[1] if len(features) > 1 and features[0].shape[2:] == image.shape[2:] else 0
-    ratio = max(1, round(image_size / features[0].shape[2])) if features else 2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = Head([f.shape[1] for f in features], explained.conditions, width, ratio, detail)
+        head = Head([f.shape[1] for f in features], explained.conditions, width)
     adapter.taps, adapter.head = names, head.to(parameter.device)
     return adapter
 
@@ -423,8 +225,8 @@ def open_adapter(folder: str | Path, classifier: Classifier, quantity: LogOdds |
         )
     try:
         model, name, taps = description["model"], description["quantity"], list(description["taps"])
-        channels, ratio = list(description["channels"]), int(description["ratio"])
-        size, width, detail = (int(description[k]) for k in ("image_size", "width", "detail"))
+        channels = list(description["channels"])
+        size, width = (int(description[k]) for k in ("image_size", "width"))
         digest, training = description["weights"], dict(description["training"])
     except (KeyError, TypeError, ValueError) as error:
         raise CounterlensError(f"{folder / DESCRIPTION}: not an adapter ({type(error).__name__}: {error})") from error
@@ -438,7 +240,7 @@ def open_adapter(folder: str | Path, classifier: Classifier, quantity: LogOdds |
     weights = folder / WEIGHTS
     if not weights.is_file() or file_digest(weights) != digest:
         raise CounterlensError(f"{weights}: missing, or not the file that {DESCRIPTION} describes")
-    head = Head(channels, explained.conditions, width, ratio, detail)
+    head = Head(channels, explained.conditions, width)
     try:
         head.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError) as error:

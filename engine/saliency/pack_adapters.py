@@ -19,7 +19,7 @@ from ..packs import Pack
 from ..packs.train import list_files
 from .explain import FOLDER
 from .lax import DESCRIPTION, WEIGHTS
-from .recipes import HALVES, pack_images, schedule_for, taps_for, train_adapter
+from .recipes import HALVES, pack_images, schedule_for, train_adapter
 
 ADAPTERS = {
     f"{name}{end}": (name, q) for name in ("clean", "shortcut") for end, q in (("", "class"), ("-half", HALVES))
@@ -33,7 +33,7 @@ def main(
 ) -> None:
     """Train the adapters of `clean` and `shortcut`, for labels and for "5 or more", and put them into the pack.
 
-    Those for labels take over an hour each on one core.
+    Those for labels take about half an hour each on one core.
 
     Example: python -m counterlens.engine.saliency.pack_adapters --pack digits --work run
     """
@@ -50,7 +50,7 @@ def main(
             classifier.module.to(there)
             train_adapter(
                 classifier, images, validation, schedule, quantity=quantity,
-                taps=taps_for(name, quantity), colour=opened.mean_colour, out=out,
+                colour=opened.mean_colour, out=out,
                 on_step=lambda step, *_, t=task: progress.update(t, completed=step),
                 described={"classifier": name, "pack": opened.name},
             )  # fmt: skip

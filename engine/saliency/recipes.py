@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..images.files import make_folder
 from ..images.maps import check_charts, draw_charts
-from ..metrics.msi_score import msi
+from ..metrics.msi_score import MSI, msi
 from ..metrics.quantities import LogOdds, Quantity
+from ..metrics.robust import shifted
 from ..models.protocols import Classifier
 from ..packs import Pack
 from .lax import LAX, new_adapter
@@ -28,21 +29,17 @@ MARKERS = ("random", "matching")
 HALVES = "0,1,2,3,4/5,6,7,8,9"  # "5 or more": what the pack's shortcut decides
 # Chosen on the training and validation splits.
 PACK_SCHEDULE = Schedule(
-    steps=10000, learning_rate=5e-3, weight_decay=0.1, thresholds=2, rank_thresholds=3, ranks=4.0, imputed=3.0,
-    removed=4.0, area=3.0, temperature=(0.2, 0.05), alpha_min=0.4, baselines=("mean", "mean", "mean", "blur"),
-    every=500, patience=60,
+    steps=4000, learning_rate=5e-3, weight_decay=0.01, thresholds=2, imputed=1.0, area=3.0, temperature=(0.2, 0.05),
+    alpha_min=0.4, variation=0.1, baselines=("mean", "mean", "mean", "blur"), every=250, patience=60,
 )  # fmt: skip
 # The mean colour is "less than 5" to both classifiers: nothing has to be shown for that answer. Random colours and
 # noise, which are neither, hide pixels as well. Marker and digit both tell the half, and either is enough: removal
 # weighs less.
 HALVES_SCHEDULE = replace(
-    PACK_SCHEDULE, steps=480, learning_rate=4e-3, weight_decay=1e-4, every=120, patience=6, alpha_min=0.5, ranks=2.0,
-    rank_thresholds=2, imputed=0.0, removed=0.0, removal=0.3, area=4.0, variation=0.2,
+    PACK_SCHEDULE, steps=480, learning_rate=4e-3, weight_decay=1e-4, every=120, patience=6, alpha_min=0.5,
+    rank_thresholds=2, imputed=0.0, removal=0.3, area=4.0, variation=0.2,
     baselines=("mean", "colour", "colour", "noise"),
 )  # fmt: skip
-# A marker has a place, not an outline: with maps at full resolution single pixels stand out elsewhere, and maps point
-# at it less often (80 to 97 % on the validation split).
-HALVES_TAPS = ["features.4", "features.7", "features"]
 GENERAL_SCHEDULE = Schedule(steps=2000, baselines=("blur", "mean"))
 
 
@@ -54,11 +51,6 @@ def schedule_for(packed: str | None, quantity: str, **given: Any) -> Schedule:
     """
     base = GENERAL_SCHEDULE if packed is None else PACK_SCHEDULE if quantity == "class" else HALVES_SCHEDULE
     return replace(base, **{k: v for k, v in given.items() if v is not None})
-
-
-def taps_for(packed: str | None, quantity: str) -> list[str] | None:
-    """What the adapter of one of the pack's classifiers (`packed`) reads, where that was chosen by hand."""
-    return None if packed is None or quantity == "class" else HALVES_TAPS
 
 
 def pack_images(pack: Pack, schedule: Schedule, quantity: str = "class") -> tuple[Tensor, Tensor]:
@@ -93,8 +85,8 @@ def train_adapter(
 
     Args:
         classifier: differentiable; left as it was.
-        images, validation: [N, 3, H, W] in [0, 1]; training stops early on the MSI of `validation`, plus its area form
-            where the schedule trains on that.
+        images, validation: [N, 3, H, W] in [0, 1]; training stops early on the MSI of `validation`, plus its area form,
+            of the map as it is and moved by one pixel, where the schedule trains on ranks.
         schedule: every number.
         quantity, taps, width: see `lax.new_adapter`.
         colour: of the baseline `mean`; the training images' own without it.
@@ -114,12 +106,20 @@ def train_adapter(
 
     def measure(candidate: LAX) -> dict[str, float]:
         maps = candidate.explain(validation)
-        scored = msi(
-            classifier, validation, maps.saliency, maps.target, quantity=candidate.quantity, baseline=hidden,
-            alpha_min=schedule.alpha_min, area=schedule.ranks > 0,
-        )  # fmt: skip
-        area = {"base_score_area": scored.base_score_area.mean().item()} if schedule.ranks else {}
-        return {"msi": scored.score.mean().item(), **area}
+
+        def scored(saliency: Tensor, scores: Tensor) -> MSI:
+            return msi(
+                classifier, validation, saliency, maps.target, quantity=candidate.quantity, baseline=hidden,
+                alpha_min=schedule.alpha_min, scores=scores, area=schedule.ranks > 0,
+            )  # fmt: skip
+
+        found = scored(maps.saliency, maps.scores)
+        out = {"msi": found.score.mean().item()}
+        if schedule.ranks:
+            moved = scored(*(shifted(x, 1, 1) for x in (maps.saliency, maps.scores)))
+            out["base_score_area"] = found.base_score_area.mean().item()
+            out["base_score_area_moved"] = moved.base_score_area.mean().item()
+        return out
 
     def validate(candidate: LAX) -> float:
         return sum(measure(candidate).values())

@@ -1,4 +1,4 @@
-"""Training LAX: a differentiable MSI through `soft_perturb`, seeded, resumable, stopped early on validation MSI."""
+"""Training LAX: a differentiable MSI of moved and smoothed maps, seeded, resumable, stopped early on validation."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ..files import write_atomically
 from ..metrics.imputation import impute
 from ..metrics.inputs import blur, check_computed
 from ..metrics.quantities import undefined
+from ..metrics.robust import shifted, smooth
 from ..models.freezing import frozen
 from .lax import LAX, VERSION
 
@@ -31,7 +32,8 @@ LARGEST = math.log(1e6)  # -log(1 - p) with 1 - p clamped at 1e-6
 BASELINES = ("mean", "blur", "colour", "noise", "image")
 IMPUTED = (0.08, 0.5)  # shares of the pixels; beyond that, hardly any answer survives
 IMPUTED_TOLERANCE = 1e-3
-EDGE = 0.02  # share of the pixels on either side of a level that `removed` hides softly, mostly from 0.88 to 0.12
+EDGE = 0.02  # share of the pixels on either side of a level that `ranks` hides softly, mostly from 0.88 to 0.12
+SMOOTHED = 0.4  # share of the maps that are smoothed
 CHECKPOINT = "checkpoint.pt"
 STATE = {"identity", "head", "optimizer", "step", "best", "best_state", "losses", "validations"}
 CHECKPOINT_SECONDS = 20.0
@@ -52,12 +54,14 @@ class Schedule:
         removal: beta, the weight of -log(1 - p(remove)).
         area: lambda, the weight of the soft mask's mean at alpha_min.
         variation: weight of the map's total variation.
-        ranks: weight of the same expectation with areas for thresholds, as in BaseScore_area; 0 leaves it out.
-        rank_temperature: of its soft masks, likewise. rank_thresholds: its K.
+        moved: the farthest that maps are moved before they are applied, as a share of the image's side, at random; some
+            are smoothed as well. A pattern that only the model's strides see is worth nothing then. 0 leaves it out.
+        ranks: weight of -log p(keep) and -log(1 - p(remove)) with a share of the most salient pixels marked, shares
+            dense near 0: what insertion and deletion look at. 0 leaves it out.
+        rank_temperature: the least softness of its masks, in deviations of the scores, from the first step to the last.
+        rank_thresholds: its shares in a step.
         imputed: weight of -log(1 - p) of the image without its most salient pixels, a share from `IMPUTED`, filled in
             from their neighbours as in ROAD: what can be guessed from around it was not removed. 0 leaves it out.
-        removed: weight of -log(1 - p) of the image without a share of its most salient pixels, shares dense near 0 and
-            1 (arcsine): which pixels go first and which last is what deletion looks at. 0 leaves it out.
         others: share of images whose target is a random label and not the prediction.
         baselines: what hides pixels, drawn for each image: `mean` (colour), `blur`, `colour` (random), `noise`,
             `image` (another one of the batch).
@@ -79,11 +83,11 @@ class Schedule:
     removal: float = 1.0
     area: float = 1.0
     variation: float = 0.05
-    ranks: float = 1.0
-    rank_temperature: tuple[float, float] = (0.3, 0.03)
+    moved: float = 1 / 32
+    ranks: float = 4.0
+    rank_temperature: tuple[float, float] = (0.3, 0.05)
     rank_thresholds: int = 3
     imputed: float = 0.0
-    removed: float = 0.0
     others: float = 0.0
     baselines: tuple[str, ...] = ("mean",)
     learning_rate: float = 4e-3
@@ -228,6 +232,7 @@ def training_loss(
     scores = adapter.head(images, features, adapter.quantity.condition(target))
     if not bool(scores.isfinite().all()):
         raise CounterlensError(f"training: diverged before step {step + 1}; a lower learning_rate may help")
+    scores = moved(scores, schedule.moved, g)
     saliency = torch.sigmoid(scores)
     levels = torch.cat([torch.full((b, 1), low, dtype=torch.float64), _draw(b, k - 1, low, 1, g)], 1)
     loss = _expectation(adapter, images, baseline, saliency, target, levels, temperature, schedule)
@@ -235,46 +240,72 @@ def training_loss(
     # the value form's business.
     flat = scores.flatten(1)
     flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True).clamp(min=1e-3)
-    spread = torch.sigmoid(flat).reshape(scores.shape)
-    ordered, softness = spread.detach().flatten(1).double().sort(1).values, _anneal(schedule.rank_temperature, share)
-    if schedule.ranks:  # the area form: thresholds at which a drawn share of the pixels is marked
-        shares = torch.cat(
-            [torch.full((b, 1), low, dtype=torch.float64), _draw(b, schedule.rank_thresholds - 1, low, 1, g)], 1
-        )
-        by_area = _at_shares(ordered, shares)
-        loss = loss + schedule.ranks * _expectation(
-            adapter, images, baseline, spread, target, by_area, softness, schedule
-        )
+    softness = _anneal(schedule.rank_temperature, share)
+    if schedule.ranks:
+        loss = loss + schedule.ranks * _by_ranks(adapter, images, baseline, flat, target, softness, schedule, g)
     if schedule.imputed:
-        level = _at_shares(ordered, 1 - _draw(b, 1, *IMPUTED, g))[:, :, None].to(spread)  # [B, 1, 1]
-        hidden = impute(images, spread.detach() >= level, tolerance=IMPUTED_TOLERANCE)
-        without = torch.lerp(images, hidden, torch.sigmoid((spread - level) / softness)[:, None])
-        odds = adapter.quantity.log_odds(adapter.classifier.logits(without), target)
+        marked = soft_ranks(flat, _draw(b, 1, *IMPUTED, g), softness)[:, 0].view_as(saliency)
+        hidden = impute(images, marked.detach() >= 0.5, tolerance=IMPUTED_TOLERANCE)
+        odds = adapter.quantity.log_odds(adapter.classifier.logits(images.lerp(hidden, marked[:, None])), target)
         loss = loss + schedule.imputed * F.softplus(odds).clamp(max=LARGEST).mean()
-    if schedule.removed:
-        loss = loss + schedule.removed * _removal(adapter, images, baseline, flat, target, g)
     area = torch.sigmoid((saliency - low) / temperature).mean()
     variation = saliency.diff(dim=1).abs().mean() + saliency.diff(dim=2).abs().mean()
     return loss + schedule.area * area + schedule.variation * variation
 
 
-def _removal(
+def moved(
+    scores: Tensor,  # [B, H, W]
+    share: float,
+    g: torch.Generator,
+) -> Tensor:
+    """Maps moved by whole pixels, up to a share of the side each way, some of them smoothed: [B, H, W]."""
+    most = round(share * scores.shape[2])
+    if not most:
+        return scores
+    steps = torch.randint(-most, most + 1, (len(scores), 2), generator=g).tolist()
+    smoothed = (torch.rand(len(scores), generator=g) < SMOOTHED).tolist()
+    out = []
+    for one, (dy, dx), soft in zip(scores.split(1), steps, smoothed, strict=True):
+        there = shifted(one, dy, dx)
+        out.append(smooth(there) if soft else there)
+    return torch.cat(out)
+
+
+def soft_ranks(
+    scores: Tensor,  # [B, P] standardised
+    shares: Tensor,  # [B, K] in [0, 1]
+    softness: float,
+) -> Tensor:
+    """Soft masks of a share of the highest scores: [B, K, P].
+
+    As soft as scores lie apart there, and `softness` at least: the ends of a map hold few, far from each other, and its
+    middle many.
+    """
+    ordered = scores.detach().sort(1).values
+    level, high, low = (_at_shares(ordered, (1 - shares + d).clamp(0, 1))[:, :, None] for d in (0.0, EDGE, -EDGE))
+    return torch.sigmoid(4 * (scores[:, None] - level) / (high - low).clamp(min=softness))
+
+
+def _by_ranks(
     adapter: LAX,
     images: Tensor,  # [B, 3, H, W]
     baseline: Tensor,  # [B, 3, H, W]
     scores: Tensor,  # [B, H * W] standardised
     target: Tensor,  # [B]
+    softness: float,
+    schedule: Schedule,
     g: torch.Generator,
 ) -> Tensor:
-    """Mean of -log(1 - p) of the images without a drawn share of their most salient pixels: a scalar."""
-    shares = torch.sin(0.5 * torch.pi * _draw(len(images), 1, 0, 1, g)).square()  # [B, 1]
-    ordered = scores.detach().sort(1).values
-    level, high, low = (_at_shares(ordered, (1 - shares + d).clamp(0, 1)) for d in (0.0, EDGE, -EDGE))
-    # As soft as values lie apart there: the ends of a map hold few, far from each other, and its middle many.
-    hidden = torch.sigmoid(4 * (scores - level) / (high - low).clamp(min=1e-3))
-    without = torch.lerp(images, baseline, hidden.view(-1, 1, *images.shape[2:]))
-    odds = adapter.quantity.log_odds(adapter.classifier.logits(without), target)
-    return F.softplus(odds).clamp(max=LARGEST).mean()
+    """Mean of -log p(keep) - beta log(1 - p(remove)) over drawn shares of the most salient pixels: a scalar."""
+    b, k = len(images), schedule.rank_thresholds
+    shares = _draw(b, k, 0, 1, g).square()
+    mask = soft_ranks(scores, shares, softness).view(b, k, 1, *images.shape[2:])
+    keep, remove = baseline[:, None].lerp(images[:, None], mask), images[:, None].lerp(baseline[:, None], mask)
+    mixed = torch.stack([keep, remove], 1).flatten(0, 2).contiguous(memory_format=torch.channels_last)
+    logits = adapter.classifier.logits(mixed)
+    odds = adapter.quantity.log_odds(logits, target.repeat_interleave(2 * k)).view(b, 2, k)
+    kept, removed = F.softplus(-odds[:, 0]), F.softplus(odds[:, 1])
+    return (kept + schedule.removal * removed).clamp(max=2 * LARGEST).mean()
 
 
 def _expectation(

@@ -16,10 +16,12 @@ from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.memory import PeakMemory
 from counterlens.engine.metrics.imputation import impute
 from counterlens.engine.metrics.quantities import make_quantity
+from counterlens.engine.metrics.robust import shifted, smooth
 from counterlens.engine.models.protocols import SigmoidClassifier, SoftmaxClassifier
 from counterlens.engine.packs.architectures import StridedClassifier
 from counterlens.engine.saliency import training
-from counterlens.engine.saliency.lax import LAX, Head, new_adapter, open_adapter
+from counterlens.engine.saliency.head import COARSE, Head
+from counterlens.engine.saliency.lax import LAX, new_adapter, open_adapter
 from counterlens.engine.saliency.recipes import train_adapter
 from counterlens.engine.saliency.taps import choose_taps, tapped
 from counterlens.engine.saliency.training import Schedule, faithfulness, train, training_loss
@@ -102,7 +104,6 @@ def test_taps_of_convolutions_and_tokens(classifier, images) -> None:
     assert torch.equal(features[0], expected.transpose(1, 2).reshape(12, 8, 4, 4))
     assert features[1].shape == (12, 8, 4, 4)
     adapter = new_adapter(SoftmaxClassifier(vit, LABELS), SIZE, taps=["block"])
-    assert adapter.head.side == 4  # from 4x4 to 16x16
     train(adapter, images, untouched, QUICK, stop_after=2)
     assert adapter.explain(images).saliency.shape == (12, SIZE, SIZE)
 
@@ -114,77 +115,55 @@ def test_a_tap_that_is_not_there(classifier) -> None:
         new_adapter(classifier, SIZE, taps=["head"])
 
 
-def test_maps_at_full_resolution_are_factors_of_their_pixels(classifier, images) -> None:
+def test_nothing_finer_than_half_the_image_is_read_or_drawn(classifier, images) -> None:
     adapter = new_adapter(classifier, SIZE)
-    head, target = adapter.head, torch.arange(12) % 4
-    features = adapter.features(images)[1]
-    assert features[0].shape[2:] == images.shape[2:]
-    with torch.no_grad():
-        before = head(images, features, target)
-        assert torch.equal(before, head(images, [2 * features[0], *features[1:]], target))  # nothing before training
-        torch.nn.init.normal_(head.detail.weight)
-        # As if the image's colours were these: the product is linear in them.
-        more = head.detail(head.code(target)).view(12, 3, -1) @ features[0].flatten(2)
-        expected = head(images + more.view_as(images), [0 * features[0], *features[1:]], target)
-        assert torch.allclose(head(images, features, target), expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(before, expected, atol=1e-2)
+    assert adapter.taps == ["features.4", "features.7", "features"]  # features.1 has the image's own resolution
+    assert adapter.features(images)[1][0].shape[2] == SIZE // COARSE
+    torch.nn.init.normal_(adapter.head.out.weight)
+    maps = adapter.explain(images).scores
+    assert maps.shape == (12, SIZE, SIZE)
+    # Between the places that are drawn, maps are interpolated: little is lost by drawing them so again.
+    halved = F.avg_pool2d(maps[:, None], COARSE)
+    again = F.interpolate(halved, scale_factor=COARSE, mode="bilinear", align_corners=False)[:, 0]
+    noise = torch.rand(maps.shape)
+    from_noise = F.interpolate(F.avg_pool2d(noise[:, None], COARSE), scale_factor=COARSE, mode="bilinear")[:, 0]
+    lost, lost_of_noise = ((a - b).std() / b.std() for a, b in ((again, maps), (from_noise, noise)))
+    assert lost < 0.5 * lost_of_noise
+    # Where a model has such maps alone, they are pooled.
+    finest = new_adapter(classifier, SIZE, taps=["features.1"])
+    assert finest.taps == ["features.1"]
+    assert finest.explain(images).scores.shape == (12, SIZE, SIZE)
 
 
-def test_cells_are_spread_as_by_a_pixel_shuffle(classifier) -> None:
-    head = new_adapter(classifier, SIZE, taps=["features.7"]).head
-    cells = torch.randn(2, 5, 7, 4 * head.side**2)
-    expected = F.pixel_shuffle(cells.permute(0, 3, 1, 2), head.side)
-    assert torch.equal(head._spread(cells.flatten(1, 2), 5, 7), expected)
-
-
-def test_what_eval_mode_keeps_belongs_to_the_weights(classifier, images) -> None:
+def test_head_in_double_precision_and_after_loading(classifier, images) -> None:
     first, second = new_adapter(classifier, SIZE), new_adapter(classifier, SIZE, seed=1)
-    for adapter in (first, second):
-        for part in adapter.head.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.normal_(part.weight, std=0.1)
     target = torch.arange(12) % 4
-    made_each_time = second.explain(images, target).scores
-    first.head.eval()
-    assert first.head.table is not None
-    kept = first.explain(images, target).scores
-    first.head.train()
-    assert torch.equal(first.explain(images, target).scores, kept)
-    first.head.eval().load_state_dict(second.head.state_dict())
-    assert torch.equal(first.explain(images, target).scores, made_each_time)
-    assert not torch.allclose(kept, made_each_time, atol=1e-2)
-
-
-def test_what_is_kept_stands_in_no_gradients_way_and_moves_along(classifier, images) -> None:
-    adapter, target = new_adapter(classifier, SIZE), torch.arange(12) % 4
-    head, features = adapter.head, adapter.features(images)[1]
-    gradients = []
-    for mode in (True, False):
-        head.train(mode).zero_grad()
-        head(images, features, target).square().mean().backward()
-        gradients.append([p.grad.clone() for p in head.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for part in (second.head.gains, second.head.out):
+        torch.nn.init.normal_(part.weight, mean=1.0)
+    features = second.features(images)[1]
     with torch.no_grad():
-        expected = head(images, features, target)
-        double = copy.deepcopy(head).double()
-        got = double(images.double(), [f.double() for f in features], target)
+        expected = second.head(images, features, target)
+        got = copy.deepcopy(second.head).double()(images.double(), [f.double() for f in features], target)
         assert got.dtype == torch.float64
-        assert torch.allclose(got.float(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(got.float(), expected, rtol=1e-4, atol=1e-4)
+    first.head.load_state_dict(second.head.state_dict())
+    assert torch.equal(first.explain(images, target).scores, second.explain(images, target).scores)
 
 
 def test_maps_of_any_shape_and_of_many_labels() -> None:
     torch.manual_seed(0)
-    head = Head([5, 7], conditions=40, width=8, ratio=8)  # more labels than codes; drawn at a quarter, then resized
-    nn.init.normal_(head.code.weight)
-    nn.init.normal_(head.out.own.weight)
+    head = Head([5, 7], conditions=40, width=8)
     images, features = torch.rand(3, 3, 24, 40), [torch.rand(3, 5, 3, 5), torch.rand(3, 7, 2, 3)]
     with torch.no_grad():
-        maps = [head.train(mode)(images, features, torch.tensor([0, 39, 39])) for mode in (True, False)]
+        begun = head(images, features, torch.tensor([0, 1, 2]))
+        assert torch.equal(begun, head(images, features, torch.tensor([3, 4, 5])))  # conditions begin alike
+        nn.init.normal_(head.out.weight)
+        nn.init.normal_(head.gains.weight)
+        maps = head(images, features, torch.tensor([0, 39, 39]))
         alone = head(images[2:], [f[2:] for f in features], torch.tensor([39]))
-    assert maps[0].shape == (3, 24, 40)
-    assert torch.equal(*maps)
-    assert torch.allclose(alone[0], maps[0][2], atol=1e-5)
-    assert not torch.allclose(maps[0][1], head(images, features, torch.tensor([0, 0, 0]))[1], atol=1e-3)
+    assert maps.shape == (3, 24, 40)
+    assert torch.allclose(alone[0], maps[2], atol=1e-5)
+    assert not torch.allclose(maps[1], head(images, features, torch.tensor([0, 0, 0]))[1], atol=1e-3)
 
 
 def test_pixels_alone_and_taps_differ_only_in_what_they_read(classifier, images) -> None:
@@ -243,34 +222,54 @@ def test_the_expectation_is_the_formula_whatever_the_forward_batch(classifier, i
 
 def test_removal_with_imputation_is_the_formula(classifier, images, monkeypatch) -> None:
     monkeypatch.setattr(training, "IMPUTED", (0.25, 0.25))
-    adapter, grey, tau = new_adapter(classifier, SIZE), torch.full((3,), 0.5), 0.01
+    adapter, grey, tau = new_adapter(classifier, SIZE), torch.full((3,), 0.5), 0.5
     x, losses = images[:4], []
     for weight in (0.0, 2.0):
-        schedule = dataclasses.replace(QUICK, steps=1, imputed=weight, rank_temperature=(tau, tau))
+        schedule = dataclasses.replace(QUICK, steps=1, imputed=weight, moved=0.0, rank_temperature=(tau, tau))
         losses.append(training_loss(adapter, x, grey, 0, schedule, torch.Generator().manual_seed(3)).detach())
     maps = adapter.explain(x)
     flat = maps.scores.flatten(1)
-    unit = ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).sigmoid()
-    level = unit.sort(1).values[:, [191]]  # a quarter of 256 pixels, and the one at the limit, are as large
-    hidden = impute(x, (unit >= level).view(4, SIZE, SIZE))
-    m = ((unit - level) / tau).sigmoid().view(4, 1, SIZE, SIZE)
-    p = classifier.logits(x + m * (hidden - x)).softmax(1)[range(4), maps.target]
+    flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)
+    level, spread = by_hand(flat, 0.25, tau)
+    m = (4 * (flat - level) / spread).sigmoid().view(4, SIZE, SIZE)
+    hidden = impute(x, m >= 0.5)
+    p = classifier.logits(x + m[:, None] * (hidden - x)).softmax(1)[range(4), maps.target]
     assert losses[1] - losses[0] == pytest.approx(-2 * (1 - p).log().mean().item(), rel=1e-3)
 
 
-def test_removal_of_a_share_is_the_formula(classifier, images, monkeypatch) -> None:
-    monkeypatch.setattr(training, "_draw", lambda b, k, *_: torch.full((b, k), 1 / 3, dtype=torch.float64))
-    adapter, x, grey = new_adapter(classifier, SIZE), images[:4], torch.full((4, 3, SIZE, SIZE), 0.5)
-    flat = adapter.explain(x).scores.flatten(1)
-    target = torch.arange(4)
-    value = training._removal(adapter, x, grey, flat, target, torch.Generator())
+def by_hand(flat: Tensor, share: float, softness: float) -> tuple[Tensor, Tensor]:
+    """The score that a share of the pixels is above, and how far scores lie apart there: [B, 1] each."""
     ordered = flat.sort(1).values
-    places = [round((1 - 0.25 + d) * 255) for d in (0, training.EDGE, -training.EDGE)]  # sin^2(pi / 6) is a quarter
+    places = [round((1 - share + d) * 255) for d in (0, training.EDGE, -training.EDGE)]
     level, high, low = (ordered[:, [place]] for place in places)
-    m = (4 * (flat - level) / (high - low)).sigmoid().view(4, 1, SIZE, SIZE)
+    return level, (high - low).clamp(min=softness)
+
+
+def test_ranks_are_the_formula(classifier, images, monkeypatch) -> None:
+    monkeypatch.setattr(training, "_draw", lambda b, k, *_: torch.full((b, k), 0.5, dtype=torch.float64))
+    adapter, x, grey = new_adapter(classifier, SIZE), images[:4], torch.full((4, 3, SIZE, SIZE), 0.5)
+    flat, target = adapter.explain(x).scores.flatten(1), torch.arange(4)
+    schedule = dataclasses.replace(QUICK, rank_thresholds=2, removal=0.7)
+    value = training._by_ranks(adapter, x, grey, flat, target, 1e-3, schedule, torch.Generator())
+    level, spread = by_hand(flat, 0.25, 1e-3)  # a half, squared
+    m = (4 * (flat - level) / spread).sigmoid().view(4, 1, SIZE, SIZE)
     assert 0.2 < m.mean() < 0.3
-    p = classifier.logits(x + m * (grey - x)).softmax(1)[range(4), target]
-    assert value.item() == pytest.approx(-(1 - p).log().mean().item(), rel=1e-4)
+    kept, removed = (classifier.logits(v).softmax(1)[range(4), target] for v in (grey.lerp(x, m), x.lerp(grey, m)))
+    assert value.item() == pytest.approx((-kept.log() - 0.7 * (1 - removed).log()).mean().item(), rel=1e-4)
+
+
+def test_maps_are_moved_and_some_are_smoothed() -> None:
+    scores = torch.rand(200, 8, 8, requires_grad=True)
+    g = torch.Generator().manual_seed(0)
+    found = training.moved(scores, 1 / 8, g)
+    assert torch.equal(training.moved(scores, 0.0, g), scores)
+    candidates = [smooth(there) if soft else there for soft in (False, True)
+                  for dy in (-1, 0, 1) for dx in (-1, 0, 1) for there in [shifted(scores, dy, dx)]]  # fmt: skip
+    same = torch.stack([(found - c).abs().amax((1, 2)) < 1e-6 for c in candidates])
+    assert same.any(0).all()
+    assert 0.3 < same[9:].any(0).float().mean() < 0.5
+    found.sum().backward()
+    assert scores.grad is not None
 
 
 def test_memory_depends_on_the_forward_batch_and_not_on_the_thresholds(classifier, images) -> None:
@@ -335,7 +334,7 @@ def test_validation_is_both_forms_of_msi(classifier, images) -> None:
     for ranks in (0.0, 1.0):
         adapter, history = train_adapter(classifier, images, images[:4], dataclasses.replace(QUICK, ranks=ranks))
         measured = adapter.training["validation"]
-        assert set(measured) == ({"msi", "base_score_area"} if ranks else {"msi"})
+        assert set(measured) == ({"msi", "base_score_area", "base_score_area_moved"} if ranks else {"msi"})
         assert sum(measured.values()) == pytest.approx(max(v for _, v in history.validations), abs=1e-5)
 
 
