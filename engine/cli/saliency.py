@@ -88,7 +88,8 @@ AlphaOption = Annotated[
 MetricsOption = Annotated[
     str,
     typer.Option(
-        help=f"Groups ({', '.join(GROUPS)}, all) or names, such as main,irof. judge needs --judge, masks --masks."
+        help=f"Groups ({', '.join(GROUPS)}, all) or names, such as main,irof. robust takes ten times "
+        "as long as main; judge needs --judge, masks --masks."
     ),
 ]
 JudgeOption = Annotated[
@@ -338,7 +339,7 @@ def evaluate_methods(
     marker: Annotated[
         str, typer.Option(help="On the pack's images: none, random, matching or conflicting.")
     ] = "random",
-    metrics: MetricsOption = "main,shape,robust",
+    metrics: MetricsOption = "main,shape",
     judge: JudgeOption = None,
     masks: MasksOption = None,
     runtime: ForwardOption = "eager",

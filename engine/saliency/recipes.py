@@ -36,7 +36,7 @@ PACK_SCHEDULE = Schedule(
 # noise, which are neither, hide pixels as well. Marker and digit both tell the half, and either is enough: removal
 # weighs less.
 HALVES_SCHEDULE = replace(
-    PACK_SCHEDULE, steps=480, learning_rate=4e-3, weight_decay=1e-4, every=120, patience=6, alpha_min=0.5,
+    PACK_SCHEDULE, steps=1000, learning_rate=4e-3, weight_decay=1e-4, every=120, patience=6, alpha_min=0.5,
     rank_thresholds=2, imputed=0.0, removal=0.3, area=4.0, variation=0.2,
     baselines=("mean", "colour", "colour", "noise"),
 )  # fmt: skip
