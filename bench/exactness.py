@@ -19,8 +19,9 @@ from bench.baselines.literal import filter_angles, literal_loop, literal_step
 from bench.record import RESULTS, write_result
 from counterlens.engine.config import PRESETS, StepOptions
 from counterlens.engine.core.result import image_seed
+from counterlens.engine.guidance.jobs import seeded_noise
 from counterlens.engine.guidance.pullback import PULLBACK_MODES
-from counterlens.engine.guidance.sampler import sample, seeded_noise
+from counterlens.engine.guidance.sampler import sample
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.models.latent import ClassConditionalLatentDiffusion
 from counterlens.engine.models.protocols import SoftmaxClassifier

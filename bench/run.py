@@ -30,7 +30,8 @@ from bench.pareto import judge_features, literal_settings, not_inferior
 from bench.record import RESULTS, environment, in_turns, interval, quantiles, say, spread, timed, write_result
 from counterlens.engine import Config, Engine
 from counterlens.engine.config import Settings, StepOptions
-from counterlens.engine.guidance.sampler import Job, Outcome, Sampler, seeded_noise
+from counterlens.engine.guidance.jobs import Job, Outcome, seeded_noise
+from counterlens.engine.guidance.sampler import Sampler
 from counterlens.engine.guidance.schedule import make_schedule
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.images.files import to_uint8

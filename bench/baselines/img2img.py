@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from counterlens.engine.config import Settings
-from counterlens.engine.guidance.sampler import invert, seeded_noise
+from counterlens.engine.guidance.jobs import seeded_noise
+from counterlens.engine.guidance.sampler import invert
 from counterlens.engine.guidance.schedule import add_noise, ddim, make_schedule
 from counterlens.engine.models.protocols import Diffusion
 

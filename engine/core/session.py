@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..config import Config, Settings
 from ..errors import UsageError
+from ..guidance.jobs import Job, Outcome, check_graph, count_ticks, guided_steps
 from ..guidance.region import Region, compose
-from ..guidance.sampler import PATIENCE, Job, Observer, Outcome, Sampler, check_graph, count_ticks, guided_steps
+from ..guidance.sampler import PATIENCE, Observer, Sampler
 from ..guidance.schedule import schedule_of
 from ..images.files import as_saved
 from ..models.protocols import Diffusion

@@ -22,7 +22,8 @@ from counterlens.export.versions import versions
 from ..config import Config, Settings
 from ..errors import UsageError
 from ..files import write_atomically
-from ..guidance.sampler import guided_steps, sample, seeded_noise
+from ..guidance.jobs import guided_steps, seeded_noise
+from ..guidance.sampler import sample
 from ..guidance.schedule import add_noise, ddim, schedule_of
 from ..guidance.solvers import History, advance, coefficients
 from ..images.files import as_saved, to_uint8

@@ -21,7 +21,7 @@ from counterlens.export.versions import versions
 
 from ..config import Settings
 from ..files import write_atomically
-from ..guidance.sampler import Job, Outcome, seeded_noise
+from ..guidance.jobs import Job, Outcome, seeded_noise
 from ..guidance.schedule import schedule_of
 from ..guidance.solvers import coefficients
 from ..multistep import SOLVERS

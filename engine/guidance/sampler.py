@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,9 +15,9 @@ from ..config import Settings, StepOptions
 from ..errors import UsageError
 from ..models.conditions import Condition, tensors
 from ..models.protocols import Classifier, Decoder, Diffusion
-from ..showing import one_line
+from .jobs import Job, Outcome, Sample, check_graph, guided_steps, seeded_noise
 from .pullback import PullbackMode
-from .region import Held, Region, guidance_of, hold, narrow
+from .region import guidance_of, hold, narrow
 from .schedule import Schedule, add_noise, ddim, schedule_of
 from .solvers import COLUMNS, advance, coefficients, no_history
 from .spans import span
@@ -28,110 +28,6 @@ StepFunction = Callable[..., tuple[Tensor, ...]]
 Observer = Callable[[list[int], Tensor, Tensor], None]
 IDLE_SCALES = (0.0, 0.0, 0.0, 45.0)  # of an empty slot: what every filter takes
 PATIENCE = 2  # ticks that a finished sample of a live sampler waits for others to be decoded with
-
-
-@dataclass(frozen=True)
-class Job:
-    """One sample to be made.
-
-    Attributes:
-        image: [3, H, W] in [0, 1].
-        target: label index of the classifier.
-        seed: of the sample's noise.
-        settings: its numbers; those that decide the step's graph must be the sampler's.
-        budget_s: seconds from the moment that the sample is first worked on, after which what there is comes back.
-        region: where alone it may change, see `guidance.region`; [H, W] bool or `auto`, anywhere without it.
-        renewed: share in [0, 1] of its own noise in the noise that an inversion found, see `renew`.
-    """
-
-    image: Tensor
-    target: int
-    seed: int
-    settings: Settings
-    budget_s: float | None = None
-    region: Region | None = None
-    renewed: float = 0.0
-
-
-@dataclass
-class Outcome:
-    """What became of a job.
-
-    Attributes:
-        id: as `submit` gave it.
-        z: final latents [C, h, w]; the last guided clean estimate where the budget ended the run; None with an error.
-        image: z decoded, [3, H, W] nominally in [0, 1], not clamped, before `region.compose`; None with an error.
-        kept: for each step taken, the share of locations that the filter kept; NaN where the step was not guided.
-        total: how many steps the schedule has.
-        complete: the whole schedule was run.
-        seconds: time of every batched operation that the sample took part in, divided by the samples in it.
-        error: why there is no image.
-        region: where it could change, [H, W] bool; None: anywhere.
-    """
-
-    id: int
-    z: Tensor | None
-    image: Tensor | None
-    kept: list[float]
-    total: int
-    complete: bool
-    seconds: float
-    error: str | None = None
-    region: Tensor | None = None
-
-    __repr__ = one_line
-
-
-@dataclass
-class _Sample:
-    id: int
-    job: Job
-    schedule: Schedule
-    table: Tensor  # [steps, 8], see `solvers.coefficients`
-    guided: list[bool]  # for each step
-    latents: Tensor = field(default_factory=lambda: torch.empty(0))  # of the image [C, h, w]
-    z: Tensor = field(default_factory=lambda: torch.empty(0))  # between the stages, [C, h, w]
-    kept: list[float] = field(default_factory=list)
-    region: Held | None = None
-    inverted: int = 0  # inversion steps taken
-    started: float = 0.0
-    seconds: float = 0.0
-    complete: bool = True
-    finished: int = 0  # the tick of its last step
-
-    def outcome(self, error: str | None = None) -> Outcome:
-        total = len(self.schedule)
-        done = self.complete and error is None
-        return Outcome(self.id, None, None, self.kept, total, done, self.seconds, error)
-
-
-def seeded_noise(shape: tuple[int, int, int], seeds: list[int], like: Tensor) -> Tensor:
-    """Noise [B, *shape] from each sample's own seed, drawn on the CPU in float32 on every device."""
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    return noise.to(like)
-
-
-def check_graph(settings: Settings, graph: StepOptions) -> None:
-    """Refuse settings that need another step.
-
-    Raises:
-        UsageError: names what differs.
-    """
-    if names := [name for name, value in settings.graph if value != getattr(graph, name)]:
-        raise UsageError(f"{names[0]}: samples in the same slots need the same one; run them apart")
-
-
-def guided_steps(settings: Settings, steps: int) -> list[bool]:
-    """Which of the steps ask the classifier: those in the interval, and of these every n-th.
-
-    Raises:
-        UsageError: none would.
-    """
-    first, last = settings.guidance_start, settings.guidance_end
-    inside = [i for i in range(steps) if first <= i / steps < last]
-    if not inside:
-        raise UsageError(f"guidance_start: no step of {steps} lies in [{first:g}, {last:g}) of the run; widen it")
-    return [i in inside and (i - inside[0]) % settings.guidance_every == 0 for i in range(steps)]
 
 
 def invert(
@@ -230,12 +126,12 @@ class Sampler:
         self.z0 = torch.empty(0)  # [slots, C, h, w], clean estimates of the last tick
         self._next_id = 0
         self._last_tick_s = 0.0
-        self._waiting: deque[_Sample] = deque()
-        self._encoded: deque[_Sample] = deque()
-        self._inverting: list[_Sample | None] = [None] * slots
-        self._ready: list[_Sample] = []
-        self._running: list[_Sample | None] = [None] * slots
-        self._done: list[_Sample] = []
+        self._waiting: deque[Sample] = deque()
+        self._encoded: deque[Sample] = deque()
+        self._inverting: list[Sample | None] = [None] * slots
+        self._ready: list[Sample] = []
+        self._running: list[Sample | None] = [None] * slots
+        self._done: list[Sample] = []
         self._failed: list[Outcome] = []
         self._null = diffusion.null_condition(slots)
         self._device = tensors(self._null)[0].device
@@ -269,7 +165,7 @@ class Sampler:
         alphas_cumprod = self.diffusion.alphas_cumprod
         schedule = schedule_of(settings, alphas_cumprod)
         table = coefficients(schedule, alphas_cumprod, settings.solver)
-        sample = _Sample(self._next_id, job, schedule, table, guided_steps(settings, len(schedule)))
+        sample = Sample(self._next_id, job, schedule, table, guided_steps(settings, len(schedule)))
         sample.started = self.clock()
         self._next_id += 1
         self._waiting.append(sample)
@@ -280,7 +176,7 @@ class Sampler:
 
         There is no outcome for it.
         """
-        queues: tuple[list[_Sample] | deque[_Sample], ...] = (self._waiting, self._encoded, self._ready, self._done)
+        queues: tuple[list[Sample] | deque[Sample], ...] = (self._waiting, self._encoded, self._ready, self._done)
         for queue in queues:
             for sample in queue:
                 if sample.id == id:
@@ -313,7 +209,7 @@ class Sampler:
     def _more_to_prepare(self) -> bool:
         return bool(self._waiting or self._encoded or any(self._inverting))
 
-    def _next_ready(self) -> _Sample | None:
+    def _next_ready(self) -> Sample | None:
         """The oldest job, if it is ready: nobody is overtaken, and the others are prepared in the same batches.
 
         A live sampler takes the oldest that is ready: whoever needs no inversion does not wait for one.
@@ -410,7 +306,7 @@ class Sampler:
                 self._ready.append(sample)
         self._inverted = torch.where(torch.tensor(keep, device=device)[:, None, None, None], z, 0.0)
 
-    def _renew(self, sample: _Sample) -> None:
+    def _renew(self, sample: Sample) -> None:
         seed, share = sample.job.seed, sample.job.renewed
         noise = seeded_noise(tuple(sample.z.shape), [seed], sample.z)[0]  # type: ignore[arg-type]
         abar = self.diffusion.alphas_cumprod.to(sample.z)[sample.schedule.start]
@@ -419,7 +315,7 @@ class Sampler:
 
     # Guided steps
 
-    def _place(self, sample: _Sample) -> None:
+    def _place(self, sample: Sample) -> None:
         slot = self._running.index(None)
         self._running[slot] = sample
         settings = sample.job.settings
@@ -523,15 +419,15 @@ class Sampler:
 
     # Leaving
 
-    def _expired(self, sample: _Sample) -> bool:
+    def _expired(self, sample: Sample) -> bool:
         """Whether another step would end after the sample's budget."""
         budget = sample.job.budget_s
         return budget is not None and self.clock() + self._last_tick_s - sample.started > budget
 
-    def _fail(self, sample: _Sample, error: str) -> None:
+    def _fail(self, sample: Sample, error: str) -> None:
         self._failed.append(sample.outcome(error))
 
-    def _share(self, samples: Sequence[_Sample], started: float) -> None:
+    def _share(self, samples: Sequence[Sample], started: float) -> None:
         elapsed = (self.clock() - started) / len(samples)
         for sample in samples:
             sample.seconds += elapsed
@@ -551,7 +447,7 @@ class Sampler:
                 out += self._decoded(samples)
         return out
 
-    def _decoded(self, samples: list[_Sample]) -> list[Outcome]:
+    def _decoded(self, samples: list[Sample]) -> list[Outcome]:
         started = self.clock()
         z = torch.zeros_like(self._z)
         for row, sample in enumerate(samples):
@@ -577,15 +473,6 @@ class Sampler:
 
 def _per_slot(values: list[bool], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None, None]
-
-
-def count_ticks(steps: Sequence[int], slots: int) -> int:
-    """How many ticks a sampler needs for jobs of so many steps, if none ends early."""
-    free = [0] * slots  # the tick at which each slot is free
-    for n in steps:
-        slot = min(range(slots), key=lambda i: free[i])
-        free[slot] += n
-    return max(free)
 
 
 @dataclass

@@ -14,7 +14,8 @@ from counterlens.engine.core.result import image_seed
 from counterlens.engine.core.session import padded_batches
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
-from counterlens.engine.guidance.sampler import invert, sample, seeded_noise
+from counterlens.engine.guidance.jobs import seeded_noise
+from counterlens.engine.guidance.sampler import invert, sample
 from counterlens.engine.guidance.schedule import ddim, make_schedule
 from counterlens.engine.images.files import as_saved, load_image
 from counterlens.engine.models.protocols import SoftmaxClassifier

@@ -15,8 +15,8 @@ from torch import Tensor
 from counterlens.engine.config import Config
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
+from counterlens.engine.guidance.jobs import Job, seeded_noise
 from counterlens.engine.guidance.region import compose, free_latents, weights
-from counterlens.engine.guidance.sampler import Job, seeded_noise
 from counterlens.engine.guidance.schedule import add_noise
 from counterlens.engine.images.fitting import frame
 from counterlens.engine.images.masks import Masks

@@ -31,7 +31,7 @@ from counterlens.engine.core.whole_run import (
 from counterlens.engine.core.whole_runs import NAME, STEPS, WholeSampler
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
-from counterlens.engine.guidance.sampler import Job, seeded_noise
+from counterlens.engine.guidance.jobs import Job, seeded_noise
 from counterlens.engine.images.files import as_saved, save_png
 from counterlens.engine.multistep import SOLVERS, Levels
 from counterlens.engine.packs import Pack

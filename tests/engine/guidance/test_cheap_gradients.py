@@ -16,8 +16,9 @@ from torch import Tensor
 from counterlens.engine.config import Config, Settings, StepOptions
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
+from counterlens.engine.guidance.jobs import Job
 from counterlens.engine.guidance.pullback import PULLBACK_MODES
-from counterlens.engine.guidance.sampler import Job, sample
+from counterlens.engine.guidance.sampler import sample
 from counterlens.engine.guidance.schedule import add_noise, ddim, make_schedule
 from counterlens.engine.guidance.step import GuidedStep
 from counterlens.engine.models.tiny import (

@@ -12,7 +12,8 @@ from torch import Tensor
 from counterlens.engine.config import Config
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import UsageError
-from counterlens.engine.guidance.sampler import Job, Outcome, Sampler, count_ticks, guided_steps
+from counterlens.engine.guidance.jobs import Job, Outcome, count_ticks, guided_steps
+from counterlens.engine.guidance.sampler import Sampler
 from counterlens.engine.models.protocols import SoftmaxClassifier
 
 NUMBERS = {

@@ -63,5 +63,5 @@ def test_relative_targets(tiny) -> None:
         engine.check_target("opposite")
     with pytest.raises(UsageError, match=r"^neighbours: none given for 9 labels, '1' for one"):
         Engine(diffusion, classifier, neighbours={"0": ["1"]}).check_target("neighbour")
-    with pytest.raises(UsageError, match=r"^target: 'eleven' is no label"):
+    with pytest.raises(UsageError, match=r"^neighbours: 'eleven' is no label"):
         Engine(diffusion, classifier, neighbours={"0": ["eleven"]})
