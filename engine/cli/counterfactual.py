@@ -60,8 +60,8 @@ def counterfactual(
 ) -> None:
     """Change each image as little as needed for the classifier to say the target.
 
-    Writes one PNG per image (with --count also NAME.2.png, ...), results.jsonl and run.json, each batch as soon as it
-    is done. An image that fails is reported and the others go on; the exit code is 1 then.
+    Writes a PNG per image (--count: NAME.2.png, ... too), results.jsonl and run.json, batch by batch. An image that
+    fails is reported and the others go on; the exit code is 1 then.
 
     A folder takes one run: the same command goes on in it, where finished images are skipped; --resume adds images to
     it, --overwrite replaces it, and what differs in a setting is refused.

@@ -109,7 +109,7 @@ def test_the_label_that_was_asked_for_is_generated(folders, kind: str) -> None:
     assert not torch.equal(first, second)
     with pytest.raises(UsageError, match=r"^target: 3 labels are named 'crane'; use 1, 5 or 9"):
         engine.counterfactual(image, targets="crane")
-    with pytest.raises(UsageError, match=r"^target: 2 labels are named 'maillot'"):
+    with pytest.raises(UsageError, match=r"^neighbours: 2 labels are named 'maillot'"):
         Engine(engine.diffusion, engine.classifier, neighbours={"dog": ["maillot"]})
 
 

@@ -96,16 +96,16 @@ def test_a_new_field_is_an_option_at_once(capsys: pytest.CaptureFixture[str]) ->
     def show(
         config: Annotated[Larger, without("pack", "classifier")],
         opening: Annotated[EngineOptions, only("pack", "checkpointing")],
-        count: Annotated[int, typer.Option(help="How many.")] = 3,
+        amount: Annotated[int, typer.Option(help="How many.")] = 3,
     ) -> None:
         """Show it."""
-        seen.append((config, opening, count))
+        seen.append((config, opening, amount))
 
     def call(*arguments: str) -> None:
         made(list(arguments), standalone_mode=False)
 
     call()
-    call("--sharpness", "1.5", "--steps", "7", "--no-checkpointing", "--pack", "mine", "--count", "4")
+    call("--sharpness", "1.5", "--steps", "7", "--no-checkpointing", "--pack", "mine", "--amount", "4")
     assert seen[0] == (Larger(), EngineOptions(), 3)
     assert seen[0][0].model_fields_set == set()
     assert seen[1] == (Larger(sharpness=1.5, steps=7), EngineOptions(pack="mine", checkpointing=False), 4)
@@ -164,6 +164,6 @@ def test_an_option_without_effect_is_refused(
 def test_help_breaks_lines_where_the_terminal_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     lines = run("counterfactual", "--help").stdout.splitlines()
-    start = next(i for i, line in enumerate(lines) if "Writes one PNG" in line)
+    start = next(i for i, line in enumerate(lines) if "Writes a PNG" in line)
     assert len(lines[start + 1].split()) > 3
     assert not lines[start + 2].strip()

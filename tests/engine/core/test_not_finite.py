@@ -116,7 +116,7 @@ def test_maps_of_a_head_that_overflows(images: Tensor) -> None:
     classifier = of("NaN values")
     adapter = new_adapter(classifier, SIZE, taps=["conv"])
     with torch.no_grad():
-        adapter.head.near.weight.fill_(torch.inf)
+        adapter.head.mix[0].weight.fill_(torch.inf)
     adapter.head.eval()
     with pytest.raises(NotFinite, match=r"lax: NaN or infinity for image 0, 1"):
         adapter.explain(images[:BAD], 1)

@@ -91,7 +91,7 @@ def test_usage_errors(folder: Path, tmp_path: Path) -> None:
         (["--model", sd, "--classifier", folder / "clip"], ["labels", "zero-shot"]),
         (["--model", sd, "--classifier", resnet, "--labels", "a,b"], ["labels: 2 names for 10 logits"]),
         (["--model", sd, "--classifier", resnet, "--image-size", "30"], ["image_size: 30", "24 or 32"]),
-        (["--model", ldm, "--classifier", resnet, "--image-size", "32"], ["image_size", "only Stable Diffusion"]),
+        (["--model", ldm, "--classifier", resnet, "--image-size", "32"], ["image_size", "has one image size"]),
         (["--model", ldm, "--classifier", resnet, "--classes", "1,x"], ["classes"]),
         (["--model", ldm, "--classifier", resnet, "--classes", ",".join(["11"] * 10)], ["classes: 11 is out of range"]),
         (["--model", ldm, "--classifier", resnet, "--dtype", "int4"], ["dtype"]),
