@@ -112,6 +112,12 @@ class Backbone:
                 f"{path}: _class_name is {read_json(path).get('_class_name')!r}: noise levels of a DDPM, and a "
                 f"{cls.networks[denoiser]} was trained on a flow; take the scheduler that belongs to it"
             )
+        if (told := configs[0].get("time_cond_proj_dim")) and not levels.distilled:
+            raise UsageError(
+                f"{config}: time_cond_proj_dim is {told!r}: the guidance scale as a condition, of a model that was "
+                f"distilled (LCM), but {path} is {read_json(path).get('_class_name')!r}, of one that was not; expected "
+                "its own scheduler (LCMScheduler)"
+            )
         said = cls.more(folder, dtype) | {"prediction": levels.prediction}
         if levels.times is not None:
             said["times"] = levels.times
@@ -124,7 +130,7 @@ class Backbone:
             read_part(loaders[denoiser], folder / denoiser, dtype, taken=cls.takes),
             alphas_cumprod=levels.alphas_cumprod, **said,
         )  # fmt: skip
-        model.distilled = levels.distilled or bool(read_json(config).get("time_cond_proj_dim"))
+        model.distilled = levels.distilled
         return model
 
     @classmethod

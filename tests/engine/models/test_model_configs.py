@@ -95,6 +95,7 @@ REFUSED = [
     ("sd-eps", "unet", {"sample_size": [4, 8]}),
     ("sd-eps", "unet", {"sample_size": None}),
     ("sd-eps", "unet", {"guidance_embeds": True}),
+    ("sd-eps", "unet", {"time_cond_proj_dim": 8}),
     ("ldm", "unet", {"time_cond_proj_dim": 8}),
     ("ldm", "unet", {"num_class_embeds": 10}),
     ("dit", "transformer", {"sample_size": "4"}),
