@@ -82,6 +82,7 @@ def explanations_figure(found: Explained, most: int = 8) -> Figure:
 
     count = min(most, len(found))
     figure, rows = _grid(count, ("image", f"where the evidence is ({found.method})", "how good that answer is"), 1.5)
+    regions = found.regions.cpu().numpy()
     for i in range(count):
         picture, marked, chart = rows[i]
         label, p = found.labels[int(found.target[i])], float(found.probability[i])
@@ -89,7 +90,7 @@ def explanations_figure(found: Explained, most: int = 8) -> Figure:
         area = float(found.msi.sufficient_area[i])
         decides = f"outlined: {area:.1%} of the pixels decide" if area < 1 else "no part of the image decides"
         _show(marked, overlay(found.images[i], found.saliency[i]), decides)
-        lines = [[(x - 0.5, y - 0.5) for x, y in line] for line in outline(found.regions[i].cpu().numpy())]
+        lines = [[(x - 0.5, y - 0.5) for x, y in line] for line in outline(regions[i])]
         for colour, width in OUTLINE:
             marked.add_collection(LineCollection(lines, colors=colour, linewidths=width, capstyle="round"))
         curves = found.msi.curves
@@ -134,9 +135,7 @@ def counterfactuals_figure(found: Changed, most: int = 8) -> Figure:
 
 def drawn(figure: Figure) -> Image.Image:
     """A figure as a picture."""
-    file = BytesIO()
-    figure.savefig(file, format="png")
-    return Image.open(BytesIO(file.getvalue())).convert("RGB")
+    return Image.open(BytesIO(_png(figure))).convert("RGB")
 
 
 def as_html(result: Drawable, most: int = 4) -> str | None:
@@ -145,12 +144,16 @@ def as_html(result: Drawable, most: int = 4) -> str | None:
         figure = result.figure(most)
     except CounterlensError:
         return None  # a notebook shows the text in place of it
-    file = BytesIO()
-    figure.savefig(file, format="png")
     more = f"; {len(result) - most} more are not shown" if len(result) > most else ""
-    code = base64.b64encode(file.getvalue()).decode()
+    code = base64.b64encode(_png(figure)).decode()
     text = html.escape(repr(result) + more)
     return f'<figure><img alt="{text}" src="data:image/png;base64,{code}"/><figcaption>{text}</figcaption></figure>'
+
+
+def _png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _grid(count: int, titles: Sequence[str], last: float) -> tuple[Figure, list[list[Axes]]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -101,14 +99,6 @@ def top_k_intersection(
         raise UsageError(f"k: expected 1 to {maps.shape[1]}, the pixels of a map, got {k}")
     share = inside.gather(1, (-maps).argsort(dim=1, stable=True)[:, :k]).double().mean(1)
     return share * maps.shape[1] / inside.sum(1) if relative else share
-
-
-LOCALISATION: dict[str, Callable[..., Tensor]] = {
-    "pointing_game": pointing_game,
-    "relevance_mass": relevance_mass,
-    "relevance_rank": relevance_rank,
-    "mask_auc": mask_auc,
-}
 
 
 def _checked(saliency: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

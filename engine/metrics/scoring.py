@@ -129,10 +129,13 @@ class Scoring:
         """Pixels in a step of `field` metrics: as many steps as the curves have."""
         return max(1, self.images.shape[2] * self.images.shape[3] // STEPS)
 
+    @property
+    def subset(self) -> int:
+        """Pixels in the subsets of faithfulness correlation."""
+        return max(1, round(SUBSET * self.images.shape[2] * self.images.shape[3]))
+
     def field(self, name: str, **conventions: Any) -> Any:
-        """A metric of `faithfulness`, of `scores` (by rank) or of `saliency` where its values count."""
-        if "subset_size" in conventions:
-            conventions["subset_size"] = max(1, round(SUBSET * self.images.shape[2] * self.images.shape[3]))
+        """A metric of `faithfulness`, of `saliency`."""
         return getattr(faithfulness, name)(
             self.classifier, self.images, self.saliency, self.target, baseline=self.baseline, **self.options,
             **conventions,

@@ -95,7 +95,7 @@ METRICS = Table(
                "insertion asked of the judge", "judge"),
         Metric("deletion_judge", lambda s: s.judged.removed.score, False, "deletion, judge",
                "deletion asked of the judge", "judge"),
-        Metric("faithfulness_correlation", lambda s: s.field("faithfulness_correlation", subset_size=None), True,
+        Metric("faithfulness_correlation", lambda s: s.field("faithfulness_correlation", subset_size=s.subset), True,
                "faithfulness", "correlation of the map with what hiding random pixels does", "field"),
         Metric("faithfulness_estimate", lambda s: s.field("faithfulness_estimate", per_step=s.per_step), True,
                "estimate", "correlation of the map with what hiding its pixels, group by group, does", "field"),

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..labels import match_labels
 from .conditions import Condition, floats_to
 from .fields import check_side, latent_scale, read_noise_levels, unwhitened, whitened
-from .files import dtype_of, id2label_names, read_json, read_part
+from .files import dtype_of, id2label_names, pipeline_of, read_json, read_part
 from .predictions import EPSILON, FLOW, PREDICTIONS, flow_sigmas, to_noise
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Backbone:
         """
         import diffusers
 
-        index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+        index = pipeline_of(folder)
         denoiser, vae = cls.networks
         loaders = {k: getattr(diffusers, v) if isinstance(v, str) else v for k, v in cls.networks.items()}
         config = folder / denoiser / "config.json"

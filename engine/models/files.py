@@ -205,3 +205,9 @@ def id2label_names(id2label: dict[str, str] | None) -> list[str] | None:
     if not id2label:
         return None
     return [str(name) for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
+
+
+def pipeline_of(folder: Path) -> dict[str, Any]:
+    """What model_index.json says, if there is one."""
+    path = folder / "model_index.json"
+    return read_json(path) if path.is_file() else {}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .prompted import Prompted, check_width, pipeline_of
+from .files import pipeline_of
+from .prompted import Prompted, check_width
 
 OTHERS = ("FluxKontextPipeline", "FluxFillPipeline", "FluxControlPipeline")
 GUIDANCE = 3.5  # what its pipeline tells the guidance embedding

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .backbone import vae_factor
-from .prompted import Prompted, check_width, pipeline_of
+from .files import pipeline_of
+from .prompted import Prompted, check_width
 
 LENGTHS = {"PixArtAlphaPipeline": 120}  # tokens of a prompt; of Sigma 300
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..errors import UsageError
 from .backbone import Backbone
 from .conditions import Condition
-from .files import read_json
-from .stable_diffusion import make_prompts
+from .stable_diffusion import prompts_alone
 from .text import open_encoder, open_tokenizer, prompt_length
 from .wide import exact
 
@@ -118,9 +117,7 @@ class Prompted(Backbone):
             UsageError: prompts do not fit the labels, or one is longer than a text encoder reads; or classes are given,
                 of which there are none.
         """
-        if classes is not None:
-            raise UsageError("classes: this model is text-conditional and has none; say the labels with prompts")
-        made = make_prompts(labels, "imagenet" if prompts is None else prompts)
+        made = prompts_alone(labels, prompts, classes)
         if len(made) <= AT_ONCE:
             self._prepare(made)
         else:  # the longest alone, so that one that is too long is refused here and not in the middle of a run
@@ -198,9 +195,3 @@ def check_width(config: Any, field: str, width: int, what: str) -> None:
     """
     if (wanted := config.get(field)) is not None and wanted != width:
         raise UsageError(f"{what}: its {width} channels are not the denoiser's {wanted} ({field})")
-
-
-def pipeline_of(folder: Path) -> dict[str, Any]:
-    """What model_index.json says, if there is one."""
-    path = folder / "model_index.json"
-    return read_json(path) if path.is_file() else {}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .backbone import vae_factor
-from .prompted import Prompted, TextParts, check_width, pipeline_of
+from .files import pipeline_of
+from .prompted import Prompted, TextParts, check_width
 
 T5_TOKENS = 256  # as its pipeline pads prompts for T5
 

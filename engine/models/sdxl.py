@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .backbone import vae_factor
+from .files import pipeline_of
 from .guidance_embedding import guidance_condition
-from .prompted import Prompted, TextParts, check_width, pipeline_of
+from .prompted import Prompted, TextParts, check_width
 
 
 class StableDiffusionXL(Prompted):

@@ -61,6 +61,19 @@ def make_prompts(labels: Sequence[str], prompts: str | Sequence[str]) -> list[st
     return list(chosen)
 
 
+def prompts_alone(
+    labels: Sequence[str], prompts: str | Sequence[str] | None, classes: Sequence[int] | None
+) -> list[str]:
+    """The prompts of a text-conditional model, see `make_prompts`; as ImageNet's without any.
+
+    Raises:
+        UsageError: as `make_prompts`; or classes are given, of which there are none.
+    """
+    if classes is not None:
+        raise UsageError("classes: this model is text-conditional and has none; say the labels with prompts")
+    return make_prompts(labels, "imagenet" if prompts is None else prompts)
+
+
 def openai_names(labels: Sequence[str]) -> list[str]:
     """OpenAI's names of ImageNet's classes, as the package open_clip_torch ships them, for a classifier's labels.
 
@@ -159,9 +172,7 @@ class StableDiffusion(Backbone):
             UsageError: prompts do not fit the labels, or one is longer than the text encoder reads; or classes are
                 given, of which there are none.
         """
-        if classes is not None:
-            raise UsageError("classes: this model is text-conditional and has none; say the labels with prompts")
-        made = make_prompts(labels, "imagenet" if prompts is None else prompts)
+        made = prompts_alone(labels, prompts, classes)
         longest = self.tokenizer.model_max_length
         for prompt in made:
             if (count := len(self.tokenizer(prompt).input_ids)) > longest:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.result import image_seed
 from ..errors import UsageError
 from ..labels import distinct_names
-from ..metrics.inputs import Baseline, make_baseline
+from ..metrics.inputs import Baseline, make_baseline, rank_planes
 from ..metrics.msi_score import MSI
 from ..metrics.quantities import LogOdds, Quantity, check_labels, make_quantity
 from ..metrics.scoring import Curve, Scoring
@@ -84,9 +84,8 @@ class Explanations:
         Shown alone it keeps the answer, and hidden it takes it away, by a half of the probability together.
         """
         area = self.msi.sufficient_area
-        counts = torch.where(area < 1, (area * self.scores[0].numel()).round(), 0).long() if len(self) else area.long()
-        ranks = self.scores.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        return (ranks < counts[:, None]).reshape(self.scores.shape)
+        counts = torch.where(area < 1, (area * self.scores.shape[1] * self.scores.shape[2]).round(), 0)
+        return rank_planes(self.scores, "first", [0] * len(self)) < counts[:, None, None]
 
     def figure(self, most: int = 8) -> Figure:
         """Images, maps over them with `regions` outlined, and MSI's curves, as a matplotlib figure.

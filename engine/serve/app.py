@@ -18,7 +18,7 @@ from ..saliency.table import METHODS
 from .guard import Keys, Limits, guarded, own_name
 from .kserve import add_routes
 from .page import add_page, facts
-from .routes import PROBLEMS, add_problems, body_of, fields_of
+from .routes import PROBLEMS, add_probes, add_problems, body_of, fields_of
 from .server import Server, Shares
 from .sizing import Fit
 from .tasks import LAST, Event, Tasks
@@ -211,17 +211,7 @@ def make_app(
             raise Problem(503, "server: the models' thread has ended")
         return {"status": "alive"}
 
-    @app.get("/readyz", tags=["server"])
-    async def readyz() -> dict[str, str]:
-        """Whether requests are taken: after warm-up, and not while it is being stopped."""
-        if not worker.accepting:
-            raise Problem(503, "server: it is being stopped" if worker.draining else "server: it warms up")
-        return {"status": "ready"}
-
-    @app.get("/metrics", tags=["server"])
-    async def prometheus() -> Response:
-        """Prometheus metrics."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+    add_probes(app, worker, metrics)
 
     add_routes(app, server)
     keys = keys or Keys(None)

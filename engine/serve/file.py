@@ -22,7 +22,7 @@ from ..portable.file import SALIENCY, CounterfactualFile, SaliencyFile
 from ..portable.overlay import change
 from .guard import Keys, Limits, guarded
 from .refusals import Draining, Full
-from .routes import PROBLEMS, add_problems, body_of, fields_of
+from .routes import PROBLEMS, add_probes, add_problems, body_of, fields_of
 from .telemetry import Metrics
 from .wire import (
     CounterfactualRequest,
@@ -247,17 +247,7 @@ def make_file_app(
         """Whether the process lives."""
         return {"status": "alive"}
 
-    @app.get("/readyz", tags=["server"])
-    async def readyz() -> dict[str, str]:
-        """Whether requests are taken."""
-        if not worker.accepting:
-            raise Problem(503, "server: it is being stopped" if worker.draining else "server: it warms up")
-        return {"status": "ready"}
-
-    @app.get("/metrics", tags=["server"])
-    async def prometheus() -> Response:
-        """Prometheus metrics."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+    add_probes(app, worker, metrics)
 
     return guarded(app, keys or Keys(None), limits, metrics, cors_origins)
 

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
 
 from ..errors import CounterlensError
+from .telemetry import Metrics
 from .wire import Problem, from_base64, parse_json, problem_of
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     code: {"description": "Problem details (RFC 9457)."} for code in (400, 401, 413, 415, 422, 429, 503, 504)
 }
 MultiPartParser.spool_max_size = 0  # never: else uploads of more than a megabyte are written to a temporary file
+
+
+class Taking(Protocol):
+    """What a probe asks of a worker."""
+
+    draining: bool
+
+    @property
+    def accepting(self) -> bool:
+        """Whether it takes requests."""
+        ...
 
 
 async def fields_of(request: Request) -> tuple[dict[str, Any], bytes]:
@@ -77,3 +89,19 @@ def add_problems(app: FastAPI) -> None:
         return JSONResponse(
             problem.body(request.url.path), error.status_code, error.headers, "application/problem+json"
         )
+
+
+def add_probes(app: FastAPI, worker: Taking, metrics: Metrics) -> None:
+    """Add `/readyz` and `/metrics`."""
+
+    @app.get("/readyz", tags=["server"])
+    async def readyz() -> dict[str, str]:
+        """Whether requests are taken: after warm-up, and not while it is being stopped."""
+        if not worker.accepting:
+            raise Problem(503, "server: it is being stopped" if worker.draining else "server: it warms up")
+        return {"status": "ready"}
+
+    @app.get("/metrics", tags=["server"])
+    async def prometheus() -> Response:
+        """Prometheus metrics."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
