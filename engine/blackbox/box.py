@@ -1,0 +1,383 @@
+"""A classifier that can only be called, behind the protocol of all classifiers: whatever needs a forward alone runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import CounterlensError, UsageError
+from ..images.files import to_uint8
+from ..models.protocols import Classifier
+from .answers import Answers, key_of
+from .asking import Asker, Pixels
+from .options import BoxOptions
+from .reading import Row
+from .sources import Source, open_source
+
+FLOOR = 1e-9  # of a probability as a logit: a label alone is no endless log-odds
+PROBES = 4  # images by whose answers a box is known again
+TWICE = 2  # of them are asked twice
+SAME = 1e-3  # what answers of one box may differ by, beside what two answers to one image differ by
+
+
+@dataclass(frozen=True)
+class Queries:
+    """How often a box was asked, in images, and in requests.
+
+    Attributes:
+        asked: images sent, probes and repetitions included: what `max_queries` bounds.
+        retried: of them, those sent again after a failure.
+        failed: images that got no answer.
+        cached: images whose answer was known.
+        requests: made; each holds one image or several.
+    """
+
+    asked: int = 0
+    retried: int = 0
+    failed: int = 0
+    cached: int = 0
+    requests: int = 0
+
+    def __sub__(self, other: Queries) -> Queries:
+        return Queries(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a box says of the probe images: whether it is still the same.
+
+    Attributes:
+        box: its identity, of where it is and how it is asked.
+        name: as people know it. labels: of the answers.
+        answers: probabilities of each probe.
+        spread: what two answers to one image differed by; above 0 it is not deterministic.
+    """
+
+    box: str
+    name: str
+    labels: tuple[str, ...]
+    answers: tuple[tuple[float, ...], ...]
+    spread: float
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Fingerprint:
+        """From a `record`."""
+        answers = tuple(tuple(map(float, row)) for row in record["answers"])
+        return cls(**{**record, "labels": tuple(record["labels"]), "answers": answers})
+
+    def change(self, now: Fingerprint) -> str:
+        """How a box differs from what it was when this was taken; empty where it does not."""
+        if self.labels != now.labels:
+            return f"its labels were {', '.join(self.labels[:8])}, they are {', '.join(now.labels[:8])}"
+        before, after = np.array(self.answers), np.array(now.answers)
+        if before.shape != after.shape:
+            return f"it answered {before.shape[0]} probe images, now {after.shape[0]}"
+        off = np.abs(before - after).max(1)
+        changed = off > SAME + 2 * max(self.spread, now.spread)
+        if not changed.any():
+            return ""
+        i = int(off.argmax())
+        was, is_now = (f"{self.labels[int(p[i].argmax())]!r} at {p[i].max():.3f}" for p in (before, after))
+        return (
+            f"{int(changed.sum())} of {len(off)} probe images have another answer; of one it said {was}, now {is_now}"
+        )
+
+
+class BlackBox(nn.Module):
+    """A classifier that answers what an image is, and nothing else: images go in as 8 bits, probabilities come out.
+
+    It stands where any classifier does that is not differentiated: `logits` are log-probabilities, or log-odds where
+    labels are independent. Answers are cached by the image's pixels; an image without an answer is a row of NaN, and
+    `why` says the reason. Threads may share it.
+
+    Attributes:
+        name: as people know it, without secrets. labels: of the answers.
+        image_size: side of the images that it was opened for; it is asked about any that it takes.
+        link: `sigmoid` where labels are independent.
+    """
+
+    def __init__(self, source: Source, labels: Sequence[str], image_size: int, options: BoxOptions) -> None:
+        super().__init__()
+        self.source, self.labels, self.image_size, self.options = source, tuple(labels), image_size, options
+        self.name = source.name
+        self.link: Literal["softmax", "sigmoid"] = "sigmoid" if options.output == "independent" else "softmax"
+        deciding = {**source.identity, "labels": self.labels, "output": options.output}
+        self.identity = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+        self._answers = Answers(None, self.identity, self.name)
+        self._lock = threading.RLock()
+        self._reasons: dict[bytes, str] = {}
+        self._last = ""
+        self._asker = Asker(source, self.labels, options, self._spend)
+        self._print = self._probe()
+        self._before = Queries()  # of earlier sessions
+
+    # As a classifier
+
+    @property
+    def module(self) -> nn.Module:
+        """Itself."""
+        return self
+
+    @property
+    def hard(self) -> bool:
+        """Whether it says labels alone, which are probabilities of 0 and 1 here."""
+        return bool(self._asker.hard)
+
+    def extra_repr(self) -> str:
+        return f"{self.name}, {self.identity}"  # what digests of models tell boxes apart by
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See `logits`."""
+        return self.logits(image)
+
+    def logits(
+        self,
+        image: Tensor,  # [B, 3, H, W] in [0, 1]
+    ) -> Tensor:
+        """Log-probabilities [B, labels] of the images rounded to 8 bits; NaN where there is no answer.
+
+        Raises:
+            UsageError: a gradient is asked for. See `answer` as well.
+        """
+        if torch.is_grad_enabled() and image.requires_grad:
+            raise UsageError(f"classifier: {no_gradient(self.name)}")
+        finite = image.detach().nan_to_num(0.0)
+        rows = self.answer(to_uint8(finite).permute(0, 2, 3, 1).cpu().contiguous().numpy())
+        p = torch.from_numpy(rows).to(image.device).clamp(FLOOR, 1)
+        p = p.masked_fill(~image.detach().isfinite().flatten(1).all(1)[:, None], torch.nan)
+        if self.link == "softmax":
+            return p.log()
+        return torch.logit(p.double(), eps=FLOOR).float()
+
+    def log_prob(
+        self,
+        image: Tensor,  # [B, 3, H, W] in [0, 1]
+        target: Tensor,  # [B]
+    ) -> Tensor:
+        """log p(target | image) [B]; see `logits`."""
+        logits = self.logits(image)
+        log_p = logits.log_softmax(1) if self.link == "softmax" else nn.functional.logsigmoid(logits)
+        return log_p.gather(1, target[:, None])[:, 0]
+
+    # As a box
+
+    def answer(self, images: Pixels) -> NDArray[np.float32]:
+        """Probabilities [N, labels] of images [N, H, W, 3]: what is known, and the rest asked for and kept.
+
+        An image without an answer is a row of NaN; `why` says the reason.
+
+        Raises:
+            BudgetSpent: `max_queries` does not reach. CounterlensError: nobody answers any more, or the box refuses to.
+            UsageError: images do not fit.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise UsageError(f"images: expected uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
+        keys = [key_of(image) for image in images]
+        known = self._answers.get(list(dict.fromkeys(keys)))
+        todo = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
+        self._answers.count(cached=len(keys) - len(todo))
+        known |= self._ask_all(list(todo.items()))
+        nothing = np.full(len(self.labels), np.nan, np.float32)
+        return np.stack([known.get(key, nothing) for key in keys]) if keys else np.zeros((0, len(self.labels)), "f4")
+
+    def why(self, image: Tensor | None = None) -> str:
+        """Why there was no answer: of an image [3, H, W] in [0, 1], else of the last one that failed; empty if none."""
+        if image is not None:
+            pixels = to_uint8(image.detach()).permute(1, 2, 0).cpu().contiguous().numpy()
+            return self._reasons.get(key_of(pixels), self._last)
+        return self._last
+
+    @property
+    def queries(self) -> Queries:
+        """How often it was asked in this session."""
+        return self.queries_in_all - self._before
+
+    @property
+    def queries_in_all(self) -> Queries:
+        """How often it was asked in all sessions whose answers are kept in one file."""
+        return Queries(**self._answers.counts())
+
+    @property
+    def left(self) -> int | None:
+        """How many images may still be sent; None without a budget."""
+        most = self.options.max_queries
+        return None if most is None else max(0, most - self.queries_in_all.asked)
+
+    def keep(self, path: Path) -> None:
+        """Keep answers in a file from now on, those known already too, and take over what it holds.
+
+        Raises:
+            CounterlensError: the file cannot be used, or the box is not what it was when these answers were kept.
+        """
+        with self._lock:
+            kept = Answers(path, self.identity, self.name)
+            if (record := kept.fingerprint) is None:
+                kept.fingerprint = self._print.record()
+            elif change := Fingerprint.of(record).change(self._print):
+                kept.close()
+                raise CounterlensError(
+                    f"classifier: {self.name} is not what it was when the answers in {path} were kept: {change}. "
+                    "Choose another --out, or remove that file"
+                )
+            before = Queries(**kept.counts())
+            kept.merge(self._answers)
+            self._answers.close()
+            self._answers, self._before = kept, before
+
+    def fingerprint(self) -> Fingerprint:
+        """What it said of the probe images when it was opened."""
+        return self._print
+
+    def record(self) -> dict[str, Any]:
+        """Queries of this session and of all, and what the probes told, as JSON values."""
+        return {
+            "name": self.name, "box": self.identity, **asdict(self.queries), "asked_in_all": self.queries_in_all.asked,
+            "max_queries": self.options.max_queries, "hard": self.hard, "spread": round(self._print.spread, 6),
+        }  # fmt: skip
+
+    def said(self) -> str:
+        """The same as a line for people."""
+        q, all_asked = self.queries, self.queries_in_all.asked
+        parts = [f"{q.asked} images asked in {q.requests} requests"]
+        parts += [f"{q.retried} of them again"] if q.retried else []
+        parts += [f"{q.cached} answers were known"] if q.cached else []
+        parts += [f"{q.failed} got no answer"] if q.failed else []
+        parts += [f"{all_asked} asked in all sessions"] if all_asked != q.asked else []
+        most = self.options.max_queries
+        return f"{self.name}: {', '.join(parts)}{f' (at most {most})' if most else ''}"
+
+    # Asking
+
+    def _probe(self) -> Fingerprint:
+        """Ask about the probe images, two of them twice: does it answer, labels alone, and always the same?"""
+        images = probes(self.image_size)
+        rows = [self._answers_now(list(enumerate(images[:n]))) for n in (PROBES, TWICE)]
+        for row in (row for some in rows for row in some.values()):
+            if isinstance(row, str):
+                raise CounterlensError(f"classifier: {self.name} {row}")
+        first, again = (np.stack([some[i] for i in range(len(some))]) for some in rows)  # type: ignore[misc]
+        spread = float(np.abs(first[:TWICE] - again).max())
+        if spread > 1e-6:
+            warnings.warn(
+                f"{self.name} is not deterministic: two answers to one image differ by {spread:.3g}; the first is kept",
+                stacklevel=4,
+            )
+        shown = tuple(tuple(round(float(p), 7) for p in row) for row in first)
+        return Fingerprint(self.identity, self.name, self.labels, shown, spread)
+
+    def _answers_now(self, items: Sequence[tuple[Any, Pixels]]) -> dict[Any, Row | str]:
+        """Answers to these images, or why there is none, of requests one after the other; nothing is kept."""
+        found: dict[Any, Row | str] = {}
+        for start in range(0, len(items), self.source.batch):
+            found |= self._asker.ask(items[start : start + self.source.batch], threading.Event(), lambda rows: None)
+        return found
+
+    def _ask_all(self, todo: Sequence[tuple[bytes, Pixels]]) -> dict[bytes, Row]:
+        """Answers to these images, kept as they arrive; several requests at once."""
+        size, found, stop = self.source.batch, dict[bytes, Row](), threading.Event()
+        batches = [todo[i : i + size] for i in range(0, len(todo), size)]
+
+        def keep(rows: dict[Any, Row]) -> None:
+            self._answers.put(rows.items())
+            found.update(rows)
+
+        def ask(batch: Sequence[tuple[bytes, Pixels]]) -> None:
+            said = self._asker.ask(batch, stop, keep)
+            lost = {key: why for key, why in said.items() if isinstance(why, str)}
+            with self._lock:
+                self._reasons |= lost
+                self._last = next(iter(lost.values()), self._last)
+            if lost:
+                self._answers.count(failed=len(lost))
+
+        if len(batches) <= 1 or self.source.concurrency == 1:
+            for batch in batches:
+                ask(batch)
+            return found
+        with ThreadPoolExecutor(self.source.concurrency) as pool:
+            futures = [pool.submit(ask, batch) for batch in batches]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+        return found
+
+    def _spend(self, group: Sequence[Any], sent: set[Any]) -> list[Any]:
+        """Those of a request's images that the budget allows, counted before they are sent."""
+        with self._lock:
+            left = self.left
+            allowed = [*group] if left is None else [*group][:left]
+            if allowed:
+                again = sum(key in sent for key in allowed)
+                self._answers.count(asked=len(allowed), retried=again, requests=1)
+            sent.update(allowed)
+        return allowed
+
+
+def no_gradient(name: str) -> str:
+    """What a person reads who asks a box for a gradient."""
+    return (
+        f"{name} can only be called, it has no gradient to guide or to differentiate with; `counterlens surrogate "
+        "train` makes a student of it that has one"
+    )
+
+
+def probes(size: int) -> Pixels:
+    """The images [PROBES, size, size, 3] by which a box is known again: slopes of light with noise, always the same."""
+    g = np.random.Generator(np.random.PCG64(0))
+    across = np.linspace(0, 1, size)
+    slopes = g.random((PROBES, 2, 3))
+    light = slopes[:, 0, None, None] * across[:, None, None] + slopes[:, 1, None, None] * across[None, :, None]
+    noisy = 0.4 * light + 0.2 * g.random((PROBES, size, size, 3))
+    return np.clip(np.round(255 * noisy), 0, 255).astype(np.uint8)
+
+
+def open_box(
+    name: str | Path | Callable[[Pixels], Any],
+    labels: Sequence[str],
+    *,
+    image_size: int,
+    options: BoxOptions | None = None,
+    **given: Any,
+) -> BlackBox:
+    """Open a classifier that can only be called, and ask it about a few images: does it answer, and always the same?
+
+    Args:
+        name: an ONNX file, `python:package.module:function`, an address (`https://...`, `http://localhost...`), or a
+            function from uint8 [N, H, W, 3] to probabilities [N, labels], or to N labels. Never from a request.
+        labels: of its answers, in their order.
+        image_size: side of the images that it is asked about.
+        options: how it is asked; `given` are single fields of it.
+
+    Raises:
+        UsageError: an option does not fit, or there is no such thing. CounterlensError: it does not answer.
+    """
+    chosen = options or BoxOptions(**given)
+    if len(labels) < 2:
+        raise UsageError(
+            f"labels: a black box needs the names of two or more, in the order of its answers, got {len(labels)}"
+        )
+    return BlackBox(open_source(name, list(labels), image_size, chosen), labels, image_size, chosen)
+
+
+def as_box(classifier: Classifier | None) -> BlackBox | None:
+    """The classifier, if it is one that can only be called."""
+    return classifier if isinstance(classifier, BlackBox) else None

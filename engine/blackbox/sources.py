@@ -1,0 +1,158 @@
+"""Where answers come from: one line each. A source takes images and gives what the thing says, unread.
+
+A source fails by `reading.Unanswered` where asking again may help, by `reading.Refused` where it does not, and by
+CounterlensError where no image will ever be answered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError
+from .options import BoxOptions
+from .reading import Refused
+
+# What a function of somebody's may raise for an image; anything else is a mistake of ours.
+FAILURES = (RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError, AttributeError, OSError)
+
+
+class Source(Protocol):
+    """Something that answers.
+
+    Attributes:
+        name: as people know it, without secrets. identity: what decides its answers, as JSON values.
+        batch: images in one request. concurrency: requests at once.
+        remote: whether a request that failed is worth making again.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    batch: int
+    concurrency: int
+    remote: bool
+
+    def ask(
+        self,
+        images: NDArray[np.uint8],  # [n, H, W, 3], a copy
+    ) -> Any:
+        """What it says of each image: see `reading.plain` and `reading.read`."""
+        ...
+
+    def hide(self, text: str) -> str:
+        """A text without secrets that it may repeat."""
+        ...
+
+
+@dataclass
+class Function:
+    """A function in this process."""
+
+    function: Callable[[NDArray[np.uint8]], Any]
+    name: str
+    batch: int
+    concurrency: int
+    remote: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Its name; that it is another one now, the probes tell."""
+        return {"python": self.name}
+
+    def ask(self, images: NDArray[np.uint8]) -> Any:
+        """Call it."""
+        try:
+            return self.function(images)
+        except FAILURES as error:
+            raise Refused(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+    def hide(self, text: str) -> str:
+        """As it is."""
+        return text
+
+
+def of_function(function: Callable[..., Any], options: BoxOptions, name: str | None = None) -> Function:
+    """A source of a function."""
+    said = name or f"python:{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', 'function')}"
+    return Function(function, said, options.batch or 64, options.concurrency or 1)
+
+
+def _python(name: str, labels: Sequence[str], size: int, options: BoxOptions) -> Function:
+    module, _, attribute = name.removeprefix("python:").partition(":")
+    if not module or not attribute:
+        raise UsageError(f"classifier: expected python:package.module:function, got {name!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` finds modules
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise UsageError(f"classifier: {name} cannot be imported ({error})") from error
+    if not callable(found):
+        raise UsageError(f"classifier: {name} is a {type(found).__name__}, not a function of images")
+    return of_function(found, options, name)
+
+
+def _onnx(name: str, labels: Sequence[str], size: int, options: BoxOptions) -> Source:
+    from .onnx import OnnxFile
+
+    return OnnxFile(Path(name), labels, size, options)
+
+
+def _endpoint(name: str, labels: Sequence[str], size: int, options: BoxOptions) -> Source:
+    from .http import Endpoint
+
+    return Endpoint(name, labels, size, options)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of box.
+
+    Attributes:
+        matches: whether a name is of this kind. open: makes the source. uses: the options that only some kinds take.
+    """
+
+    matches: Callable[[str], bool]
+    open: Callable[[str, Sequence[str], int, BoxOptions], Source]
+    uses: tuple[str, ...]
+
+
+KINDS = {
+    "python": Kind(lambda name: name.startswith("python:"), _python, ()),
+    "endpoint": Kind(
+        lambda name: name.startswith(("http://", "https://")), _endpoint,
+        ("template", "header", "mean", "std", "timeout", "retries", "insecure"),
+    ),
+    "onnx": Kind(lambda name: name.lower().endswith(".onnx"), _onnx, ("mean", "std")),
+}  # fmt: skip
+OF_SOME = tuple(dict.fromkeys(use for kind in KINDS.values() for use in kind.uses))
+
+
+def is_box(name: Any) -> bool:
+    """Whether this names a classifier that can only be called."""
+    return any(kind.matches(str(name)) for kind in KINDS.values())
+
+
+def open_source(name: Any, labels: Sequence[str], size: int, options: BoxOptions) -> Source:
+    """The source that a name means, or that a function is.
+
+    Raises:
+        UsageError: there is no such thing, or an option has no use for it. CounterlensError: it cannot be opened.
+    """
+    text = str(name)
+    of_python = callable(name) and not isinstance(name, Path)
+    kind = KINDS["python"] if of_python else next((k for k in KINDS.values() if k.matches(text)), None)
+    if kind is None:
+        raise UsageError(f"classifier: {text!r} is no ONNX file, python:module:function or address")
+    if unused := [n for n in OF_SOME if n in options.model_fields_set and n not in kind.uses]:
+        raise UsageError(f"classifier_{unused[0]}: has no use for {'a function' if of_python else text!r}")
+    return of_function(name, options) if of_python else kind.open(text, labels, size, options)
