@@ -45,6 +45,7 @@ Answer = tuple[int, float, dict[str, Any]]  # status, seconds, body
 SECTIONS = ("start", "throughput", "latency", "mixed", "aborted", "overload", "terminate", "identity", "hostile")
 MORE_BYTES = 512_000_000  # of memory after hostile input: more is a leak
 LEVELS = (0.5, 0.95, 0.99)
+RUNTIME = ("--runtime", "onnxruntime")  # `auto` would take whatever the store of this machine happens to hold
 
 
 class Served:
@@ -52,7 +53,7 @@ class Served:
 
     def __init__(self, *options: str, core: int | None = None) -> None:
         began = time.perf_counter()
-        command = [sys.executable, "-m", "counterlens.engine.cli.main", "serve", "--port", "0", *options]
+        command = [sys.executable, "-m", "counterlens.engine.cli.main", "serve", "--port", "0", *RUNTIME, *options]
         pinned = None if core is None else (lambda: os.sched_setaffinity(0, {core}))
         self.log = open(f"/tmp/counterlens-serve-{os.getpid()}.log", "w+")  # noqa: SIM115
         self.process = subprocess.Popen(command, stderr=self.log, preexec_fn=pinned)
@@ -128,7 +129,7 @@ def start() -> dict[str, Any]:
 def throughput(count: int = 64) -> dict[str, Any]:
     """Images a second at saturation on 16 slots, against `Engine.counterfactual` on the same images and core."""
     torch.set_num_threads(1)
-    engine = Engine.from_pack("digits", config=Config(speed="fast"))
+    engine = Engine.from_pack("digits", runtime=RUNTIME[1], config=Config(speed="fast"))
     images = Pack("digits").samples("test", count=count).images
     engine.warmup([16])
     engine.counterfactual(images[:16])
@@ -154,7 +155,7 @@ def throughput(count: int = 64) -> dict[str, Any]:
 
 def latency(count: int = 40) -> dict[str, Any]:
     """One request at a time on an idle server, against the bare engine on one slot."""
-    engine = Engine.from_pack("digits", config=Config(speed="fast"))
+    engine = Engine.from_pack("digits", runtime=RUNTIME[1], config=Config(speed="fast"))
     images = Pack("digits").samples("test", count=count).images
     shown = pictures(count)
     engine.warmup([1])
@@ -191,7 +192,7 @@ async def poisson(
 def bare_rate(images: Any) -> float:
     """Images a second of `Engine.counterfactual` on the server's core."""
     torch.set_num_threads(1)
-    engine = Engine.from_pack("digits", config=Config(speed="fast"))
+    engine = Engine.from_pack("digits", runtime=RUNTIME[1], config=Config(speed="fast"))
     engine.warmup([16])
     engine.counterfactual(images[:16])
     began = time.perf_counter()
@@ -336,7 +337,7 @@ def identity(count: int = 200) -> dict[str, Any]:
     images = Pack("digits").samples("test", count=count).images
     shown, found = pictures(count), {}
     mix = [{"speed": "fast"}, {"speed": "balanced"}, {"speed": "fast", "mode": "audit"}]
-    engine = Engine.from_pack("digits", config=Config(speed="fast"))
+    engine = Engine.from_pack("digits", runtime=RUNTIME[1], config=Config(speed="fast"))
 
     def reference(slots: int) -> list[Any]:
         made: list[Any] = [None] * count
