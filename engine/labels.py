@@ -57,9 +57,11 @@ def _meant(text: str | int, labels: Sequence[str]) -> list[int]:
 
 
 def distinct_names(labels: Sequence[str]) -> list[str]:
-    """The names, those that repeat with their index: `crane (134)`, `crane (517)`."""
-    count = Counter(labels)
-    return [_told_apart(label, i) if count[label] > 1 else label for i, label in enumerate(labels)]
+    """The names, those that repeat with their index: `crane (134)`, `crane (517)`. No two are alike."""
+    names = list(labels)
+    while len(count := Counter(names)) < len(names):  # again where a label is called like another one's result
+        names = [_told_apart(name, i) if count[name] > 1 else name for i, name in enumerate(names)]
+    return names
 
 
 def _told_apart(name: str, index: int) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import queue
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from ..serve.worker import Worker
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+AT_ONCE_S = 1.0  # that answers of 503 have after a second signal
 PANEL = "Server"
 
 
@@ -49,8 +52,15 @@ def serve(
     max_bytes: Annotated[int, _option("Of a request's body.", min=1024)] = 32_000_000,
     api_key_file: Annotated[Path | None, _option("Bearer keys, one a line; read again on SIGHUP.")] = None,
     per_key: Annotated[int, _option("Requests of one key at once; 0: any number.", min=0)] = 0,
+    max_connections: Annotated[int, _option("Open at once; health probes of a few more are answered.", min=1)] = 1000,
+    allow_host: Annotated[
+        list[str] | None,
+        _option("Name in requests' Host that is this server, beside localhost (a proxy's); may be repeated."),
+    ] = None,
     cors_origin: Annotated[list[str] | None, _option("Pages of this origin may ask; may be repeated.")] = None,
-    preload_speeds: Annotated[str, _option("Speeds that are warm before the server is ready: a,b.")] = "fast",
+    preload_speeds: Annotated[
+        str, _option("Speeds that are warm before the server is ready: a,b. Requests get the first, or --speed's.")
+    ] = "fast",
     grace: Annotated[float, _option("Seconds that running requests have after SIGTERM.", min=0)] = 30.0,
     insecure: Annotated[bool, _option("Listen beyond this machine without keys.", "--insecure")] = False,
     ray: Annotated[
@@ -63,7 +73,7 @@ def serve(
     """Answer over HTTP: counterfactuals, saliency and predictions, batched at every step.
 
     The interface is described at /docs; KServe's protocols (v1 and v2), Prometheus metrics and health checks are there
-    too. What requests do not say is as the options of the run have it; without --speed that is `fast`.
+    too. What requests do not say is as the options of the run have it; without --speed, the first of --preload-speeds.
 
     With --ray it does so with several engines, one a replica; slots and the queue are those of each. With --file it
     serves a whole run in one file, one image at a time.
@@ -83,12 +93,17 @@ def serve(
     except ImportError as error:
         raise CounterlensError(f"serve: {error.name} cannot be imported; {install_hint('serve')}") from error
     keys = Keys(api_key_file)
-    limits = Limits(body_bytes=max_bytes, pixels=max_pixels, per_key=per_key)
+    hosts = [name.lower() for name in allow_host or ()]
+    if hosts or host in LOCAL:  # whoever asks by another name has been led here by a page of another site
+        hosts += ["127.0.0.1", "localhost", "[::1]"]
+    limits = Limits(body_bytes=max_bytes, pixels=max_pixels, per_key=per_key, hosts=tuple(hosts))
     said = config.model_dump(exclude_unset=True)
     if ray is None and (replicas != "1..4" or replica_cpus or replica_gpus is not None):
         raise UsageError("ray: --replicas, --replica-cpus and --replica-gpus are for replicas on Ray; give --ray too")
     if config.region not in (None, "auto"):
-        raise UsageError(f"region: {config.region} lies in one picture, and uploads are many; a server takes auto")
+        raise UsageError(
+            f"region: {config.region} lies in one picture, and uploads are many; requests say their own, a server auto"
+        )
     if file is not None:
         own = {"ray": ray is not None, "slots": slots != "auto", "preload-speeds": preload_speeds != "fast"}
         if given := [
@@ -101,13 +116,14 @@ def serve(
 
         whole = FileWorker(file, max_queue)
         app = make_file_app(whole, keys=keys, limits=limits, cors_origins=cors_origin)
-        return _run(app, whole, _listen(host, port), host, keys, grace)
+        return _run(app, whole, _listen(host, port), host, keys, grace, max_connections)
     from ..serve.app import make_app
     from ..serve.sizing import check_slots, fit
     from ..serve.worker import Worker
 
-    configs = [Config.make(**said | {"speed": name.strip()}) for name in preload_speeds.split(",") if name.strip()]
-    opens = functools.partial(_open, config if config.speed else (configs or [config])[0], opening, configs)
+    names = dict.fromkeys([*([config.speed] if config.speed else []), *map(str.strip, preload_speeds.split(","))])
+    configs = [Config.make(**said | {"speed": name}) for name in names if name]
+    opens = functools.partial(_open, (configs or [config])[0], opening, configs)
     width = "auto" if slots == "auto" else int(slots)
     if ray is not None:
         return _on_ray(
@@ -120,7 +136,7 @@ def serve(
     check_slots(width, measured)
     worker = Worker(engine, slots=width, max_queue=max_queue)
     app = make_app(engine, worker, keys=keys, limits=limits, cors_origins=cors_origin, measured=measured)
-    _run(app, worker, listening, host, keys, grace, lambda: warm(worker), f"{measured}; ")
+    _run(app, worker, listening, host, keys, grace, max_connections, lambda: warm(worker), f"{measured}; ")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -137,12 +153,12 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _run(
     app: Any, worker: Worker | FileWorker, listening: socket.socket, host: str, keys: Keys, grace: float,
-    warm: Callable[[], None] = lambda: None, said: str = "",
+    most: int, warm: Callable[[], None] = lambda: None, said: str = "",
 ) -> None:  # fmt: skip
     """Serve in this process until SIGTERM or Ctrl-C."""
     from ..serve.connection import http_server
 
-    server = http_server(app, grace)
+    server = http_server(app, grace, most=most)
     place = f"http://{host}:{listening.getsockname()[1]} ({said}interface: /docs; Ctrl-C stops)"
     asyncio.run(_serve(server, listening, place, worker, keys, grace, warm))
 
@@ -163,20 +179,36 @@ async def _serve(
     server: Any, listening: socket.socket, place: str, worker: Worker | FileWorker, keys: Keys, grace: float,
     warm: Callable[[], None],
 ) -> None:  # fmt: skip
-    """Listen until SIGTERM or Ctrl-C; then finish what runs and refuse the rest."""
-    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+    """Listen until SIGTERM or Ctrl-C; then finish what runs and refuse the rest. A second one ends it at once."""
+    loop, stopping, hurrying = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, lambda: (hurrying if stopping.is_set() else stopping).set())
     loop.add_signal_handler(signal.SIGHUP, lambda: _read_again(keys))
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     warming = worker.start(warm)
     warming.add_done_callback(lambda done: done.exception() and loop.call_soon_threadsafe(stopping.set))
     errors.print(f"serving at {place}")
     await stopping.wait()
-    errors.print("stopping: what runs is finished")
-    await asyncio.to_thread(worker.stop, grace)
-    server.should_exit = True
-    await serving
+    errors.print("stopping: what runs is finished; a second signal ends it at once")
+
+    async def finish() -> None:
+        await asyncio.to_thread(worker.stop, grace)
+        server.should_exit = True
+        await serving
+
+    finishing = asyncio.create_task(finish())
+    hurried = asyncio.create_task(hurrying.wait())
+    await asyncio.wait({finishing, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    if not finishing.done():
+        lost = max(worker.unfinished, len(server.server_state.tasks))
+        worker.hurry()
+        server.should_exit = True
+        await asyncio.wait({finishing}, timeout=AT_ONCE_S)  # those whose step ends by then hear of it
+        errors.print(f"stopped at once; requests without an answer: {lost}", style="red" if lost else "")
+        sys.stderr.flush()
+        os._exit(int(lost > 0))  # the models' thread may be in the middle of a step, and nothing ends that
+    hurried.cancel()
+    await finishing
     if warming.done():
         warming.result()  # raises what stopped it
 

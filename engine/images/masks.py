@@ -6,6 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def box_mask(box: tuple[int, int, int, int], size: tuple[int, int], name: str = 
     return mask
 
 
-def read_mask(file: Path, name: object) -> Mask:
+def read_mask(file: Path | BytesIO, name: object) -> Mask:
     """A mask's file at its own size, upright: [H, W]; white, or lighter than half, is the region.
 
     Raises:
@@ -92,6 +93,22 @@ def framed(mask: Mask, made: Frame, name: object) -> Mask:
         mask = np.asarray(take(picture, made, "box").convert("L")) >= HALF
     if not mask.any():
         raise CounterlensError(f"{name}: nothing of the region is left in what the model sees of the picture")
+    return mask
+
+
+def fitted(mask: Mask, made: Frame, name: object) -> Mask:
+    """A mask's file, of the picture's own size or of the image's, as the image shows it: [H, W].
+
+    Raises:
+        CounterlensError: it has another size, or nothing of it is left.
+    """
+    if mask.shape[::-1] == made.picture:
+        return framed(mask, made, name)
+    if mask.shape[::-1] != made.size:
+        own, photo, seen = ("x".join(map(str, s)) for s in (mask.shape[::-1], made.picture, made.size))
+        raise CounterlensError(
+            f"{name} has {own} pixels; a mask has the picture's own {photo}, or {seen}, as the model sees"
+        )
     return mask
 
 
@@ -136,7 +153,7 @@ class Masks:
             return {"region": self.text}
         if self.path.is_file():
             return {"region": self.text, "region_sha256": file_digest(self.path)}
-        found = sorted((p.relative_to(self.path).as_posix(), p.stat().st_size) for p in self.path.rglob("*.*"))
+        found = [(file.relative_to(self.path).as_posix(), file_digest(file)) for file in self.files]
         return {"region": self.text, "region_sha256": hashlib.sha256(repr(found).encode()).hexdigest()}
 
     def of(self, sample: Sample, made: Frame) -> Tensor | str:
@@ -154,15 +171,7 @@ class Masks:
         if self.box is not None:
             return torch.from_numpy(framed(box_mask(self.box, made.picture), made, f"region: {self.text}"))
         path = self.path if self.path.is_file() else self._named_like(sample)
-        mask = self._read(path)
-        if mask.shape[::-1] == made.picture:
-            return torch.from_numpy(framed(mask, made, f"region: {path}"))
-        if mask.shape[::-1] != made.size:
-            own, photo, seen = ("x".join(map(str, s)) for s in (mask.shape[::-1], made.picture, made.size))
-            raise CounterlensError(
-                f"region: {path} has {own} pixels; a mask has the picture's own {photo}, or {seen}, as the model sees"
-            )
-        return torch.from_numpy(mask)
+        return torch.from_numpy(fitted(self._read(path), made, f"region: {path}"))
 
     def of_photo(self, sample: Sample, made: Frame) -> Tensor | None:
         """The region in the picture's own pixels, [H, W] bool; None where it was not said in them."""

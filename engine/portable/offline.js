@@ -154,7 +154,7 @@ async function begin() {
   $("evidence").hidden = !evidence;
   document.body.classList.toggle("both", Boolean(evidence));
   $("scales").hidden = !card.inputs.some((input) => input.name === "class_scale");
-  prepare(card.image_size, card.page.ground, () => {
+  prepare(card.image_size, card.page.ground, card.fit || "squash", () => {
     touched = true;
     return explain();
   });

@@ -12,7 +12,7 @@ const percent = (p) =>  // never broken over two lines
 const unpacked = (base64) => Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
 const FEW = 12;  // labels that are all shown
 
-let size = 1, ground = "#1a1a1a", filled = false, taken = () => {};
+let size = 1, ground = "#1a1a1a", fit = "squash", filled = false, taken = () => {};
 
 function problem(...said) {
   $("problem").replaceChildren(...said);
@@ -110,8 +110,9 @@ function showAnswer(source, wanted, said) {  // each a label's name and share; s
 
 // An image: opened, dropped, pasted, drawn, or a sample
 
-function prepare(side, colour, then) {  // the pages' canvases; `then` is told of every new image
+function prepare(side, colour, how, then) {  // the pages' canvases; `then` is told of every new image
   size = side;
+  fit = how;
   ground = colour;
   taken = (name) => {
     $("hint").hidden = true;
@@ -146,12 +147,18 @@ function empty() {
   filled = false;
 }
 
-function put(picture, name = "Your image") {  // anything that drawImage takes; what is not square is cut in the middle
-  const context = brush($("input")), side = Math.min(picture.width, picture.height);
-  context.fillStyle = "#fff";
+function put(picture, name = "Your image") {  // anything that drawImage takes
+  const context = brush($("input"));
+  // Where it lies, as images/fitting.py has it: cropped or padded to a square, or squashed.
+  const side = (fit === "pad" ? Math.max : Math.min)(picture.width, picture.height);
+  const [w, h] = [picture.width, picture.height].map((n) => (fit === "squash" ? size : Math.round(size * n / side)));
+  const place = [Math.ceil((size - w) / 2), Math.ceil((size - h) / 2), w, h];
+  context.fillStyle = "#000";
   context.fillRect(0, 0, size, size);
+  context.fillStyle = "#fff";  // under what is transparent
+  context.fillRect(...place);
   context.imageSmoothingQuality = "high";
-  context.drawImage(picture, (picture.width - side) / 2, (picture.height - side) / 2, side, side, 0, 0, size, size);
+  context.drawImage(picture, ...place);
   filled = true;
   return taken(name);
 }

@@ -15,9 +15,11 @@ from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..errors import CounterlensError
 from ..saliency.table import METHODS
+from .described import add_docs
 from .guard import Keys, Limits, guarded, own_name
 from .kserve import add_routes
-from .page import add_page, facts
+from .offered import facts, samples
+from .page import add_page
 from .routes import PROBLEMS, add_probes, add_problems, body_of, fields_of
 from .server import Server, Shares
 from .sizing import Fit
@@ -31,6 +33,7 @@ from .wire import (
     config_of,
     in_header,
     png,
+    prediction_of,
     problem_of,
     to_base64,
     validated,
@@ -91,11 +94,14 @@ def make_app(
     limits = limits or Limits()
     metrics = metrics or Metrics(worker)
     server = Server(engine, worker, metrics, limits, tasks)
-    app = FastAPI(title="counterlens", version="1", description="Explanations of one classifier.", docs_url="/docs")
+    app = FastAPI(
+        title="counterlens", version="1", description="Explanations of one classifier.", docs_url=None, redoc_url=None
+    )
     running: set[asyncio.Task[None]] = set()
     offered = facts(engine)
 
     add_problems(app)
+    add_docs(app)
 
     @app.post("/v1/counterfactuals", openapi_extra=body_of(CounterfactualRequest), responses=PROBLEMS, tags=["explain"])
     async def counterfactual(request: Request) -> Response:
@@ -107,12 +113,12 @@ def make_app(
         worker.check_room()
         fields, data = await fields_of(request)
         asked = validated(CounterfactualRequest, fields)
-        image = await server.image(data, config_of(asked, engine.config))
+        image, region = await server.pictured(data, config_of(asked, engine.config), asked.region)
         accept, prefer = request.headers.get("accept", ""), request.headers.get("prefer", "")
         streams = "text/event-stream" in accept
         if not streams and "respond-async" not in prefer:
             with worker.holding():
-                ticket = server.submit(image, asked, None)
+                ticket = server.submit(image, asked, region, None)
                 result = await server.wait(request, ticket)
                 answered = await server.answer(result, ticket, asked.saliency)
             if "image/png" in accept and result.error is None:
@@ -131,7 +137,7 @@ def make_app(
             server.tasks.say(name, "progress", data)
 
         # Steps are told in this event loop, and so not before the task is there.
-        ticket = server.submit(image, asked, tell)
+        ticket = server.submit(image, asked, region, tell)
         await server.keep(name, ticket)
         waiting = asyncio.create_task(finish(server, name, ticket, asked.saliency))
         running.add(waiting)
@@ -192,8 +198,7 @@ def make_app(
         p = (await server.call(lambda: engine.probabilities(image[None]), request))[0]
         if not p.isfinite().all():
             raise Problem(422, "classifier: NaN or infinity for this image")
-        chances = {label: round(v, 6) for label, v in zip(engine.labels, p.tolist(), strict=True)}
-        return JSONResponse({"prediction": engine.labels[int(p.argmax())], "probabilities": chances})
+        return JSONResponse(prediction_of(engine.labels, p.tolist()))
 
     @app.get("/v1/models", tags=["server"])
     async def models() -> dict[str, Any]:
@@ -215,5 +220,5 @@ def make_app(
 
     add_routes(app, server)
     keys = keys or Keys(None)
-    add_page(app, server, asks_for_keys=bool(keys.keys))
+    add_page(app, samples(engine), asks_for_keys=bool(keys.keys))
     return guarded(app, keys, limits, metrics, cors_origins)

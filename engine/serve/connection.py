@@ -1,4 +1,4 @@
-"""HTTP connections: how large and how late a request's headers may be, before any application hears of it."""
+"""HTTP connections: how many there are, and how large and how late a request's headers may be."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .guard import CROWDED
 from .wire import Problem
 
 HEADER_BYTES = 32_768
+SPARE = 64  # connections beyond the limit whose requests hear of it, and over which probes are answered
 
 
 class Connection(H11Protocol):
@@ -24,10 +26,16 @@ class Connection(H11Protocol):
     """
 
     seconds: ClassVar[float] = 10.0
+    most: ClassVar[int] = 1000  # that are open at once
     closing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.most + SPARE:
+            self.transport.abort()
+            return
+        if len(self.connections) > self.most:
+            self.app = crowded(self.app)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -60,8 +68,21 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
-def http_server(app: Any, grace_s: float, connection: type[Connection] = Connection) -> uvicorn.Server:
-    """An HTTP server of the application; signals are the caller's to handle."""
+def crowded(app: Any) -> Any:
+    """The application as connections beyond the limit have it: its guard answers their probes alone."""
+
+    async def marked(scope: Any, receive: Any, send: Any) -> None:
+        scope[CROWDED] = True
+        await app(scope, receive, send)
+
+    return marked
+
+
+def http_server(
+    app: Any, grace_s: float, connection: type[Connection] = Connection, most: int = Connection.most
+) -> uvicorn.Server:
+    """An HTTP server of the application with `most` connections at once; signals are the caller's to handle."""
+    connection = type("Limited", (connection,), {"most": most})
     server = uvicorn.Server(
         uvicorn.Config(
             app, http=connection, ws="none", log_level="error", access_log=False, timeout_keep_alive=5, lifespan="off",

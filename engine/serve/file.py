@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..images.files import load_pixels
+from ..labels import distinct_names
 from ..portable.file import SALIENCY, CounterfactualFile, SaliencyFile
 from ..portable.overlay import change
+from .described import add_docs
 from .guard import Keys, Limits, guarded
+from .page import add_page
 from .refusals import Draining, Full
 from .routes import PROBLEMS, add_probes, add_problems, body_of, fields_of
 from .telemetry import Metrics
@@ -31,12 +35,13 @@ from .wire import (
     Problem,
     SaliencyRequest,
     in_header,
+    prediction_of,
     to_base64,
     validated,
 )
 
 T = TypeVar("T")
-OWN = ("speed", "mode", "budget_s", "saliency", "config")  # of a request that the file decides
+OWN = ("speed", "mode", "budget_s", "saliency", "region", "config")  # of a request that the file decides
 
 
 class FileWorker:
@@ -122,10 +127,19 @@ class FileWorker:
         """Take nothing new, finish what there is within the grace period, and refuse the rest."""
         self.draining = True
         end = time.perf_counter() + grace_s
-        while self.held and time.perf_counter() < end:
+        while self.held and not self.ended and time.perf_counter() < end:
             time.sleep(0.01)
-        self.ended = True
+        self.hurry()
         self._pool.shutdown()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were taken and have no result yet."""
+        return self.held
+
+    def hurry(self) -> None:
+        """End the grace period: what does not run yet is refused."""
+        self.draining = self.ended = True
 
 
 def png(pixels: NDArray[Any]) -> bytes:
@@ -140,9 +154,12 @@ def make_file_app(
 ) -> Any:
     """The server's ASGI application; see `app.make_app`."""
     limits, metrics = limits or Limits(), Metrics(worker)
-    opened, labels, decoder = worker.run, worker.run.labels, Decoder(limits.pixels)
-    app = FastAPI(title="counterlens", version="1", description="A whole run in one file.", docs_url="/docs")
+    opened, labels, decoder = worker.run, distinct_names(worker.run.labels), Decoder(limits.pixels)
+    app = FastAPI(
+        title="counterlens", version="1", description="A whole run in one file.", docs_url=None, redoc_url=None
+    )
     add_problems(app)
+    add_docs(app)
 
     async def image(data: bytes) -> NDArray[np.float32]:
         def read(file: BytesIO) -> NDArray[np.float32]:
@@ -190,6 +207,8 @@ def make_file_app(
             return Response(png(after), 200, headers, "image/png")
         return JSONResponse({
             "status": "done", **answer, "prediction": labels[said],
+            "indices": {"source": source, "target": wanted, "prediction": said},
+            "shares": [round(p, 6) for p in made.probabilities[0].tolist()],
             "confidence": round(float(made.probabilities[0, said]), 6),
             "target_confidence": round(float(made.probabilities[0, wanted]), 6), "flipped": said == wanted,
             "l1": round(float(made.l1[0]), 6), "seed": asked.seed or 0, "image": to_base64(png(after)),
@@ -207,8 +226,7 @@ def make_file_app(
         p = await done(request, lambda: probabilities(worker, pixels))
         if not np.isfinite(p).all():
             raise Problem(422, "classifier: NaN or infinity for this image")
-        chances = {label: round(float(v), 6) for label, v in zip(labels, p, strict=True)}
-        return JSONResponse({"prediction": labels[int(p.argmax())], "probabilities": chances})
+        return JSONResponse(prediction_of(labels, p.tolist()))
 
     @app.post("/v1/saliency", openapi_extra=body_of(SaliencyRequest), responses=PROBLEMS, tags=["explain"])
     async def saliency(request: Request) -> Response:
@@ -239,8 +257,17 @@ def make_file_app(
     @app.get("/v1/models", tags=["server"])
     async def models() -> dict[str, Any]:
         """What is served."""
-        facts = {"image_size": opened.image_size, "labels": labels, "methods": ["lax"] if worker.maps else []}
-        return {"models": [{"name": worker.name, "sha256": opened.card["sha256"], **facts}]}
+        methods = ["lax"] if worker.maps else []
+        offered = {
+            "methods": methods,
+            "usable_methods": methods,
+            "speeds": [],
+            "modes": [],
+            "kept_s": 0,
+            "streams": False,
+        }
+        facts = {"image_size": opened.image_size, "fit": opened.fit, "labels": labels, "sha256": opened.card["sha256"]}
+        return {"models": [{"name": worker.name, **facts, **offered}]}
 
     @app.get("/healthz", tags=["server"])
     async def healthz() -> dict[str, str]:
@@ -248,8 +275,20 @@ def make_file_app(
         return {"status": "alive"}
 
     add_probes(app, worker, metrics)
+    keys = keys or Keys(None)
+    add_page(app, samples(opened), asks_for_keys=bool(keys.keys))
+    return guarded(app, keys, limits, metrics, cors_origins)
 
-    return guarded(app, keys or Keys(None), limits, metrics, cors_origins)
+
+def samples(opened: CounterfactualFile) -> list[dict[str, str]]:
+    """Those of the offline page, which lie in the file's card where it was exported with one."""
+    shape = (opened.image_size, opened.image_size, 3)
+    held = opened.card.get("page", {}).get("samples", [])
+    pictures = [np.frombuffer(base64.b64decode(one["pixels"]), dtype=np.uint8).reshape(shape) for one in held]
+    return [
+        {"name": one["name"], "image": to_base64(png(pixels.transpose(2, 0, 1) / 255))}
+        for one, pixels in zip(held, pictures, strict=True)
+    ]
 
 
 def probabilities(worker: FileWorker, pixels: NDArray[np.float32]) -> NDArray[Any]:

@@ -25,8 +25,9 @@ Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-OPEN = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready", "/", "/page.css",
-        "/page.js")  # fmt: skip  # need no key
+PROBES = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
+OPEN = (*PROBES, "/", "/page.css", "/page.js")  # need no key
+CROWDED = "counterlens.crowded"  # in the scope of a request over a connection beyond those that the server holds
 REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 
 
@@ -39,12 +40,15 @@ class Limits:
         body_seconds: until a body has to be there.
         pixels: of an image, before it is decoded.
         per_key: requests of one key at once, those that run on after a 202 included; 0: any number.
+        hosts: that a request's Host header may name, in small letters and without the port; empty: any. A page of
+            another site can have its own name resolve to this machine, and its browser then takes us for its server.
     """
 
     body_bytes: int = 32_000_000
     body_seconds: float = 30.0
     pixels: int = 64_000_000
     per_key: int = 0
+    hosts: tuple[str, ...] = ()
 
 
 class Keys:
@@ -127,17 +131,23 @@ class Guard:
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope["request_id"] = request_id
         started, status, begun = time.perf_counter(), 0, False
+        crowded = CROWDED in scope
 
         async def answer(message: Message) -> None:
             nonlocal status, begun
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if crowded:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         key: bytes | None = None
         asks = False
         try:
+            if crowded and scope["path"] not in PROBES:
+                raise Problem(503, "connections: too many are open; try again", None, {"Retry-After": "1"})
+            self._check_host(headers.get(b"host"))
             if scope["path"] not in OPEN:
                 key = self.keys.check(headers.get(b"authorization", b""))
                 # What is only asked about or given up costs nothing: whoever has as many as it may still comes back.
@@ -167,6 +177,23 @@ class Guard:
                 self.metrics.errors.labels(str(status)).inc()
             log("request", id=request_id, method=scope["method"], path=scope["path"][:200], status=status,
                 seconds=round(time.perf_counter() - started, 4))  # fmt: skip
+
+    def _check_host(self, header: bytes | None) -> None:
+        """Refuse a request that is meant for another server.
+
+        Raises:
+            Problem: 400.
+        """
+        if not self.limits.hosts or header is None:  # HTTP/1.0 has none, and browsers do not speak it
+            return
+        said = header.decode("latin-1").strip().lower()
+        name = said[: said.find("]") + 1] if said.startswith("[") else said.partition(":")[0].rstrip(".")
+        if name not in self.limits.hosts:
+            raise Problem(
+                400,
+                f"host: {said[:60]!r} is not this server; --allow-host takes the name that a proxy passes on",
+                "host",
+            )
 
     def _hold(self, key: bytes) -> Callable[[], None]:
         """Count one more request of a key until what comes back is called: work that goes on after its answer."""

@@ -253,7 +253,9 @@ def add_routes(app: FastAPI, server: Server) -> None:
         p = await server.call(lambda: server.engine.probabilities(images), request)
         if not p.isfinite().all():
             raise Problem(422, "classifier: NaN or infinity for an image")
-        return {"predictions": [dict(zip(labels, map(float, row), strict=True)) for row in p.tolist()]}
+        rows = p.tolist()
+        named = [dict(zip(labels, row, strict=True)) for row in rows]
+        return {"predictions": named, "labels": labels, "probabilities": rows}  # names may repeat, places do not
 
     @app.post("/v1/models/{model}:explain", tags=["kserve"])
     async def explain_v1(model: str, request: Request) -> dict[str, Any]:

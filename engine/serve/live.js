@@ -14,6 +14,7 @@ const METHODS_SAID = {
   lax: "LAX (trained)", gradxinput: "gradient × input", ig: "integrated gradients", smoothgrad: "SmoothGrad", gradcam: "Grad-CAM",
   occlusion: "occlusion (slow)", ablation: "ablation (slow)", rise: "RISE (slow)",
 };
+const LAID = { crop: "cut to a square and scaled", pad: "laid on a black square and scaled", squash: "squashed to a square" };
 const OTHER = -1, SHOWN_TARGETS = 24;
 const heat = document.body.dataset.heat.split(" ");
 
@@ -151,8 +152,7 @@ async function renew() {
   try {
     const answer = await call("v1/predictions", { json: { image: image64() }, signal: mine.signal });
     if (mine.signal.aborted) return;
-    const { probabilities } = await answer.json();
-    shares = model.labels.map((name) => probabilities[name]);
+    ({ shares } = await answer.json());
     bars($("before"), model.labels, shares, predicted(), -1);
     if (target === predicted()) target = OTHER;
     showTargets();
@@ -197,6 +197,7 @@ function showTargets() {
 }
 
 function offerRadios(id, names, told, chosen) {
+  $(id).closest("fieldset").hidden = !names.length;
   $(id).replaceChildren(...names.map((name) => {
     const radio = make("input", { type: "radio", name: id, value: name, checked: name === chosen });
     radio.addEventListener("change", explainChoices);
@@ -204,11 +205,11 @@ function offerRadios(id, names, told, chosen) {
   }));
 }
 
-const chosen = (id) => document.querySelector(`input[name=${id}]:checked`).value;
+const chosen = (id) => document.querySelector(`input[name=${id}]:checked`)?.value;
 
 function explainChoices() {
   const parts = [[SPEEDS, "speeds"], [MODES, "modes"]].map(([told, id]) => told[chosen(id)]?.slice().join(": "));
-  $("meaning").textContent = `${parts.filter(Boolean).join(". ")}.`;
+  $("meaning").textContent = parts.filter(Boolean).map((part) => `${part}.`).join(" ");
 }
 
 // A run
@@ -264,6 +265,11 @@ async function follow(path, json, again) {
   const source = shares && predicted();
   if (shares) run.frames[0] = { image: image64(), source: shares[source], target: target === OTHER ? null : shares[target] };
   try {
+    if (!model.streams) {
+      const answer = await (await call(path, { json, signal: mine.signal })).json();
+      if (run === own) await finished(answer, "");
+      return;
+    }
     const answer = await call(path, { json, accept: "text/event-stream", signal: mine.signal });
     const name = (answer.headers.get("Location") || path).split("/").pop();
     for await (const [kind, data] of events(answer)) {
@@ -322,10 +328,9 @@ async function finished(result, name) {
   run.result = result;
   run.frames.length = Math.min(run.frames.length, total);
   if (!run.frames[0]) await takeInput(result.input);
-  const source = model.labels.indexOf(result.source), wanted = model.labels.indexOf(result.target);
-  const answer = await call("v1/predictions", { json: { image: result.image } });
-  const { probabilities } = await answer.json();
-  const now = model.labels.map((label) => probabilities[label]);
+  const { source, target: wanted, prediction } = result.indices;
+  const { shares: now } = result.shares ? result
+    : await (await call("v1/predictions", { json: { image: result.image } })).json();
   Object.assign(run.frames[0], { source: shares[source], target: shares[wanted] });
   run.frames[total] = { image: result.image, source: now[source], target: now[wanted] };
   Object.assign($("step"), { max: total, value: total, disabled: false });
@@ -334,15 +339,20 @@ async function finished(result, name) {
   $("name-source").textContent = `${result.source} (before)`;
   drawCourse();
   await look_at(total);
-  bars($("after"), model.labels, now, model.labels.indexOf(result.prediction), wanted);
+  bars($("after"), model.labels, now, prediction, wanted);
   showAnswer({ name: result.source, share: shares[source] }, { name: result.target, share: now[wanted] },
     { name: result.prediction });
   $("output").setAttribute("aria-label", `The changed image: the model says ${result.prediction}`);
   const seconds = result.total_s < 1 ? `${(1000 * result.total_s).toFixed(0)} ms` : `${result.total_s.toFixed(1)} s`;
-  const link = make("a", { href: `#task=${name}`, textContent: "This address" });
-  $("numbers").replaceChildren(`Mean change ${(100 * result.l1).toFixed(1)} % of the range; ${total} steps in ${seconds}. `, link,
-    ` shows it again for about ${Math.round(model.kept_s / 60)} minutes.`);
-  history.replaceState(null, "", `#task=${name}`);
+  const told = `Mean change ${(100 * result.l1).toFixed(1)} % of the range; `;
+  if (name) {
+    const link = make("a", { href: `#task=${name}`, textContent: "This address" });
+    $("numbers").replaceChildren(`${told}${total} steps in ${seconds}. `, link,
+      ` shows it again for about ${Math.round(model.kept_s / 60)} minutes.`);
+    history.replaceState(null, "", `#task=${name}`);
+  } else {
+    $("numbers").textContent = `${told}${seconds}.`;
+  }
   $("progress").textContent = $("answer").textContent;
   document.body.dataset.answers = Number(document.body.dataset.answers || 0) + 1;
 }
@@ -360,7 +370,7 @@ async function look_at(step) {
     if (run.frames[0]) showChange($("difference"), given, planes($("output")));
   }
   const { result, total } = run, named = (share, name) => (share == null ? [] : [`${name}: ${percent(share)}`]);
-  const at = step === 0 ? "Before" : `Step ${step} of ${total}`;
+  const at = step === 0 ? "Before" : model.streams ? `Step ${step} of ${total}` : "After";
   const source = result ? result.source : shares ? model.labels[predicted()] : "before";
   const wanted = result ? result.target : target === OTHER ? "wanted" : model.labels[target];
   const chances = [...named(frame.target, wanted), ...named(frame.source, source)].join(" · ");
@@ -415,7 +425,8 @@ async function look() {
   $("evidence").setAttribute("aria-busy", "true");
   const image = given;
   try {
-    const answer = await call("v1/saliency", { json: { image: image64(), method: $("method").value }, signal: mine.signal });
+    const method = model.streams ? { method: $("method").value } : {};
+    const answer = await call("v1/saliency", { json: { image: image64(), ...method }, signal: mine.signal });
     const found = await answer.json();
     const picture = await bitmap(found.map);
     if (mine.signal.aborted) return;
@@ -448,8 +459,7 @@ async function takeInput(image) {
   filled = true;
   given = planes($("input"));
   const said = await call("v1/predictions", { json: { image: image64() } });
-  const { probabilities } = await said.json();
-  shares = model.labels.map((label) => probabilities[label]);
+  ({ shares } = await said.json());
   bars($("before"), model.labels, shares, predicted(), -1);
   run.frames[0] = { image: image64() };
   showTargets();
@@ -485,7 +495,7 @@ async function begin() {
   } catch (error) {
     return complain(error, begin);
   }
-  prepare(model.image_size, "#1a1a1a", renewed);
+  prepare(model.image_size, "#1a1a1a", model.fit, renewed);
   const known = Object.keys(SPEEDS), place = (name) => (known.includes(name) ? known.indexOf(name) : known.length);
   const speeds = [...model.speeds].sort((a, b) => place(a) - place(b));
   offerRadios("speeds", speeds, SPEEDS, model.default_speed || (speeds.includes("fast") ? "fast" : speeds[0]));
@@ -499,6 +509,7 @@ async function begin() {
   showTargets();
   $("ramp").style.background = `linear-gradient(90deg, ${heat.map((code) => `#${code}`).join(", ")})`;
   $("evidence").classList.add("blank");
+  $("evidence").hidden = !model.usable_methods.length;
   $("method").replaceChildren(...model.usable_methods.map((name) => make("option", { value: name, textContent: METHODS_SAID[name] || name })));
   $("method").addEventListener("change", () => { if (shares) look(); });
   $("look").addEventListener("click", look);
@@ -506,8 +517,9 @@ async function begin() {
   addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
   const named = [model.name, model.classifier?.split(/[\\/]/).pop()].filter(Boolean).join(", ");
   $("about").textContent = `This server explains ${named}: ${model.labels.length} labels, images of ${size} by ${size} ` +
-    `pixels (others are cut to a square and scaled). Your image stays in its memory, for ${Math.round(model.kept_s / 60)} minutes ` +
-    "at most, and is written nowhere.";
+    `pixels (others are ${LAID[model.fit]}). Your image ` +
+    (model.kept_s ? `stays in its memory, for ${Math.round(model.kept_s / 60)} minutes at most, and is written nowhere.`
+      : "is forgotten once it is answered, and written nowhere.");
   const pictures = await Promise.all(drawn.map(async ({ name, image }) => [name, await bitmap(image)]));
   offer(pictures);
   if (linked()) await again(linked());

@@ -12,7 +12,7 @@ from starlette.formparsers import MultiPartParser
 
 from ..errors import CounterlensError
 from .telemetry import Metrics
-from .wire import Problem, from_base64, parse_json, problem_of
+from .wire import Problem, from_base64, parse_json, problem_of, to_base64
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     code: {"description": "Problem details (RFC 9457)."} for code in (400, 401, 413, 415, 422, 429, 503, 504)
@@ -47,12 +47,14 @@ async def fields_of(request: Request) -> tuple[dict[str, Any], bytes]:
         return fields | {"image": ""}, from_base64(fields["image"])
     if kind != "multipart/form-data":
         raise Problem(415, f"content-type: expected multipart/form-data or application/json, got {kind or 'none'!r}")
-    async with request.form(max_files=1, max_fields=32) as form:
-        upload = form.get("image")
+    async with request.form(max_files=2, max_fields=32) as form:
+        upload, mask = form.get("image"), form.get("region")
         if upload is None or isinstance(upload, str):
             raise Problem(400, "image: expected a file", "image")
         data = await upload.read()
         fields = {name: value for name, value in form.items() if name != "image" and isinstance(value, str)}
+        if mask is not None and not isinstance(mask, str):
+            fields["region"] = to_base64(await mask.read())
     if "config" in fields:
         fields["config"] = parse_json(str(fields["config"]).encode())
     return fields | {"image": ""}, data

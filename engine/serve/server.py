@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +15,24 @@ from torch import Tensor
 from ..config import Config
 from ..core.core import EngineCore
 from ..core.result import Counterfactual
+from ..guidance.region import Region
 from ..metrics.msi_score import MSI
 from ..saliency.explain import explain_by
 from .guard import Limits, is_own
 from .tasks import KEPT, KEPT_S, Event, Tasks
 from .telemetry import Metrics
 from .tracing import past_spans
-from .wire import CounterfactualRequest, Decoder, Problem, SaliencyRequest, answer_of, config_of, png, to_base64
+from .wire import (
+    CounterfactualRequest,
+    Decoder,
+    Problem,
+    SaliencyRequest,
+    answer_of,
+    config_of,
+    png,
+    region_of,
+    to_base64,
+)
 from .worker import Ticket, Worker
 
 T = TypeVar("T")
@@ -68,18 +80,27 @@ class Server:
         self.decoder = Decoder(limits.pixels)
         self.name = engine.names.get("pack") or Path(engine.names.get("model", "model")).name
 
-    async def image(self, data: bytes, config: Config | None = None) -> Tensor:
-        """An uploaded image, decoded beside the event loop; without a config, of the model's own size.
+    async def pictured(self, data: bytes, config: Config, region: str | None = None) -> tuple[Tensor, Region | None]:
+        """An uploaded image, decoded beside the event loop, and where it may change; see `wire.region_of`."""
+
+        def read(file: BytesIO) -> tuple[Tensor, Region | None]:
+            photo = self.engine.read(file, "image", config, own=False)
+            return photo.image, None if region is None else region_of(region, photo.frame)
+
+        return await self.decoder.read(data, read)
+
+    async def image(self, data: bytes) -> Tensor:
+        """An uploaded image of the model's own size.
 
         Raises:
             Problem: 422, the server's `fit` is native, and that leaves it another size.
         """
-        own, size = config or self.engine.config, self.engine.image_size
-        image = await self.decoder.read(data, lambda file: self.engine.read(file, "image", own, own=False).image)
-        if config is None and image.shape[-2:] != (size, size):
+        size = self.engine.image_size
+        image, _ = await self.pictured(data, self.engine.config)
+        if image.shape[-2:] != (size, size):
             raise Problem(
-                422, f"image: {image.shape[-1]}x{image.shape[-2]} pixels under fit {own.fit}, which is for "
-                f"/v1/counterfactuals; here it takes {size}x{size}", "image",
+                422, f"image: {image.shape[-1]}x{image.shape[-2]} pixels under fit {self.engine.config.fit}, which is "
+                f"for /v1/counterfactuals; here it takes {size}x{size}", "image",
             )  # fmt: skip
         return image
 
@@ -92,6 +113,7 @@ class Server:
         self,
         image: Tensor,
         asked: CounterfactualRequest,
+        region: Region | None,
         on_step: Callable[[int, int, Tensor | None, Shares | None], None] | None,
     ) -> Ticket[Counterfactual]:
         """Put a counterfactual into the worker's queue; `on_step` is told in the event loop."""
@@ -102,7 +124,7 @@ class Server:
                 loop.call_soon_threadsafe(on_step, ticket.step, ticket.total, preview, ticket.shares)
 
         return self.worker.submit(
-            image, asked.target, config_of(asked, self.engine.config), budget_s=asked.budget_s,
+            image, asked.target, config_of(asked, self.engine.config), budget_s=asked.budget_s, region=region,
             on_step=stepped if on_step else None, preview=on_step is not None and asked.preview,
         )  # fmt: skip
 

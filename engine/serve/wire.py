@@ -6,8 +6,9 @@ import asyncio
 import base64
 import binascii
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
@@ -17,13 +18,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..config import Config
 from ..errors import CounterlensError, UsageError
-from ..images.files import decoding, formats_of, to_uint8
+from ..images.files import MAX_PIXELS, decoding, formats_of, to_uint8
+from ..images.masks import AUTO, box_mask, fitted, framed, parse_box, read_mask
 from .refusals import Cancelled, Draining, Exhausted, Full, Late
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..core.result import Counterfactual
+    from ..guidance.region import Region
+    from ..images.fitting import Frame
 
 T = TypeVar("T")
 LARGE = 4_000_000  # pixels of an image
@@ -96,6 +100,11 @@ class CounterfactualRequest(Asked):
     speed: str | None = Field(None, description="exact, balanced, fast or turbo.")
     mode: str | None = Field(None, description="official, realistic or audit.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Of the noise, combined with the image's own pixels.")
+    region: str | None = Field(
+        None,
+        description="Where alone it may change: auto, a box x,y,w,h in the file's pixels, or a mask's file in base64, "
+        "white where it may, of the file's size or the model's.",
+    )
     budget_s: float | None = Field(None, gt=0, le=3600, description="Seconds from arrival; what there is then comes.")
     saliency: bool = Field(False, description="Also where the evidence for the prediction is.")
     preview: bool = Field(True, description="Of a stream: the picture after every step.")
@@ -168,7 +177,7 @@ def in_header(label: str) -> str:
     return quote(label, safe=" /:;,()@+=!*'")
 
 
-def checked(data: bytes, max_pixels: int) -> tuple[BytesIO, int]:
+def checked(data: bytes, max_pixels: int, field: str = "image") -> tuple[BytesIO, int]:
     """An uploaded file whose size is that of an image that may be decoded, and its pixels.
 
     Raises:
@@ -176,13 +185,32 @@ def checked(data: bytes, max_pixels: int) -> tuple[BytesIO, int]:
     """
     file = BytesIO(data)
     if not data:
-        raise Problem(400, "image: an empty file", "image")
-    with decoding("image"), Image.open(file, formats=formats_of(file)) as opened:
+        raise Problem(400, f"{field}: an empty file", field)
+    with decoding(field), Image.open(file, formats=formats_of(file)) as opened:
         pixels = opened.width * opened.height
     if pixels > max_pixels:
-        raise Problem(413, f"image: {pixels / 1e6:.1f} megapixels, more than {max_pixels / 1e6:.1f}", "image")
+        raise Problem(413, f"{field}: {pixels / 1e6:.1f} megapixels, more than {max_pixels / 1e6:.1f}", field)
     file.seek(0)
     return file, pixels
+
+
+def region_of(text: str, made: Frame) -> Region:
+    """Where an uploaded image may change: `auto`, or a mask [H, W] bool; `made` says what the image shows of its file.
+
+    Raises:
+        Problem, CounterlensError: it is neither auto, nor a box in the file, nor a mask's file that fits.
+    """
+    import torch
+
+    if text == AUTO:
+        return "auto"
+    if (box := parse_box(text)) is not None:
+        return torch.from_numpy(framed(box_mask(box, made.picture), made, "region"))
+    file, pixels = checked(from_base64(text, "region"), MAX_PIXELS, "region")
+    if pixels > max(math.prod(made.picture), math.prod(made.size)):  # it would be decoded for nothing
+        width, height = made.picture
+        raise Problem(422, f"region: a mask of {pixels} pixels, and the image has {width}x{height}", "region")
+    return torch.from_numpy(fitted(read_mask(file, "region"), made, "region"))
 
 
 class Decoder:
@@ -230,6 +258,17 @@ def signed_change(before: Tensor, after: Tensor) -> Tensor:
     )
 
 
+def prediction_of(
+    labels: Sequence[str],
+    probabilities: Sequence[float],  # of each label
+) -> dict[str, Any]:
+    """What a model says of an image: of each label by its name, and by its index, since names may repeat."""
+    shares = [round(p, 6) for p in probabilities]
+    best = max(range(len(labels)), key=probabilities.__getitem__)
+    named = dict(zip(labels, shares, strict=True))
+    return {"prediction": labels[best], "index": best, "probabilities": named, "shares": shares}
+
+
 def config_of(asked: CounterfactualRequest, default: Config) -> Config:
     """The config of a request: the server's own where it says nothing.
 
@@ -256,6 +295,7 @@ def answer_of(result: Counterfactual, slots: int, waited_s: float, total_s: floa
         return record
     after = result.image.mul(255).round().div(255)
     return record | {
+        "indices": {"source": result.source, "target": result.target, "prediction": result.prediction},
         "image": to_base64(png(result.image)),
         "change": to_base64(png(signed_change(result.input, after))),
         "settings": result.provenance["settings"],

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config import Config, StepOptions
 from ..core.core import EngineCore
+from ..core.regions import RegionLike
 from ..core.result import Counterfactual
 from ..core.session import Session
 from ..core.targets import RELATIVE_TARGETS
@@ -39,10 +40,7 @@ AHEAD = 3  # batches that a lane of all slots holds beside the one in them: inve
 PATIENCE_FULL = 8  # of a lane with more than a batch behind its slots: a decoder pass for few costs all of them more
 SMOOTHING = 0.2  # weight of the newest tick in a lane's measured seconds a tick
 KNOWN_TICK_S = 0.02  # before the first one was measured
-FAILURES = (
-    RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError, AttributeError, NameError,
-    ImportError, OSError, MemoryError,
-)  # fmt: skip  # of a user's model
+FAILURES = Exception  # a user's model may raise anything, classes of its own included: its requests fail, nobody else's
 # How torch's allocator for the CPU, ONNX Runtime and C++ say that memory is full; CUDA has a class of its own.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Failed to allocate memory", "bad_alloc", "out of memory")
 
@@ -101,6 +99,7 @@ class _Request:
     graph: Group
     total: int  # ticks that it takes at least
     budget_s: float | None
+    region: RegionLike | None
 
     def left(self, now: float) -> float:
         """Seconds of its budget."""
@@ -223,13 +222,14 @@ class Worker:
         *,
         seed: int | None = None,
         budget_s: float | None = None,
+        region: RegionLike | None = None,
         on_step: Callable[[Ticket[Counterfactual], Tensor | None], None] | None = None,
         preview: bool = False,
     ) -> Ticket[Counterfactual]:
         """Ask for a counterfactual.
 
         Args:
-            image, target, config, seed: see `core.session.Session.submit`.
+            image, target, config, seed, region: see `core.session.Session.submit`.
             budget_s: seconds from now until the answer; what there is by then comes back.
             on_step: told after each of its steps, in the worker's thread; with `preview` also the clean estimate
                 [3, H, W] in [0, 1], which costs a decoder pass and a prediction (`Ticket.shares`). It is the tiny
@@ -247,7 +247,7 @@ class Worker:
         total = len(schedule_of(settings, self.engine.diffusion.alphas_cumprod))
         total *= 2 if settings.noise == "inversion" else 1
         ticket: Ticket[Counterfactual] = Ticket(on_step=on_step, preview=preview)
-        request = _Request(ticket, image, target, seed, config, (settings.graph, image.shape), total, budget_s)
+        request = _Request(ticket, image, target, seed, config, (settings.graph, image.shape), total, budget_s, region)
         with self._change:
             self.check_room()
             if budget_s is not None:
@@ -304,12 +304,21 @@ class Worker:
             self.draining = True
             self._change.notify()
         end = time.perf_counter() + grace_s
-        while (self._waiting or self._calls or self.busy_slots or self._held) and time.perf_counter() < end:
+        while (self.unfinished or self._held) and not self._stop and time.perf_counter() < end:
             time.sleep(0.01)
-        with self._change:
-            self._stop = True
-            self._change.notify()
+        self.hurry()
         self._thread.join(timeout=60)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were taken and have no result yet."""
+        return len(self._waiting) + self.busy_slots + len(self._calls)
+
+    def hurry(self) -> None:
+        """End the grace period: what is not done fails as soon as the step that is being taken ends."""
+        with self._change:
+            self.draining = self._stop = True
+            self._change.notify()
 
     def _wait_for(self, count: float) -> float:
         """Seconds until so many requests are done, as measured lately."""
@@ -353,7 +362,7 @@ class Worker:
             return
         try:
             result = run()
-        except (CounterlensError, *FAILURES) as error:
+        except FAILURES as error:
             future.set_exception(self._told(error))
         except BaseException as error:
             future.set_exception(error)
@@ -412,7 +421,7 @@ class Worker:
         try:
             if left is not None and left <= 0:
                 raise request.late
-            id = lane.session.submit(request.image, request.target, request.seed, request.config, left)
+            id = lane.session.submit(request.image, request.target, request.seed, request.config, left, request.region)
         except CounterlensError as error:
             ticket.future.set_exception(error)
             return
@@ -431,7 +440,7 @@ class Worker:
             done = chosen.session.tick()
             spent = time.perf_counter() - started
             self._tell(chosen, started)
-        except (CounterlensError, *FAILURES) as error:
+        except FAILURES as error:
             self._broken(chosen, error)
             return
         chosen.tick_s = spent if not chosen.tick_s else (1 - SMOOTHING) * chosen.tick_s + SMOOTHING * spent

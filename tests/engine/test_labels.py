@@ -163,3 +163,10 @@ def test_groups_of_a_quantity_and_lists_of_names(tmp_path: Path) -> None:
     assert make_quantity(classifier, "0,1,2,7,4/5,6,3,8,9").conditions == 2
     (tmp_path / "names.txt").write_text("\n".join(LABELS))
     assert read_names(str(tmp_path / "names.txt")) == LABELS
+
+
+@pytest.mark.parametrize("labels", [["crane", "crane", "crane (0)"], ["a (1)", "a", "a", "a (1) (0)"], ["x"] * 3])
+def test_no_two_labels_are_told_apart_alike(labels: list[str]) -> None:
+    names = distinct_names(labels)
+    assert len(set(names)) == len(labels)
+    assert [find_label(name, names) for name in names] == list(range(len(names)))

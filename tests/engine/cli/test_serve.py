@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from counterlens.engine.cli import serve
 from counterlens.engine.cli.main import app
 from counterlens.engine.config import Config
+from counterlens.engine.errors import UsageError
 from counterlens.engine.serve.wire import png
 from tests.engine.cli.test_cli import one_line_error, run
 
@@ -78,7 +79,8 @@ def test_the_speeds_that_are_named_are_warm_before_it_is_ready(monkeypatch: pyte
     made: list[Any] = []
     monkeypatch.setattr(serve, "_run", lambda *given: made.append(given))
     options = ["serve", "--port", "0", "--runtime", "eager", "--preload-speeds", "balanced,exact", "--slots", "2"]
-    result = CliRunner().invoke(app, options)
+    runner = CliRunner()
+    result = runner.invoke(app, options)
     assert result.exit_code == 0, result.output
     (_, worker, listening, *_, warm, _) = made[0]
     listening.close()
@@ -95,6 +97,23 @@ def test_the_speeds_that_are_named_are_warm_before_it_is_ready(monkeypatch: pyte
     assert said[0].graph != said[1].graph
     assert ran == [(s.graph, s.steps, 2) for s in said]
     assert engine.config.speed == "balanced"
+    assert "Requests get the first, or --speed's" in re.sub(
+        r"[\s│]+", " ", runner.invoke(app, ["serve", "--help"]).output
+    )
+
+
+def test_the_speed_of_requests_is_warm_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def opened(*given: Any) -> None:
+        asked.append(given)
+        raise UsageError("enough is seen")
+
+    monkeypatch.setattr(serve, "_open", opened)
+    assert CliRunner().invoke(app, ["serve", "--port", "0", "--speed", "exact"]).exit_code != 0
+    ((config, _, configs),) = asked
+    assert config.speed == "exact"
+    assert [one.speed for one in configs] == ["exact", "fast"]
 
 
 def test_a_warm_up_that_fails_ends_it() -> None:

@@ -200,3 +200,16 @@ def test_auto_of_a_run_that_ends_early_is_a_region_too(engine: Engine) -> None:
     region = outcomes[0].region
     assert region is not None
     assert 0 < region.float().mean() < 1
+
+
+def test_a_folder_whose_masks_were_changed_is_another_one(tmp_path: Path) -> None:
+    """Files of the same size, too: a run that goes on would else mix both."""
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[0] = 255
+    Image.fromarray(mask).save(tmp_path / "a.bmp")
+    before, size = Masks(str(tmp_path)).facts(), (tmp_path / "a.bmp").stat().st_size
+    Image.fromarray(mask.T.copy()).save(tmp_path / "a.bmp")
+    assert (tmp_path / "a.bmp").stat().st_size == size
+    assert Masks(str(tmp_path)).facts() != before
+    Image.fromarray(mask).save(tmp_path / "a.bmp")
+    assert Masks(str(tmp_path)).facts() == before

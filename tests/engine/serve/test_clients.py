@@ -15,16 +15,9 @@ import uvicorn
 
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.serve.app import make_app
-from tests.engine.serve.test_worker import NUMBERS, images, working
+from tests.engine.serve.test_worker import images, working
 
 triton = pytest.importorskip("tritonclient.http", reason="needs tritonclient[http]")
-
-
-@pytest.fixture(scope="module")
-def engine(tiny: Any) -> EngineCore:
-    made = EngineCore(*tiny, pack_settings={"realistic": NUMBERS, "audit": NUMBERS}, runtime="eager")
-    made.names = {"model": "tiny"}
-    return made
 
 
 @pytest.fixture(scope="module")

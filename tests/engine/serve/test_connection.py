@@ -21,7 +21,7 @@ from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.connection import HEADER_BYTES, Connection, http_server
 from counterlens.engine.serve.guard import Keys, Limits
 from counterlens.engine.serve.worker import Worker
-from tests.engine.serve.test_http import engine, picture, worker  # noqa: F401  # fixtures
+from tests.engine.serve.test_http import picture
 from tests.engine.serve.test_worker import Gate, working
 
 BODY = json.dumps({"image": base64.b64encode(picture()).decode()}).encode()
@@ -36,9 +36,9 @@ class Quick(Connection):
 
 
 @contextmanager
-def listening(app: Any, connection: type[Connection] = Connection) -> Iterator[int]:
+def listening(app: Any, connection: type[Connection] = Connection, most: int = 1000) -> Iterator[int]:
     """The port of a server that runs meanwhile."""
-    server = http_server(app, 1, connection)
+    server = http_server(app, 1, connection, most)
     with socket.create_server(("127.0.0.1", 0)) as held:
         thread = threading.Thread(target=server.run, args=([held],))
         thread.start()
@@ -50,7 +50,7 @@ def listening(app: Any, connection: type[Connection] = Connection) -> Iterator[i
 
 
 @pytest.fixture(scope="module")
-def port(engine: EngineCore, worker: Worker) -> Iterator[int]:  # noqa: F811
+def port(engine: EngineCore, worker: Worker) -> Iterator[int]:
     """Of a server whose callers have little time."""
     with listening(make_app(engine, worker, limits=Limits(body_seconds=SECONDS)), Quick) as found:
         yield found
@@ -132,15 +132,47 @@ def test_headers_that_are_too_large_are_refused(port: int, head: bytes) -> None:
     assert seconds < SECONDS
 
 
+def test_connections_beyond_the_limit_are_told_and_probes_are_answered(
+    engine: EngineCore, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("counterlens.engine.serve.connection.SPARE", 1)
+    models = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    with listening(make_app(engine, worker), most=2) as there:
+        held = []
+        for _ in range(2):
+            held.append(socket.create_connection(("127.0.0.1", there), timeout=10))
+            held[-1].sendall(models)
+            assert held[-1].recv(65536).startswith(b"HTTP/1.1 200 ")
+        said, _ = drip(there, models)  # and it is closed
+        line, told = problem(said)
+        assert " 503 " in line
+        assert told["detail"].startswith("connections: too many are open")
+        assert b"retry-after: 1" in said
+        for probe in (b"/healthz", b"/readyz", b"/metrics", b"/v2/health/ready"):
+            said, _ = drip(there, GET.replace(b"/healthz", probe) + b"\r\n")
+            assert said.startswith(b"HTTP/1.1 200 ")
+            assert b"connection: close" in said
+        with socket.create_connection(("127.0.0.1", there), timeout=10):
+            time.sleep(0.05)
+            assert drip(there, models)[0] == b""  # beyond the spare ones: nothing
+        held[0].sendall(models)
+        assert held[0].recv(65536).startswith(b"HTTP/1.1 200 ")  # those of before go on
+        held.pop().close()
+        time.sleep(0.05)
+        with httpx.Client(base_url=f"http://127.0.0.1:{there}") as client:
+            assert [client.get("/v1/models").status_code for _ in range(2)] == [200, 200]
+        held.pop().close()
+
+
 def test_a_key_runs_so_many_requests_at_once_and_one_that_leaves_makes_room(
-    engine: EngineCore,  # noqa: F811
+    engine: EngineCore,
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "keys"
     file.write_text("one\ntwo\n")
     post = POST.replace(b"predictions", b"counterfactuals").replace(b"90\r\n", b"%d\r\nAuthorization: Bearer one\r\n")
     asked = post % len(BODY) + BODY
-    with working(engine, slots=1) as worker:  # noqa: F811
+    with working(engine, slots=1) as worker:
         app = make_app(engine, worker, keys=Keys(file), limits=Limits(per_key=2))
         with listening(app) as there, httpx.Client(base_url=f"http://127.0.0.1:{there}", timeout=20) as client:
             one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
@@ -173,7 +205,7 @@ def test_a_key_runs_so_many_requests_at_once_and_one_that_leaves_makes_room(
             callers[1].close()
 
 
-def test_nobody_is_let_in_without_the_key(engine: EngineCore, worker: Worker, tmp_path: Path) -> None:  # noqa: F811
+def test_nobody_is_let_in_without_the_key(engine: EngineCore, worker: Worker, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("the-key\nother\n")
     with listening(make_app(engine, worker, keys=Keys(file))) as there:

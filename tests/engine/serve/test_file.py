@@ -6,10 +6,12 @@ import base64
 import io
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -105,22 +107,49 @@ def test_other_refusals(client: TestClient, file: Path, tmp_path: Path) -> None:
         assert closed.post("/v1/predictions", files={"image": picture(20)}).status_code == 401
 
 
-def test_a_process_without_pytorch(file: Path) -> None:
+@contextmanager
+def serving(file: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process without PyTorch that is ready, and its address."""
     command = [sys.executable, "-c", WITHOUT_TORCH, "serve", "--file", str(file), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         while (found := re.search(r"serving at (\S+)", line := process.stderr.readline())) is None:
             assert line, "it ended"
-        with httpx.Client(base_url=found[1], timeout=30) as client:
-            while client.get("/readyz").status_code != 200:
-                time.sleep(0.02)
-            said = client.post("/v1/counterfactuals", files={"image": picture(20)}).json()
-            assert said["prediction"] == "bright"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        while httpx.get(f"{found[1]}/readyz").status_code != 200:
+            time.sleep(0.02)
+        yield process, found[1]
     finally:
         process.kill()
+
+
+def test_a_process_without_pytorch(file: Path) -> None:
+    with serving(file) as (process, address), httpx.Client(base_url=address, timeout=30) as client:
+        said = client.post("/v1/counterfactuals", files={"image": picture(20)}).json()
+        assert said["prediction"] == "bright"
+        elsewhere = client.get("/v1/models", headers={"Host": "rebound.example"})
+        assert (elsewhere.status_code, elsewhere.json()["field"]) == (400, "host")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+
+
+def test_a_second_signal_ends_a_drain_at_once_and_says_what_is_lost(file: Path) -> None:
+    with serving(file) as (process, address):
+        assert process.stderr is not None
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as held:
+            head = b"POST /v1/predictions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            held.sendall(head + b"Content-Length: 90\r\n\r\n{")  # its body would be waited for
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            while "stopping: what runs is finished" not in process.stderr.readline():
+                pass
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=0.5)
+            began = time.perf_counter()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=30) == 1
+            assert time.perf_counter() - began < 5
+            assert "stopped at once; requests without an answer: 1" in process.stderr.read()
 
 
 def test_pages_of_other_origins_and_labels_of_other_alphabets(file: Path) -> None:

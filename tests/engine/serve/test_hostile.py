@@ -17,10 +17,10 @@ from counterlens.engine.core.core import EngineCore
 from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.wire import Decoder, Problem, parse_json
 from counterlens.engine.serve.worker import Worker
-from tests.engine.serve.test_http import client, engine, picture, worker  # noqa: F401  # fixtures
+from tests.engine.serve.test_http import picture
 
 
-def test_odd_requests_are_answered_with_a_problem(client: TestClient) -> None:  # noqa: F811
+def test_odd_requests_are_answered_with_a_problem(client: TestClient) -> None:
     cases = [c for c in hostile.requests(picture()) if not c[0].startswith("file: text")]
     known = [c for c in cases if c[0].startswith(("JSON", "form", "type", "base64"))]
     for what, path, asked in known + random.Random(5).sample(cases, 30):
@@ -47,14 +47,14 @@ def test_many_lists_are_refused_at_once() -> None:
 
 
 def test_no_upload_is_written_to_disk(
-    engine: EngineCore, worker: Worker, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    engine: EngineCore, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a temporary file is opened")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     big = picture() + bytes(1_200_000)  # behind the end of a PNG nobody looks
-    with TestClient(make_app(engine, worker)) as client:  # noqa: F811
+    with TestClient(make_app(engine, worker)) as client:
         assert client.post("/v1/predictions", files={"image": big}).status_code == 200
 
 
@@ -80,7 +80,7 @@ def test_large_images_are_decoded_one_after_the_other(monkeypatch: pytest.Monkey
     assert asyncio.run(ask(picture(size=8))) > 1
 
 
-def test_bombs_are_refused_before_they_are_decoded(client: TestClient) -> None:  # noqa: F811
+def test_bombs_are_refused_before_they_are_decoded(client: TestClient) -> None:
     files = hostile.files()
     for name in ("30000 x 30000", "2 ** 31 - 1 squared", "7000 x 7000"):
         assert client.post("/v1/predictions", files={"image": files[name]}).status_code in (413, 422), name

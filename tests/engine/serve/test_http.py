@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import io
 import json
+import re
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import html5lib
 import numpy as np
 import pytest
 import torch
@@ -30,12 +32,7 @@ from counterlens.engine.serve.guard import Keys, Limits
 from counterlens.engine.serve.wire import MAX_DEPTH, parse_json, png
 from counterlens.engine.serve.worker import Worker
 from tests import tiny as saved
-from tests.engine.serve.test_worker import working
-
-NUMBERS = {
-    "steps": 6, "strength": 0.5, "guidance_scale": 3.0, "class_scale": 2.0, "distance_scale": 0.25, "angle": 60,
-    "gradient": "detached", "spacing": "trailing",
-}  # fmt: skip
+from tests.engine.serve.test_worker import NUMBERS, working
 
 
 def picture(seed: int = 3, size: int = 16) -> bytes:
@@ -44,26 +41,6 @@ def picture(seed: int = 3, size: int = 16) -> bytes:
 
 def pixels(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-@pytest.fixture(scope="module")
-def engine(tiny: Any) -> EngineCore:
-    made = EngineCore(*tiny, pack_settings={"realistic": NUMBERS, "audit": NUMBERS}, runtime="eager")
-    made.names = {"model": "tiny"}
-    return made
-
-
-@pytest.fixture(scope="module")
-def worker(engine: EngineCore) -> Iterator[Worker]:
-    with working(engine, slots=2, max_queue=8) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(engine: EngineCore, worker: Worker) -> Iterator[TestClient]:
-    limits = Limits(body_bytes=100_000, body_seconds=2, pixels=10_000)
-    with TestClient(make_app(engine, worker, limits=limits), raise_server_exceptions=False) as made:
-        yield made
 
 
 def events(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -146,6 +123,106 @@ def test_saliency_and_predictions(client: TestClient, engine: EngineCore) -> Non
     assert found["target"] == "2"
     assert pixels(base64.b64decode(found["map"])).shape == (16, 16, 3)
     assert len(found["keep"]) == len(found["remove"]) == len(found["thresholds"])
+
+
+def test_of_labels_with_one_name_none_is_lost(tiny: Any) -> None:
+    """Not even where a label is called as another one is told apart from its namesake."""
+    diffusion, classifier = tiny
+    names = ["crane", "crane", "crane (0)", *map(str, range(7))]
+    named = copy.copy(diffusion)
+    named.labels = names
+    cranes = EngineCore(named, SoftmaxClassifier(classifier.module, names), runtime="eager",
+                        pack_settings={"realistic": NUMBERS, "audit": NUMBERS})  # fmt: skip
+    expected = cranes.probabilities(_tensor(picture()))[0].tolist()
+    with working(cranes, slots=1) as worker, TestClient(make_app(cranes, worker)) as client:
+        said = client.post("/v1/predictions", files={"image": picture()}).json()
+        assert said["shares"] == pytest.approx(expected, abs=1e-6)
+        assert said["index"] == expected.index(max(expected))
+        (name,) = [m["name"] for m in client.get("/v1/models").json()["models"]]
+        asked = {"instances": [{"b64": base64.b64encode(picture()).decode()}]}
+        v1 = client.post(f"/v1/models/{name}:predict", json=asked).json()
+        assert v1["probabilities"] == [pytest.approx(expected, abs=1e-6)]
+        assert v1["labels"] == cranes.labels
+        json_asked = {"image": base64.b64encode(picture()).decode(), "target": (said["index"] + 1) % 10}
+        made = client.post("/v1/counterfactuals", json=json_asked).json()
+        assert made["indices"]["target"] == json_asked["target"]
+
+
+def test_a_request_says_where_its_image_may_change(client: TestClient) -> None:
+    """As `--region` does; a box is in the pixels of the file, which has twice the model's size here."""
+    large = picture(size=32)
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[4:20, 6:22] = 255
+    out = io.BytesIO()
+    Image.fromarray(mask).save(out, "PNG")
+    made = [
+        client.post("/v1/counterfactuals", files={"image": large}, data={"region": "6,4,16,16"}),
+        client.post("/v1/counterfactuals", files={"image": large, "region": out.getvalue()}),
+        client.post("/v1/counterfactuals", json={
+            "image": base64.b64encode(large).decode(), "region": base64.b64encode(out.getvalue()).decode(),
+        }),
+    ]  # fmt: skip
+    assert [answer.status_code for answer in made] == [200] * 3, made[0].text
+    seen = np.asarray(Image.open(io.BytesIO(large)).resize((16, 16), Image.Resampling.LANCZOS))
+    outside = mask[::2, ::2] == 0
+    for answer in made:
+        got = pixels(base64.b64decode(answer.json()["image"]))
+        assert np.array_equal(got[outside], seen[outside])
+        assert not np.array_equal(got[~outside], seen[~outside])
+        assert answer.json()["l1_outside"] == 0
+        assert answer.json()["region_area"] == 0.25
+    found = client.post("/v1/counterfactuals", files={"image": picture()}, data={"region": "auto"}).json()
+    assert found["l1_outside"] == 0
+    assert found["region_area"] < 1
+
+
+@pytest.mark.parametrize(
+    ("region", "status", "detail"),
+    [
+        ("0,0,99,2", 400, "region: the box 0,0,99,2 reaches beyond the image of 16x16 pixels"),
+        ("1,2,3", 400, "region: expected auto, x,y,w,h"),
+        ("/etc/hostname", 400, "region: "), ("nowhere", 400, "region: "),
+        (base64.b64encode(png(torch.zeros(16, 16))).decode(), 422, "region: an empty mask"),
+        (base64.b64encode(png(torch.ones(8, 8))).decode(), 422, "region has 8x8 pixels; a mask has the picture's own"),
+        (base64.b64encode(png(torch.ones(64, 64))).decode(), 422, "region: a mask of 4096 pixels"),
+        (base64.b64encode(picture()[:40]).decode(), 422, "region: cannot be read"),
+    ],
+)  # fmt: skip
+def test_regions_that_do_not_fit_are_named(client: TestClient, region: str, status: int, detail: str) -> None:
+    refused = client.post("/v1/counterfactuals", files={"image": picture()}, data={"region": region})
+    assert detail in refused.json()["detail"]
+    assert refused.status_code == status
+
+
+def test_the_interface_is_described_without_anything_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    html5lib.HTMLParser(strict=True).parse(page.text)
+    assert not re.search(r"<script|https?://", page.text)
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for said in ("POST /v1/counterfactuals", "/v2/models/{model}/infer", "budget_s", "multipart/form-data", "429"):
+        assert said in page.text
+    assert client.get("/redoc").status_code == 404
+
+
+def test_requests_that_are_meant_for_another_server_are_refused(engine: EngineCore, worker: Worker) -> None:
+    limits = Limits(hosts=("127.0.0.1", "localhost", "[::1]", "lens.example"))
+    with TestClient(make_app(engine, worker, limits=limits)) as client:
+        for host in (
+            "localhost",
+            "LOCALHOST:8000",
+            "127.0.0.1:80",
+            "[::1]:8000",
+            "[::1]",
+            "lens.example",
+            "localhost.:1",
+        ):
+            assert client.get("/v1/models", headers={"Host": host}).status_code == 200, host
+        for host in ("rebound.example", "localhost.rebound.example:8000", "[::2]:8000", "127.0.0.1.nip.io", "", "[::1"):
+            refused = client.get("/v1/models", headers={"Host": host})
+            assert refused.status_code == 400, host
+            assert refused.json()["field"] == "host"
+            assert client.get("/", headers={"Host": host}).status_code == 400
 
 
 BAD: list[tuple[str, dict[str, Any], int, str]] = [

@@ -23,30 +23,12 @@ from starlette.testclient import TestClient
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.serve import tasks
 from counterlens.engine.serve.app import make_app
+from counterlens.engine.serve.file import FileWorker, make_file_app
 from counterlens.engine.serve.guard import Keys
 from counterlens.engine.serve.wire import png
 from counterlens.engine.serve.worker import Worker
-from tests.engine.serve.test_http import NUMBERS, events, picture, pixels
-from tests.engine.serve.test_worker import working
-
-
-@pytest.fixture(scope="module")
-def engine(tiny: Any) -> EngineCore:
-    made = EngineCore(*tiny, pack_settings={"realistic": NUMBERS, "audit": NUMBERS}, runtime="eager")
-    made.names = {"model": "tiny"}
-    return made
-
-
-@pytest.fixture(scope="module")
-def worker(engine: EngineCore) -> Iterator[Worker]:
-    with working(engine, slots=2, max_queue=8) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(engine: EngineCore, worker: Worker) -> Iterator[TestClient]:
-    with TestClient(make_app(engine, worker)) as made:
-        yield made
+from tests.engine.portable.test_portable import SIZE, write_toy
+from tests.engine.serve.test_http import events, picture, pixels
 
 
 def test_the_page_and_its_files_need_no_key_and_the_interface_does(
@@ -266,6 +248,46 @@ def test_a_person_sees_an_image_change_and_comes_back_to_it(browser: Any, addres
         assert [text for text in tab.said if "404" not in text] == []
 
 
+def test_the_page_of_a_file_shows_what_the_file_can_do(browser: Any, tmp_path: Path) -> None:
+    worker = FileWorker(write_toy(tmp_path))
+    with listening(make_file_app(worker)) as address, Tab(browser) as tab:
+        worker.start().result(timeout=20)
+        tab.page.goto(address)
+        tab.page.wait_for_selector("body[data-ready]")
+        for unknown in ("#speeds", "#modes", "#evidence"):
+            assert not tab.page.is_visible(unknown)
+        tab.open(picture(5, size=SIZE))
+        before = tab.page.inner_text("#before .first .name")
+        tab.page.click("#run")
+        assert tab.answered().startswith(f"The model said {before} ")
+        assert tab.page.inner_text("#after .first .name") != before
+        assert tab.page.inner_text("#at").startswith("After\n")
+        assert "task" not in tab.page.url
+        tab.page.press("#step", "Home")
+        tab.page.wait_for_selector("#step[aria-valuetext^=Before]")
+        for fit, rows in (("crop", ["GGG"] * 3), ("squash", ["RGB"] * 3), ("pad", ["000", "RGB", "000"])):
+            worker.run.fit = fit
+            tab.page.reload()
+            tab.page.wait_for_selector("body[data-ready]")
+            tab.open(stripes())
+            assert tab.page.evaluate(NINE, SIZE) == rows, fit
+        assert tab.said == []
+        worker.stop()
+
+
+def stripes() -> bytes:
+    """A third red, a third green, a third blue, three times as wide as high."""
+    colours = torch.eye(3)[:, :, None, None].expand(3, 3, 60, 60)
+    return png(torch.cat([*colours], dim=-1))
+
+
+NINE = """(size) => [1, 3, 5].map((y) => [1, 3, 5].map((x) => {
+  const place = [x, y].map((n) => Math.floor(n * size / 6));
+  const [r, g, b] = document.getElementById("input").getContext("2d").getImageData(...place, 1, 1).data;
+  return r > 150 ? "R" : g > 150 ? "G" : b > 150 ? "B" : "0";
+}).join(""))"""
+
+
 def test_a_run_that_is_stopped_gives_its_place_free(browser: Any, address: str, worker: Worker) -> None:
     gate = threading.Event()
     with Tab(browser) as tab:
@@ -357,7 +379,7 @@ def test_what_goes_wrong_is_said_in_a_sentence_and_tried_again(browser: Any, add
 @pytest.mark.slow
 def test_a_thousand_labels_are_searched(browser: Any, address: str) -> None:
     labels = [f"label {i}" for i in range(999)] + ["a very long name of a label, such as photographs have them"]
-    chances = dict(zip(labels, [0.5, 0.3, *[0.2 / 998] * 998], strict=True))
+    chances = [0.5, 0.3, *[0.2 / 998] * 998]
 
     def models(route: Any) -> None:
         told = route.fetch().json()
@@ -366,7 +388,7 @@ def test_a_thousand_labels_are_searched(browser: Any, address: str) -> None:
 
     with Tab(browser, 390) as tab:
         tab.page.route("**/v1/models", models)
-        tab.page.route("**/v1/predictions", lambda route: route.fulfill(json={"probabilities": chances}))
+        tab.page.route("**/v1/predictions", lambda route: route.fulfill(json={"shares": chances}))
         tab.page.goto(address)
         tab.page.wait_for_selector("body[data-ready]")
         tab.open(picture(4, size=300))

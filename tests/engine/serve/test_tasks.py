@@ -11,13 +11,13 @@ from starlette.testclient import TestClient
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.serve import app, server, tasks
 from counterlens.engine.serve.tasks import Tasks
-from tests.engine.serve.test_http import client, engine, picture, worker  # noqa: F401  # fixtures
+from tests.engine.serve.test_http import picture
 from tests.engine.serve.test_worker import Gate, working
 
 ASYNC = {"Prefer": "respond-async"}
 
 
-def run(client: TestClient) -> str:  # noqa: F811
+def run(client: TestClient) -> str:
     """The address of a finished task."""
     where: str = client.post("/v1/counterfactuals", files={"image": picture()}, headers=ASYNC).headers["location"]
     while client.get(where).status_code == 202:
@@ -25,7 +25,7 @@ def run(client: TestClient) -> str:  # noqa: F811
     return where
 
 
-def test_results_are_kept_for_a_while(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_results_are_kept_for_a_while(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tasks.KEPT_S == 600
     monkeypatch.setattr(tasks, "KEPT_S", 0.3)
     where = run(client)
@@ -37,7 +37,7 @@ def test_results_are_kept_for_a_while(client: TestClient, monkeypatch: pytest.Mo
 
 
 def test_the_oldest_finished_one_makes_room_and_none_that_runs(
-    engine: EngineCore,  # noqa: F811
+    engine: EngineCore,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert tasks.KEPT == 256

@@ -9,12 +9,12 @@ import sys
 import pytest
 from starlette.testclient import TestClient
 
-from tests.engine.serve.test_http import client, engine, picture, worker  # noqa: F401  # fixtures
+from tests.engine.serve.test_http import picture
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace", reason="needs opentelemetry-sdk")
 
 
-def test_a_request_is_a_span_with_what_it_waited_for(client: TestClient) -> None:  # noqa: F811
+def test_a_request_is_a_span_with_what_it_waited_for(client: TestClient) -> None:
     from opentelemetry import trace
     from opentelemetry.sdk.trace.export import SimpleSpanProcessor
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter

@@ -21,6 +21,7 @@ from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.models.tiny import LatentResolutionDecoder, TinyDecoder
 from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.sizing import check_slots, fit, free_bytes
+from counterlens.engine.serve.wire import problem_of
 from counterlens.engine.serve.worker import Cancelled, Draining, Exhausted, Full, Late, Ticket, Worker
 
 NUMBERS = {
@@ -32,11 +33,6 @@ QUICK, LONG = Config(steps=2, noise="inversion"), Config(steps=40, gradient="exa
 
 def images(count: int) -> Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(scope="module")
-def engine(tiny: Any) -> EngineCore:
-    return EngineCore(*tiny, pack_settings={"realistic": NUMBERS, "audit": NUMBERS}, runtime="eager")
 
 
 @contextmanager
@@ -220,14 +216,19 @@ def test_what_does_not_fit_is_refused_at_once(worker: Worker) -> None:
         Worker(worker.engine, max_queue=0)
 
 
-def test_a_model_that_raises_fails_its_own_lane_only(tiny: Any) -> None:
+class Unlucky(Exception):
+    """What some library's models raise."""
+
+
+@pytest.mark.parametrize("raised", [RuntimeError, Unlucky])
+def test_a_model_that_raises_fails_its_own_lane_only(tiny: Any, raised: type[Exception]) -> None:
     diffusion, classifier = tiny
     inner, bad = classifier.module, torch.zeros(1)
 
     class Sick(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             if bad.item():
-                raise RuntimeError("the weights are gone")
+                raise raised("the weights are gone")
             return inner(x)
 
     sick = EngineCore(diffusion, SoftmaxClassifier(Sick(), classifier.labels), runtime="eager",
@@ -236,8 +237,10 @@ def test_a_model_that_raises_fails_its_own_lane_only(tiny: Any) -> None:
     with working(sick, slots=1) as worker:
         assert worker.submit(image).future.result(timeout=60).error is None
         bad.fill_(1)
-        with pytest.raises(CounterlensError, match="model: RuntimeError: the weights are gone"):
-            worker.submit(image).future.result(timeout=60)
+        for asked in (worker.submit(image).future, worker.call(lambda: sick.probabilities(images(1)))):
+            with pytest.raises(CounterlensError, match=f"model: {raised.__name__}: the weights are gone") as told:
+                asked.result(timeout=60)
+            assert problem_of(told.value).status == 422
         bad.fill_(0)
         assert worker.submit(image).future.result(timeout=60).error is None
 
@@ -320,6 +323,22 @@ def test_stopping_finishes_what_runs_and_refuses_the_rest(engine: EngineCore) ->
         hurried.stop(grace_s=0)
     with pytest.raises(Draining, match="stopped before this was done"):
         long.future.result(timeout=1)
+
+
+def test_a_drain_that_is_hurried_ends_after_the_step_that_is_taken(engine: EngineCore) -> None:
+    with working(engine, slots=1) as worker:
+        ticket = worker.submit(images(1)[0], config=Config(steps=200, gradient="exact"))
+        stopping = threading.Thread(target=worker.stop, args=(60,))
+        stopping.start()
+        while not ticket.step:
+            time.sleep(0.001)
+        assert worker.unfinished == 1
+        began = time.perf_counter()
+        worker.hurry()
+        stopping.join(timeout=20)
+        assert time.perf_counter() - began < 5
+        with pytest.raises(Draining):
+            ticket.future.result(timeout=1)
 
 
 def test_whoever_was_taken_may_finish_while_it_is_stopped(engine: EngineCore) -> None:
@@ -405,7 +424,7 @@ def test_calls_between_ticks_answer_or_raise(worker: Worker) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_a_worker_that_has_ended(engine: EngineCore) -> None:
-    class Odd(Exception):
+    class Odd(BaseException):
         """What no model is expected to raise."""
 
     def fail() -> None:
