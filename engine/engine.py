@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .blackbox.box import as_box, open_box
+from .blackbox.kinds import is_box
+from .blackbox.options import BoxOptions
 from .config import OFFICIAL_PROMPTS, PRESET_PROMPTS, Config
 from .core.core import EngineCore
 from .core.targets import Targets
@@ -74,6 +77,7 @@ class Engine(EngineCore):
         weights: str | Path | None = None,
         image_size: int | None = None,
         dtype: str = "float32",
+        box: BoxOptions | None = None,
         **options: Any,
     ) -> Engine:
         """Explain a classifier with a public diffusion model; everything is checked before the first step.
@@ -82,7 +86,8 @@ class Engine(EngineCore):
 
         Args:
             model: folder in diffusers' layout, hub id (`owner/name`), or a pack (`digits`).
-            classifier: see `models.image_classifiers.open_classifier`; or your own module.
+            classifier: see `models.image_classifiers.open_classifier`; or your own module; or what can only be called
+                (`blackbox.box.open_box`), which makes predictions and maps, and guides nothing.
             config: defaults for every call; without a preset or mode, the published ImageNet setting.
             labels: names of the logits, where the classifier does not bring its own.
             prompts: of a text-conditional model and of zero-shot classifiers: a name in
@@ -93,6 +98,7 @@ class Engine(EngineCore):
             image_size: for Stable Diffusion; its own without it.
             dtype: of the diffusion model's weights: float32, bfloat16 or float16. Guidance is summed in float32, and
                 the classifier stays in float32: gradients of log p fall below what float16 holds.
+            box: how a classifier that can only be called is asked.
             options: of `Engine`: backend, checkpointing, memory_budget, neighbours, guidance_decoder, device (`auto`).
 
         Raises:
@@ -123,8 +129,12 @@ class Engine(EngineCore):
         if config.match_official and diffusion.conditioning == "text" and isinstance(said, str):
             said = OFFICIAL_PROMPTS.get(said, said)
         size = diffusion.image_size
-        if isinstance(classifier, str | Path):
-            explained: Classifier = open_classifier(
+        explained: Classifier
+        if isinstance(classifier, str | Path) and is_box(classifier):
+            named_labels = labels or (diffusion.labels if pack is not None else [])
+            explained = open_box(classifier, named_labels, image_size=size, options=box)
+        elif isinstance(classifier, str | Path):
+            explained = open_classifier(
                 classifier, image_size=size, labels=labels, prompts=said, head=head, weights=weights
             )
         elif isinstance(classifier, nn.Module):
@@ -142,6 +152,8 @@ class Engine(EngineCore):
             options = _of_pack(pack, diffusion) | options
         engine = cls(diffusion, explained, config, pack_settings=tuned, **options | {"device": _device(options)})
         named = str(classifier) if isinstance(classifier, str | Path) else type(explained.module).__name__
+        if (opened_box := as_box(explained)) is not None:
+            named = opened_box.name
         engine.names = {"model": str(model), "classifier": named}
         if pack is not None:
             engine.runners.real_images = pack.samples("test", count=REAL_IMAGES).images

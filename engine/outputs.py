@@ -31,7 +31,7 @@ from .images.files import make_folder
 FORMAT, SCHEMA_VERSION = "counterlens-run", 1
 RUN, LOG, LOCK = "run.json", "results.jsonl", ".lock"
 # Of run.json, what two sessions of one run may differ in; all else is what was asked for.
-SESSION = ("format", "started", "device", "threads", "cpu", "runtime", "versions", "sources", "files")
+SESSION = ("format", "started", "device", "threads", "cpu", "runtime", "versions", "sources", "files", "queries")
 LONGEST = 230  # bytes of a name without its ending; file systems take 255 with it
 
 

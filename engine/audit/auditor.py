@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..blackbox.box import BlackBox, as_box, no_gradient
 from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..images.collect import shown
@@ -22,6 +23,7 @@ from ..images.sources import Sample, Source, open_source
 from ..models.protocols import Classifier
 from ..outputs import SCHEMA_VERSION
 from ..provenance import digest, models_digest, models_numbers, versions
+from ..saliency.methods import check_callable
 from .conditions import COMPUTING
 from .explaining import Explainer, Item
 from .plan import OPTION_NAMES, Chosen, Options, choose, match_labels, read_places
@@ -62,6 +64,12 @@ class Auditor:
         self.judges = dict(judges or {})
         self.masks = None if self.config.region is None else Masks(self.config.region)
         self.settings = engine.settings(self.config)
+        if (box := as_box(engine.classifier)) is not None and options.counterfactuals:
+            raise UsageError(
+                f"counterfactuals: {no_gradient(box.name)}. Predictions and maps need none: leave them out"
+            )
+        if options.saliency is not None:
+            check_callable(engine.classifier, [options.saliency])
         self.notes = list(source.notes)
         for name, judge in self.judges.items():
             if list(judge.labels) != list(engine.classifier.labels):
@@ -125,6 +133,11 @@ class Auditor:
             "config_hash": digest({"config": identity["config"], "options": identity["options"]}),
             "model_hash": digest(model),
         }
+
+    @property
+    def boxes(self) -> list[BlackBox]:
+        """Those of classifier and judges that can only be called."""
+        return [box for c in (self.engine.classifier, *self.judges.values()) if (box := as_box(c)) is not None]
 
     # The plan
 

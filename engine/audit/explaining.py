@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..blackbox.box import as_box
 from ..config import Config
 from ..errors import CounterlensError, NotFinite, UsageError
 from ..images.files import as_saved
@@ -80,7 +81,7 @@ class Explainer:
             return [p]
 
         good = []
-        for item, result in zip(items, _retrying(predict, items), strict=True):
+        for item, result in zip(items, self._retrying(predict, items), strict=True):
             if isinstance(result, str):
                 item.row.fail(result, retried=True)
                 continue
@@ -216,7 +217,7 @@ class Explainer:
             assert curves.remove is not None
             return [found.saliency, msi.score, msi.base_score, msi.sufficient_area, curves.keep, curves.remove]
 
-        for item, result in zip(items, _retrying(run, items), strict=True):
+        for item, result in zip(items, self._retrying(run, items), strict=True):
             if isinstance(result, str):
                 item.row.fail(f"saliency: {result}", retried=True)
                 continue
@@ -227,36 +228,43 @@ class Explainer:
                 deletion_curve=remove.tolist(),
             )  # fmt: skip
 
+    def _retrying(
+        self, run: Callable[[Sequence[Item]], list[Tensor]], items: Sequence[Item]
+    ) -> list[list[Tensor] | str]:
+        """What `run` gives for each sample, or what went wrong: all at once and, where that fails, one by one.
 
-def _retrying(run: Callable[[Sequence[Item]], list[Tensor]], items: Sequence[Item]) -> list[list[Tensor] | str]:
-    """What `run` gives for each sample, or what went wrong: all at once and, where that fails, one by one.
+        `run` returns tensors whose first dimension is the samples'.
+        """
+        found: dict[int, list[Tensor] | str] = {}
 
-    `run` returns tensors whose first dimension is the samples'.
-    """
-    found: dict[int, list[Tensor] | str] = {}
+        def attempt(some: list[int]) -> None:
+            """Run over these; samples of which NaN is known drop out, and the others stay together."""
+            while some:
+                try:
+                    tensors = run([items[n] for n in some])
+                except NotFinite as error:
+                    found.update((some[k], self._undefined(error, items[some[k]])) for k in error.samples)
+                    some = [n for n in some if n not in found]
+                else:
+                    found.update((n, [t[k] for t in tensors]) for k, n in enumerate(some))
+                    return
 
-    def attempt(some: list[int]) -> None:
-        """Run over these; samples of which NaN is known drop out, and the others stay together."""
-        while some:
-            try:
-                tensors = run([items[n] for n in some])
-            except NotFinite as error:
-                found.update((some[k], f"{error.what}: NaN or infinity for this image") for k in error.samples)
-                some = [n for n in some if n not in found]
-            else:
-                found.update((n, [t[k] for t in tensors]) for k, n in enumerate(some))
-                return
+        try:
+            attempt(list(range(len(items))))
+        except UsageError:
+            raise
+        except FAILURES:
+            for n in range(len(items)):
+                if n in found:
+                    continue
+                try:
+                    attempt([n])
+                except FAILURES as error:
+                    found[n] = f"{type(error).__name__}: {error}"
+        return [found[n] for n in range(len(items))]
 
-    try:
-        attempt(list(range(len(items))))
-    except UsageError:
-        raise
-    except FAILURES:
-        for n in range(len(items)):
-            if n in found:
-                continue
-            try:
-                attempt([n])
-            except FAILURES as error:
-                found[n] = f"{type(error).__name__}: {error}"
-    return [found[n] for n in range(len(items))]
+    def _undefined(self, error: NotFinite, item: Item) -> str:
+        """Why there is no number for an image: NaN, or no answer of a classifier that can only be called."""
+        box = as_box(self.engine.classifier)
+        said = box.why(item.pictures["image"]) if box is not None else ""
+        return f"{error.what}: no answer, it {said}" if said else f"{error.what}: NaN or infinity for this image"

@@ -3,6 +3,7 @@
     manifest.json                         what was run on what, with hashes; one entry for every session
     plan.parquet                          the samples chosen, in order
     rows/000/part-000012.parquet          one row for each sample of part 12
+    answers.sqlite                        of a classifier that can only be called; --overwrite leaves it
     images/000/000012/007-input.png       of its eighth sample; -counterfactual, -saliency, -true, -away
     disagreement.npz, .json               where classifier and generator disagree (see `disagreement`)
     report.html
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from counterlens.export.files import newer
 
+from ..blackbox.answers import FILE as ANSWERS
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..images.files import png_text, to_uint8
@@ -166,7 +168,7 @@ class Results:
                 remove_run(folder, {*read})
             if (before := read_run(folder)) is not None and before["command"] != COMMAND:
                 raise UsageError(f"out: {folder} holds what {before['command']} wrote; choose another folder")
-            strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+            strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith((".", ANSWERS)))
             if strange and not (replaced and {*strange} <= {"images", "rows"}):  # with foreign files in them
                 raise UsageError(f"out: {folder} is no audit and holds {strange[0]!r}; choose another folder")
             manifest = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ..blackbox.answers import FILE as ANSWERS
 from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..files import real, sweep, write_atomically
@@ -146,6 +147,10 @@ def run_audit(
         on_rows: told the rows of every part once they are written.
         say: told what a person should read.
     """
+    if ray is not None and auditor.boxes:
+        raise UsageError(
+            f"ray: {auditor.boxes[0].name} is asked from one process, which counts queries and keeps answers"
+        )
     if shard is not None and not (1 <= shard[0] <= shard[1]):
         raise UsageError(f"shard: expected NUMBER/COUNT with 1 <= NUMBER <= COUNT, got {shard[0]}/{shard[1]}")
     out = make_folder(out)
@@ -157,6 +162,9 @@ def run_audit(
         files = {real(s.where) for s in auditor.source.samples if isinstance(s.where, Path)}
         read = {real(auditor.source.path), *files}
         results = Results.begin(out, auditor.identity, shard, here, overwrite=overwrite, read=read)
+        for box in auditor.boxes:
+            box.keep(out / ANSWERS)
+        stack.callback(_count_queries, auditor, results)
         stack.enter_context(held(engine, results.manifest["conditions"], config, say))
         write_atomically(out / RUN, json.dumps(run_json(auditor, shard), indent=1) + "\n", hint=GOES_ON)
         if (out / PLAN).exists():
@@ -227,6 +235,13 @@ def run_json(auditor: Auditor, shard: tuple[int, int] | None) -> dict[str, Any]:
         "options": identity["options"], "shard": shard, "source": identity["source"], "audit": identity["hash"],
         "manifest": MANIFEST, "sources": {}, "files": [],
     }  # fmt: skip
+
+
+def _count_queries(auditor: Auditor, results: Results) -> None:
+    """Write into the manifest how often boxes were asked, in this session and in all."""
+    if auditor.boxes:
+        results.manifest["queries"] = [box.record() for box in auditor.boxes]
+        results.save()
 
 
 def mark_finished(results: Results, samples: int) -> None:

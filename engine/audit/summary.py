@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..blackbox.box import said
 from ..metrics.intervals import DRAWS, bootstrap
 from .results import Results
 
@@ -83,6 +84,7 @@ class Summary:
         overall: of all samples; `by_class` by prediction, `by_slice` by column.
         pairs: (prediction, counterfactual's prediction) to count, where the prediction changed.
         seconds: p20, p50 and p80 of a counterfactual's share; empty without one.
+        queries: of classifiers that can only be called, in the last session and in all (`BlackBox.record`).
     """
 
     samples: int
@@ -94,6 +96,7 @@ class Summary:
     by_slice: dict[str, list[dict[str, Any]]]
     pairs: Counter[tuple[str, str]]
     seconds: dict[str, float]
+    queries: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -104,6 +107,7 @@ class Summary:
             "failed": self.failed,
             **{k: v.record() for k, v in self.overall.items() if isinstance(v, Interval)},
             "seconds": self.seconds,
+            **({"queries": self.queries} if self.queries else {}),
         }
 
     def lines(self) -> list[str]:
@@ -118,7 +122,7 @@ class Summary:
                 lines.append(f"{name}: {v.mean:.1%} ({between}of {v.n})")
         if self.seconds:
             lines.append(f"{self.seconds['p50']:.2f} s for each counterfactual (p50)")
-        return lines
+        return lines + [said(record) for record in self.queries]
 
 
 def summarise(results: Results) -> Summary:
@@ -146,6 +150,7 @@ def summarise(results: Results) -> Summary:
             if r["counterfactual_prediction"] is not None and r["counterfactual_prediction"] != r["prediction"]
         ),
         seconds=_quantiles([r["seconds"] for r in rows if r["seconds"] is not None]),
+        queries=results.manifest.get("queries", []),
     )
 
 

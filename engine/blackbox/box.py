@@ -107,14 +107,17 @@ class BlackBox(nn.Module):
     `why` says the reason. Threads may share it.
 
     Attributes:
-        name: as people know it, without secrets. labels: of the answers.
+        name: as people know it, without secrets. labels: of the answers. module: itself.
         image_size: side of the images that it was opened for; it is asked about any that it takes.
         link: `sigmoid` where labels are independent.
     """
 
+    module: nn.Module
+
     def __init__(self, source: Source, labels: Sequence[str], image_size: int, options: BoxOptions) -> None:
         super().__init__()
-        self.source, self.labels, self.image_size, self.options = source, tuple(labels), image_size, options
+        self.source, self.labels, self.image_size, self.options = source, list(labels), image_size, options
+        object.__setattr__(self, "module", self)  # as classifiers have it; no child of itself
         self.name = source.name
         self.link: Literal["softmax", "sigmoid"] = "sigmoid" if options.output == "independent" else "softmax"
         deciding = {**source.identity, "labels": self.labels, "output": options.output}
@@ -128,11 +131,6 @@ class BlackBox(nn.Module):
         self._before = Queries()  # of earlier sessions
 
     # As a classifier
-
-    @property
-    def module(self) -> nn.Module:
-        """Itself."""
-        return self
 
     @property
     def hard(self) -> bool:
@@ -251,17 +249,6 @@ class BlackBox(nn.Module):
             "max_queries": self.options.max_queries, "hard": self.hard, "spread": round(self._print.spread, 6),
         }  # fmt: skip
 
-    def said(self) -> str:
-        """The same as a line for people."""
-        q, all_asked = self.queries, self.queries_in_all.asked
-        parts = [f"{q.asked} images asked in {q.requests} requests"]
-        parts += [f"{q.retried} of them again"] if q.retried else []
-        parts += [f"{q.cached} answers were known"] if q.cached else []
-        parts += [f"{q.failed} got no answer"] if q.failed else []
-        parts += [f"{all_asked} asked in all sessions"] if all_asked != q.asked else []
-        most = self.options.max_queries
-        return f"{self.name}: {', '.join(parts)}{f' (at most {most})' if most else ''}"
-
     # Asking
 
     def _probe(self) -> Fingerprint:
@@ -271,7 +258,7 @@ class BlackBox(nn.Module):
         for row in (row for some in rows for row in some.values()):
             if isinstance(row, str):
                 raise CounterlensError(f"classifier: {self.name} {row}")
-        first, again = (np.stack([some[i] for i in range(len(some))]) for some in rows)  # type: ignore[misc]
+        first, again = (np.stack([some[i] for i in range(len(some))]) for some in rows)
         spread = float(np.abs(first[:TWICE] - again).max())
         if spread > 1e-6:
             warnings.warn(
@@ -279,7 +266,7 @@ class BlackBox(nn.Module):
                 stacklevel=4,
             )
         shown = tuple(tuple(round(float(p), 7) for p in row) for row in first)
-        return Fingerprint(self.identity, self.name, self.labels, shown, spread)
+        return Fingerprint(self.identity, self.name, tuple(self.labels), shown, spread)
 
     def _answers_now(self, items: Sequence[tuple[Any, Pixels]]) -> dict[Any, Row | str]:
         """Answers to these images, or why there is none, of requests one after the other; nothing is kept."""
@@ -338,6 +325,17 @@ def no_gradient(name: str) -> str:
         f"{name} can only be called, it has no gradient to guide or to differentiate with; `counterlens surrogate "
         "train` makes a student of it that has one"
     )
+
+
+def said(record: Mapping[str, Any]) -> str:
+    """A `BlackBox.record` as a line for people."""
+    parts = [f"{record['asked']} images asked in {record['requests']} requests"]
+    parts += [f"{record['retried']} of them again"] if record["retried"] else []
+    parts += [f"{record['cached']} answers were known"] if record["cached"] else []
+    parts += [f"{record['failed']} got no answer"] if record["failed"] else []
+    parts += [f"{record['asked_in_all']} asked in all sessions"] if record["asked_in_all"] != record["asked"] else []
+    parts += [f"at most {record['max_queries']}"] if record["max_queries"] else []
+    return f"{record['name']}: {', '.join(parts)}"
 
 
 def probes(size: int) -> Pixels:

@@ -65,19 +65,21 @@ class Endpoint:
         path = urlsplit(address).path.rstrip("/")
         self._make: Callable[[Pixels], Any]
         self._take: Callable[[Any, int], Any]
+        described: dict[str, Any] | None
         if options.template is not None:
             described, many = _template(options.template)
         elif path.endswith(":predict"):
             described, many = V1, True
         elif re.search(r"/v2/models/[^/]+(/versions/[^/]+)?(/infer)?$", path):
-            described, many = self._v2(path), True
+            self._v2(path)
+            described, many = None, True
         else:
             raise UsageError(
                 f"classifier: {address} is no .../v1/models/NAME:predict and no .../v2/models/NAME/infer; say what is "
                 "sent and where the answer stands with --classifier-template FILE.json"
             )
         if described is not None:
-            wanted, answer = described["request"], described["answer"]
+            wanted, answer = described["request"], str(described["answer"])
             self._make = lambda images: fill(wanted, images, self._value)
             self._take = lambda said, count: find(said, answer, count)
         self.batch = options.batch or (8 if many else 1)

@@ -32,14 +32,15 @@ class OnnxFile:
 
     remote = False
 
-    def __init__(self, path: Path, labels: Sequence[str], size: int, options: BoxOptions) -> None:
+    def __init__(self, name: str, labels: Sequence[str], size: int, options: BoxOptions) -> None:
+        path = Path(name)
         if not path.is_file():
             raise UsageError(f"classifier: there is no file {path}")
         try:
             import onnxruntime
         except ImportError as error:
             raise CounterlensError(f"onnxruntime cannot be imported ({error}); {install_hint('cpu')}") from error
-        self.name, self.concurrency = str(path), options.concurrency or 1
+        self.name, self.concurrency = name, options.concurrency or 1
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
         settings.log_severity_level = 3

@@ -1,4 +1,4 @@
-"""Where answers come from: one line each. A source takes images and gives what the thing says, unread.
+"""Where answers come from. A source takes images and gives what the thing says, unread.
 
 A source fails by `reading.Unanswered` where asking again may help, by `reading.Refused` where it does not, and by
 CounterlensError where no image will ever be answered.
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
+from .kinds import KINDS, OF_SOME
 from .options import BoxOptions
 from .reading import Refused
 
@@ -28,16 +29,20 @@ class Source(Protocol):
     """Something that answers.
 
     Attributes:
-        name: as people know it, without secrets. identity: what decides its answers, as JSON values.
+        name: as people know it, without secrets.
         batch: images in one request. concurrency: requests at once.
         remote: whether a request that failed is worth making again.
     """
 
     name: str
-    identity: dict[str, Any]
     batch: int
     concurrency: int
     remote: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its answers, as JSON values."""
+        ...
 
     def ask(
         self,
@@ -84,7 +89,12 @@ def of_function(function: Callable[..., Any], options: BoxOptions, name: str | N
     return Function(function, said, options.batch or 64, options.concurrency or 1)
 
 
-def _python(name: str, labels: Sequence[str], size: int, options: BoxOptions) -> Function:
+def open_function(name: str, labels: Sequence[str], size: int, options: BoxOptions) -> Function:
+    """A source of `python:package.module:function`, also of a module in the working directory.
+
+    Raises:
+        UsageError: there is none.
+    """
     module, _, attribute = name.removeprefix("python:").partition(":")
     if not module or not attribute:
         raise UsageError(f"classifier: expected python:package.module:function, got {name!r}")
@@ -101,47 +111,6 @@ def _python(name: str, labels: Sequence[str], size: int, options: BoxOptions) ->
     return of_function(found, options, name)
 
 
-def _onnx(name: str, labels: Sequence[str], size: int, options: BoxOptions) -> Source:
-    from .onnx import OnnxFile
-
-    return OnnxFile(Path(name), labels, size, options)
-
-
-def _endpoint(name: str, labels: Sequence[str], size: int, options: BoxOptions) -> Source:
-    from .http import Endpoint
-
-    return Endpoint(name, labels, size, options)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of box.
-
-    Attributes:
-        matches: whether a name is of this kind. open: makes the source. uses: the options that only some kinds take.
-    """
-
-    matches: Callable[[str], bool]
-    open: Callable[[str, Sequence[str], int, BoxOptions], Source]
-    uses: tuple[str, ...]
-
-
-KINDS = {
-    "python": Kind(lambda name: name.startswith("python:"), _python, ()),
-    "endpoint": Kind(
-        lambda name: name.startswith(("http://", "https://")), _endpoint,
-        ("template", "header", "mean", "std", "timeout", "retries", "insecure"),
-    ),
-    "onnx": Kind(lambda name: name.lower().endswith(".onnx"), _onnx, ("mean", "std")),
-}  # fmt: skip
-OF_SOME = tuple(dict.fromkeys(use for kind in KINDS.values() for use in kind.uses))
-
-
-def is_box(name: Any) -> bool:
-    """Whether this names a classifier that can only be called."""
-    return any(kind.matches(str(name)) for kind in KINDS.values())
-
-
 def open_source(name: Any, labels: Sequence[str], size: int, options: BoxOptions) -> Source:
     """The source that a name means, or that a function is.
 
@@ -155,4 +124,7 @@ def open_source(name: Any, labels: Sequence[str], size: int, options: BoxOptions
         raise UsageError(f"classifier: {text!r} is no ONNX file, python:module:function or address")
     if unused := [n for n in OF_SOME if n in options.model_fields_set and n not in kind.uses]:
         raise UsageError(f"classifier_{unused[0]}: has no use for {'a function' if of_python else text!r}")
-    return of_function(name, options) if of_python else kind.open(text, labels, size, options)
+    if of_python:
+        return of_function(name, options)
+    source: Source = kind.load()(text, labels, size, options)
+    return source

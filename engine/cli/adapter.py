@@ -175,7 +175,7 @@ app.command("explain")(
 
         Example: counterlens adapter explain four.png --classifier shortcut --out where
         """,
-        command="counterlens adapter explain", method="lax", layer=None,
+        command="counterlens adapter explain", method="lax", layer=None, box=None,
     )
 )  # fmt: skip
 app.command("evaluate")(
@@ -185,6 +185,6 @@ app.command("evaluate")(
 
         Example: counterlens adapter evaluate --adapter my-adapter --count 50 --out scored
         """,
-        command="counterlens adapter evaluate", methods="lax", layer=None,
+        command="counterlens adapter evaluate", methods="lax", layer=None, box=None,
     )
 )  # fmt: skip

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
+from ..blackbox.kinds import is_box
+from ..blackbox.options import BoxOptions
 from ..errors import CounterlensError, UsageError
 from .generated import with_options
-from .opening import EngineOptions, RunOptions, open_engine
+from .opening import AskedBox, EngineOptions, RunOptions, open_engine
 from .options import (
     METHOD_NAMES,
     JsonFlag,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 def audit(
     config: RunOptions,
     opening: EngineOptions,
+    box: AskedBox,
     source: Annotated[
         Path, typer.Argument(help="Image folder, .csv or .parquet (image,label,target,id), or a datasets folder.")
     ],
@@ -89,9 +92,9 @@ def audit(
     if overwrite and resume:
         raise UsageError("overwrite: not together with --resume")
     part = _shard(shard)
-    engine = open_engine(config, opening)
+    engine = open_engine(config, opening, box)
     auditor = open_auditor(
-        engine, source, config, _judges(engine, judge, opening),
+        engine, source, config, _judges(engine, judge, opening, box),
         target=target, counterfactuals=counterfactuals, saliency=saliency, insight=insight, limit=limit,
         per_class=per_class, only_misclassified=only_misclassified, only_below=only_below, sample_seed=config.seed,
         budget_s=budget_s, part_size=part_size, image_format=image_format, slices=slice or (),
@@ -100,6 +103,8 @@ def audit(
     console = text_console(as_json)
     for note in auditor.notes:
         errors.print(f"note: {note}")
+    if dry_run and auditor.boxes:
+        raise UsageError(f"dry-run: times are measured, which would ask {auditor.boxes[0].name}")
     if dry_run:
         _dry_run(auditor, out, shortcuts, part, time.perf_counter() - started, as_json)
         return
@@ -182,8 +187,14 @@ def report(
     text_console(as_json).print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def _judges(engine: Engine, names: list[str] | None, opening: EngineOptions) -> dict[str, Classifier]:
-    """The judges that were named; of a pack with a `judge`, that one."""
+def _judges(engine: Engine, names: list[str] | None, opening: EngineOptions, box: BoxOptions) -> dict[str, Classifier]:
+    """The judges that were named, black boxes too; of a pack with a `judge`, that one."""
+    if called := [name for name in names or () if is_box(name)]:
+        from ..blackbox.box import open_box
+
+        boxes = {n: open_box(n, engine.labels, image_size=engine.image_size, options=box) for n in called}
+        rest = [name for name in names or () if name not in called]
+        return {**boxes, **_judges(engine, rest, opening, box)}
     if opening.model is None:
         from ..packs import Pack
 

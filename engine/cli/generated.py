@@ -18,7 +18,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -32,6 +33,12 @@ class Choice:
 
     names: tuple[str, ...]
     wanted: bool
+    prefix: str = ""
+    plain: tuple[str, ...] = ()
+
+    def option(self, field: str) -> str:
+        """What a field is called on the command line."""
+        return field if field in self.plain else self.prefix + field
 
 
 def only(*names: str) -> Choice:
@@ -44,6 +51,11 @@ def without(*names: str) -> Choice:
     return Choice(names, False)
 
 
+def prefixed(prefix: str, *plain: str) -> Choice:
+    """All fields of a model, their options begin with a prefix but for those that are named."""
+    return Choice((), False, prefix, plain)
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each field of the models among its parameters; it is called with the models.
 
@@ -52,12 +64,12 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(command, include_extras=True)
     parameters: dict[str, inspect.Parameter] = {}
-    models: dict[str, tuple[type[BaseModel], list[str]]] = {}
+    models: dict[str, tuple[type[BaseModel], dict[str, str]]] = {}
     for name, parameter in inspect.signature(command).parameters.items():
         model, chosen = _model_of(hints[name])
         if model is not None:
             models[name] = model, chosen
-            made = [_option(model, field) for field in chosen]
+            made = [_option(model, field, option) for field, option in chosen.items()]
         else:
             made = [parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)]
         if twice := parameters.keys() & {p.name for p in made}:
@@ -67,7 +79,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         for name, (model, chosen) in models.items():
-            values = {field: given.pop(field) for field in chosen}
+            values = {field: given.pop(option) for field, option in chosen.items()}
             defaults = {field: model.model_fields[field].default for field in chosen}
             given[name] = model(**{field: value for field, value in values.items() if value != defaults[field]})
         command(**given)
@@ -77,24 +89,26 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _model_of(hint: Any) -> tuple[type[BaseModel] | None, list[str]]:
-    """The model that a parameter is annotated with, and its fields that are options."""
+def _model_of(hint: Any) -> tuple[type[BaseModel] | None, dict[str, str]]:
+    """The model that a parameter is annotated with, and its fields that are options, with the options' names."""
+    if get_origin(hint) in (Union, UnionType):  # a model or None, which another command gives
+        hint = next(part for part in get_args(hint) if part is not NoneType)
     model, *more = get_args(hint) if get_origin(hint) is Annotated else [hint]
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
-        return None, []
+        return None, {}
     choice = next((m for m in more if isinstance(m, Choice)), without())
     if unknown := set(choice.names) - model.model_fields.keys():
         raise TypeError(f"{model.__name__} has no {sorted(unknown)}")
-    return model, [name for name in declared(model) if (name in choice.names) == choice.wanted]
+    return model, {n: choice.option(n) for n in declared(model) if (n in choice.names) == choice.wanted}
 
 
-def _option(model: type[BaseModel], name: str) -> inspect.Parameter:
+def _option(model: type[BaseModel], name: str, option: str) -> inspect.Parameter:
     """A field as a parameter that typer reads."""
     field = model.model_fields[name]
     panel = model.model_config.get("title")
     kind = _kind(field.annotation)
     if kind is bool:
-        flag = [] if field.default is None else [f"--{name.replace('_', '-')}"]  # else --no-NAME can be said, too
+        flag = [] if field.default is None else [f"--{option.replace('_', '-')}"]  # else --no-NAME can be said, too
         said = typer.Option(*flag, help=field.description, rich_help_panel=panel)
         annotation: Any = Annotated[bool | None, said]
     else:
@@ -106,7 +120,7 @@ def _option(model: type[BaseModel], name: str) -> inspect.Parameter:
             ),
         ]  # fmt: skip
     default = field.get_default(call_default_factory=True)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _kind(annotation: Any) -> type:

@@ -30,5 +30,6 @@ def grouped(run: Callable[..., None], about: str | None = None, **fixed: Any) ->
     flat = [p for name, parameter in own.items() for p in (held[name].values() if name in held else [parameter])]
     shown = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in flat if p.name not in fixed]
     command.__signature__ = Signature(shown)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in shown}
     command.__doc__ = about or run.__doc__
     return command

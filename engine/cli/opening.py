@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from ..blackbox.kinds import is_box
+from ..blackbox.options import BoxOptions
 from ..config import OFFICIAL_CHOICES, Config, Options
 from ..errors import UsageError
-from .generated import without
+from .generated import prefixed, without
 from .options import RUNTIMES, errors
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 # A run as a command takes it: which models are meant, `EngineOptions` say.
 RunOptions = Annotated[Config, without("pack", "classifier")]
+
+# How a black box is asked, as a command takes it.
+AskedBox = Annotated[BoxOptions, prefixed("classifier_", "max_queries")]
 
 OF_PRETRAINED = ("labels", "prompts", "classes", "head", "weights", "image_size", "dtype")
 
@@ -28,7 +33,9 @@ class EngineOptions(Options):
 
     pack: str = Field("digits", description="An embedded pack (digits) or a pack's folder.")
     classifier: str | None = Field(
-        None, description="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME."
+        None,
+        description="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME; or a black "
+        "box: model.onnx, python:module:function, https://...",
     )
     model: str | None = Field(None, description="Diffusion model instead of the pack's: a diffusers folder or hub id.")
     labels: str | None = Field(None, description="Names of the logits: a,b,c or a .txt file, one a line.")
@@ -77,8 +84,11 @@ class EngineOptions(Options):
         return given
 
 
-def open_engine(config: Config, options: EngineOptions) -> Engine:
+def open_engine(config: Config, options: EngineOptions, box: BoxOptions | None = None) -> Engine:
     """The engine of a pack, or of --model and --classifier with what describes them; says what --match-official sets.
+
+    Args:
+        box: how a black box is asked, of a command that can do without guidance.
 
     Raises:
         UsageError: an option has no use here, or does not fit.
@@ -87,9 +97,17 @@ def open_engine(config: Config, options: EngineOptions) -> Engine:
 
     for choice in OFFICIAL_CHOICES if config.match_official else ():
         errors.print(f"note: match-official: {choice}")
-    if options.model is None:
-        if given := [name for name in OF_PRETRAINED if getattr(options, name) is not None]:
-            raise UsageError(f"{given[0]}: needs --model; the pack's models have their own")
+    check_box(options.classifier, box)
+    if box is not None and is_box(options.classifier):
+        given = options.of_pretrained()
+        if options.model is None and (unused := [name for name in given if name != "labels"]):
+            raise UsageError(f"{unused[0]}: needs --model; the pack's models have their own")
+        engine = Engine.from_pretrained(
+            options.model or options.pack, options.classifier or "", config, box=box, **given, **options.of_engine()
+        )
+    elif options.model is None:
+        if unused := [name for name in OF_PRETRAINED if getattr(options, name) is not None]:
+            raise UsageError(f"{unused[0]}: needs --model; the pack's models have their own")
         engine = Engine.from_pack(options.pack, options.classifier or "clean", config, **options.of_engine())
     elif options.classifier is None:
         raise UsageError("classifier: --model needs one to explain; give a folder, a hub id or torchvision:NAME")
@@ -100,6 +118,23 @@ def open_engine(config: Config, options: EngineOptions) -> Engine:
     if options.tiny_decoder is not None and engine.settings(config).guidance_decoder != "tiny":
         raise UsageError("tiny_decoder: it is not used; add --guidance-decoder tiny")
     return engine
+
+
+def check_box(classifier: str | None, box: BoxOptions | None) -> None:
+    """Refuse a black box where a gradient is needed, and its options where there is none.
+
+    Raises:
+        UsageError: see above.
+    """
+    if is_box(classifier):
+        if box is None:
+            from ..blackbox.box import no_gradient
+
+            raise UsageError(f"classifier: {no_gradient(str(classifier))}")
+    elif box is not None and box.model_fields_set:
+        name = min(box.model_fields_set)
+        option = name if name == "max_queries" else f"classifier_{name}"
+        raise UsageError(f"{option}: for black boxes alone (model.onnx, python:module:function, https://...)")
 
 
 def _lines(path: Path) -> list[str]:

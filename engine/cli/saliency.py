@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..blackbox.kinds import is_box
+from ..blackbox.options import BoxOptions
 from ..errors import CounterlensError, NotFinite, UsageError
 from ..files import write_atomically
 from ..labels import find_label
 from ..metrics.table import GROUPS
 from ..saliency.table import METHODS, check_methods
+from .generated import with_options
 from .grouped import grouped
+from .opening import AskedBox, check_box
 from .options import (
     MAP_COLUMNS,
     METHOD_NAMES,
@@ -41,14 +46,20 @@ from .options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..blackbox.box import BlackBox
     from ..images.sources import Sample
     from ..models.protocols import Classifier
+    from ..outputs import Run
     from ..packs import Pack, Samples
     from ..saliency.explain import Explanations
     from ..saliency.lax import LAX
 
 ClassifierOption = Annotated[
-    str, typer.Option(help="Of the pack; with images of your own also a folder, hub id or torchvision:NAME.")
+    str,
+    typer.Option(
+        help="Of the pack; with images of your own also a folder, hub id or torchvision:NAME. Or a black box: "
+        "model.onnx, python:module:function, https://..."
+    ),
 ]
 QuantityOption = Annotated[
     str, typer.Option(help="class, or groups of labels: 0,1,2,3,4/5,6,7,8,9 (the target's group against the rest).")
@@ -139,8 +150,13 @@ class Subject:
     labels: LabelsOption = None
     image_size: SizeOption = None
 
-    def open(self, own: Path | None, device: str = "cpu", option: str = "--images") -> Opened:
-        """The classifier, on its device; `own` is what the option was given that allows one that is not the pack's."""
+    def open(
+        self, own: Path | None, device: str = "cpu", option: str = "--images", box: BoxOptions | None = None
+    ) -> Opened:
+        """The classifier, on its device; `own` is what the option was given that allows one that is not the pack's.
+
+        `box` says how a black box is asked, of a command that needs no gradient; it may see the pack's images.
+        """
         from ..images.collect import read_names
         from ..models.placing import choose_device
         from ..packs import Pack
@@ -155,6 +171,8 @@ class Subject:
             explained: Classifier = opened.classifier(self.classifier)
             explained.module.to(there)
             return Opened(opened, self.classifier, explained, 32)
+        if is_box(self.classifier):
+            return self._open_box(opened, own, box)
         if own is None:
             known = ", ".join(opened.classifier_names())
             raise UsageError(
@@ -166,6 +184,26 @@ class Subject:
         explained = open_classifier(self.classifier, image_size=size, labels=names)
         explained.module.to(there)
         return Opened(None, self.classifier, explained, size)
+
+    def _open_box(self, pack: Pack, own: Path | None, options: BoxOptions | None) -> Opened:
+        from ..blackbox.box import open_box
+        from ..images.collect import read_names
+
+        check_box(self.classifier, options)
+        size = self.image_size or (32 if own is None else 224)
+        if self.labels is not None:
+            labels = read_names(self.labels)
+        else:
+            labels = list(pack.classifier(pack.classifier_names()[0]).labels) if own is None else []
+        called = open_box(self.classifier, labels, image_size=size, options=options)
+        return Opened(pack if own is None else None, called.name, called, size)
+
+    def judge(self, name: str, own: Path | None, device: str, box: BoxOptions | None) -> Classifier:
+        """Another classifier, opened alike."""
+        other = replace(self, classifier=name)
+        if is_box(self.classifier) and not is_box(name):  # labels and size were said of the box
+            other = replace(other, labels=None, image_size=None)
+        return other.open(own, device, box=box if is_box(name) else None).classifier
 
     def adapter_of(self, methods: Sequence[str], opened: Opened, folder: Path | None) -> LAX | None:
         """The adapter that one of the methods needs, or None; a folder for none of them is refused."""
@@ -238,6 +276,36 @@ def read_masks(source: str, names: Sequence[str], images: Tensor, drawn: Samples
     return torch.stack(found) > 127
 
 
+@contextmanager
+def asking(run: Run, classifiers: Sequence[Classifier | None], as_json: bool) -> Iterator[list[BlackBox]]:
+    """Keep the answers of black boxes in a run's folder, and say how often they were asked, however the run ends."""
+    from ..blackbox.answers import FILE
+    from ..blackbox.box import as_box, said
+
+    boxes = [box for one in classifiers if (box := as_box(one)) is not None]
+    for box in boxes:
+        box.keep(run.folder / FILE)
+    try:
+        yield boxes
+    finally:
+        if boxes:
+            run.description["queries"] = [box.record() for box in boxes]
+            run.save()
+        for record in run.description.get("queries", []):
+            text_console(as_json).print(said(record))
+            if as_json:
+                print_json({"queries": record})
+
+
+def _undefined(error: NotFinite, classifier: Classifier) -> str:
+    """Why there is no number for an image: NaN, or no answer of a black box."""
+    from ..blackbox.box import as_box
+
+    box = as_box(classifier)
+    why = box.why() if box is not None else ""
+    return f"{error.what}: no answer, it {why}" if why else f"{error.what}: NaN or infinity for this image"
+
+
 def _check_layer(layer: str | None, chosen: Sequence[str]) -> None:
     """Refuse a layer that no chosen method reads.
 
@@ -257,6 +325,7 @@ def explain_images(
     *,
     subject: Subject,
     how: Explaining,
+    box: AskedBox | None,
     resume: ResumeFlag = False,
     command: str,
 ) -> None:
@@ -271,11 +340,13 @@ def explain_images(
     from ..models.placing import choose_device, computing_on
     from ..outputs import Source, open_run
     from ..saliency.explain import explain
+    from ..saliency.methods import check_callable
 
     _check_layer(how.layer, check_methods([method]))
     there = choose_device(how.device)
     items = open_images(images, how.recursive).samples
-    opened = subject.open(images[0], how.device)
+    opened = subject.open(images[0], how.device, box=box)
+    check_callable(opened.classifier, [method])
     question = make_quantity(opened.classifier, subject.quantity)
     wanted = None if target is None else find_label(target, opened.classifier.labels)
     trained = subject.adapter_of([method], opened, how.adapter)
@@ -304,7 +375,7 @@ def explain_images(
     with open_run(
         out, facts, sources=sources, endings=(".png", ".safetensors"), overwrite=how.overwrite, resume=resume,
         say=errors.print,
-    ) as run:  # fmt: skip
+    ) as run, asking(run, [opened.classifier], how.as_json):  # fmt: skip
         for item, name, done in zip(items, run.names, run.done, strict=True):
             line = done
             if line is None:
@@ -315,7 +386,7 @@ def explain_images(
                         raise
                     message = str(error).removeprefix(f"{item.name}: ")
                     if isinstance(error, NotFinite):
-                        message = f"{error.what}: NaN or infinity for this image"
+                        message = _undefined(error, opened.classifier)
                     record = {"image": item.name, "status": "failed", "error": message}
                 line = run.line(name, record)
                 run.append(line)
@@ -344,6 +415,7 @@ def evaluate_methods(
     masks: MasksOption = None,
     runtime: ForwardOption = "eager",
     how: Explaining,
+    box: AskedBox | None,
     command: str,
 ) -> None:
     """Compare saliency methods on the same images.
@@ -359,6 +431,7 @@ def evaluate_methods(
     from ..outputs import open_run
     from ..runtime.forward import forward_by
     from ..saliency.evaluation import evaluate, write_parquet
+    from ..saliency.methods import check_callable
 
     chosen = check_methods([name.strip() for name in methods.split(",")])
     _check_layer(how.layer, chosen)
@@ -369,7 +442,8 @@ def evaluate_methods(
             raise UsageError(f"{group}: no metric of this run asks it; give --metrics {metrics},{group}")
     check_charts()
     there = choose_device(how.device)
-    opened = subject.open(images, how.device)
+    opened = subject.open(images, how.device, box=box)
+    check_callable(opened.classifier, chosen)
     if images is not None:
         names, shown, failed = load(images, opened.size, how.recursive)
     else:
@@ -377,7 +451,7 @@ def evaluate_methods(
         failed, drawn = 0, opened.pack.samples(split, count=count, marker=marker)
         shown = drawn.images
         names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
-    second = None if judge is None else replace(subject, classifier=judge).open(images, how.device).classifier
+    second = None if judge is None else subject.judge(judge, images, how.device, box)
     inside = None if masks is None else read_masks(masks, names, shown, None if images is not None else drawn)
     trained = subject.adapter_of(chosen, opened, how.adapter)
     forward = forward_by(runtime, opened.classifier, opened.size, shown)
@@ -387,7 +461,10 @@ def evaluate_methods(
         "metrics": measured, "judge": judge, "masks": masks, "runtime_option": runtime,
         **opened.facts(subject.quantity, trained, how.seed, there), "runtime": runtime,
     }  # fmt: skip
-    with open_run(out, facts, files=EVALUATED, inputs=[images] if images else [], overwrite=how.overwrite):
+    with (
+        open_run(out, facts, files=EVALUATED, inputs=[images] if images else [], overwrite=how.overwrite) as run,
+        asking(run, [opened.classifier, second], how.as_json) as boxes,
+    ):
         rest, lost = list(range(len(shown))), dict[str, str]()
         with progress_bar("methods", len(chosen)) as progress, computing_on(there):
 
@@ -404,21 +481,23 @@ def evaluate_methods(
                     break
                 except NotFinite as error:
                     for name in (names[rest[k]] for k in error.samples):
-                        lost[name] = f"{error.what}: NaN or infinity for this image"
+                        lost[name] = _undefined(error, opened.classifier)
                         errors.print(f"error: {name}: {lost[name]}", style="red")
                     rest = [i for k, i in enumerate(rest) if k not in error.samples]
                     if not rest:
                         raise
         failed += len(lost)
         write_parquet(scored, [names[i] for i in rest], opened.classifier.labels, out / "scores.parquet", lost)
-        _show_evaluation(scored, out, facts, how.as_json)
+        _show_evaluation(scored, out, facts, how.as_json, boxes)
     files = ", ".join(f"{out / name}" for name in EVALUATED)
     text_console(how.as_json).print(f"{len(rest)} images; {files}")
     if failed:
         raise CounterlensError(f"{failed} of {len(rest) + failed} images failed; the others are compared")
 
 
-def _show_evaluation(scored: dict[str, Explanations], out: Path, facts: dict[str, Any], as_json: bool) -> None:
+def _show_evaluation(
+    scored: dict[str, Explanations], out: Path, facts: dict[str, Any], as_json: bool, boxes: Sequence[BlackBox]
+) -> None:
     """Write summary.json, curves.png and methods.png, and print the table."""
     from ..images.files import write_png
     from ..images.maps import draw_charts, draw_methods
@@ -451,10 +530,11 @@ def _show_evaluation(scored: dict[str, Explanations], out: Path, facts: dict[str
             print_json({"method": name, **row})
         if lost := ", ".join(f"{METRICS[m].heading} gets worse by {by:.2f}" for m, by in row["brittle"].items()):
             console.print(f"{name} is brittle: moved by one pixel, its {lost}", style="yellow")
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    queries = {"queries": [box.record() for box in boxes]} if boxes else {}
+    write_atomically(out / "summary.json", json.dumps(summary | queries, indent=1) + "\n")
 
 
 def register(parent: typer.Typer) -> None:
     """Add `saliency` and `evaluate` to the command line."""
-    parent.command("saliency")(grouped(explain_images, command="counterlens saliency"))
-    parent.command("evaluate")(grouped(evaluate_methods, command="counterlens evaluate"))
+    parent.command("saliency")(with_options(grouped(explain_images, command="counterlens saliency")))
+    parent.command("evaluate")(with_options(grouped(evaluate_methods, command="counterlens evaluate")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..blackbox.box import as_box, no_gradient
 from ..errors import UsageError
 from ..models.attention import ATTENTIONS, not_supported_reasons
 from ..models.predictions import FLOW
@@ -33,13 +34,27 @@ def check_models(diffusion: Diffusion, classifier: Classifier) -> None:
         raise UsageError("diffusion: alphas_cumprod must fall from below 1 and end above 0")
 
 
-def check_running(diffusion: Diffusion, runtime: str, checkpointing: bool, attention: str) -> None:
+def check_guides(classifier: Classifier) -> None:
+    """Refuse a classifier that can only be called where it has to guide.
+
+    Raises:
+        UsageError: says what does.
+    """
+    if (box := as_box(classifier)) is not None:
+        raise UsageError(f"classifier: {no_gradient(box.name)}")
+
+
+def check_running(
+    diffusion: Diffusion, classifier: Classifier, runtime: str, checkpointing: bool, attention: str
+) -> None:
     """Refuse ways of running that there are not, or that exclude each other.
 
     Raises:
         UsageError: names the option.
     """
     check(runtime)
+    if (box := as_box(classifier)) is not None and runtime not in (AUTO, EAGER):
+        raise UsageError(f"runtime: {runtime} compiles guided steps; {box.name} can only be called and guides none")
     if checkpointing and runtime not in (AUTO, EAGER):
         raise UsageError(f"checkpointing: recomputes in eager; runtime {runtime!r} cannot")
     if attention not in ATTENTIONS:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from counterlens.export.store import Store
 
+from ..blackbox.box import as_box
 from ..config import FEW_STEP_SPEEDS, SPEEDS, Config, Settings, StepOptions, default_settings, preset_misfit
 from ..errors import UsageError
 from ..guidance.memory import checkpointed, largest_batch, step_bytes
@@ -38,7 +39,7 @@ from ..runtime.registry import AUTO, EAGER
 from ..runtime.runners import REAL_IMAGES, Runners
 from ..runtime.spec import SLOTS, Spec
 from .answers import arranged_by_image
-from .checks import check_images, check_models, check_running
+from .checks import check_guides, check_images, check_models, check_running
 from .photos import Photo, Said, check_native, read, restored, say
 from .regions import RegionLike, one_region_each
 from .result import Counterfactual, Counterfactuals
@@ -131,12 +132,13 @@ class EngineCore:
                 module.to(there)
             if distilled is not None:
                 place(distilled, there)
-        if not self.source:  # a pack's own classifiers are known
+        called = as_box(classifier) is not None
+        if not (self.source or called):  # a pack's own classifiers are known
             check_gradient(classifier, diffusion.image_size)
-        check_running(diffusion, runtime, checkpointing, attention)
+        check_running(diffusion, classifier, runtime, checkpointing, attention)
         self.checkpointing, self.attention = checkpointing, attention
         differentiated_by_autograd = checkpointing or attention == "xformers"
-        self.runtime = EAGER if differentiated_by_autograd else runtime
+        self.runtime = EAGER if differentiated_by_autograd or called else runtime
         self.store = Store(store)
         self.pullback: PullbackMode = "autograd" if differentiated_by_autograd else "functional"
         self.runners = Runners(
@@ -156,6 +158,7 @@ class EngineCore:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Hold all models in eval mode without parameter gradients: for a `sampler` and whatever runs beside it."""
+        check_guides(self.classifier)
         with computing_on(self.device), frozen(*self.modules()), self._prepared():
             yield
 

@@ -13,6 +13,7 @@ from counterlens.export.errors import ExportError
 from counterlens.export.store import Store, weights_digest
 from counterlens.export.versions import OPSET
 
+from ..blackbox.box import as_box
 from ..errors import UsageError
 from ..models.freezing import frozen
 from ..models.protocols import Classifier, SigmoidClassifier, SoftmaxClassifier
@@ -115,6 +116,8 @@ def forward_by(runtime: str, classifier: Classifier, image_size: int, images: Te
     """
     if runtime not in FORWARD:
         raise UsageError(f"runtime: expected {' or '.join(FORWARD)} for forward passes, got {runtime!r}")
+    if runtime != "eager" and (box := as_box(classifier)) is not None:
+        raise UsageError(f"runtime: {box.name} can only be called, and is not compiled; leave --runtime out")
     return classifier if runtime == "eager" else compile_classifier(classifier, image_size, images=images)
 
 

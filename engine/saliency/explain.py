@@ -25,7 +25,7 @@ from ..models.protocols import Classifier
 from ..packs import Pack
 from ..showing import one_line
 from .lax import DESCRIPTION, LAX, open_adapter
-from .methods import explain_with, predicted
+from .methods import check_callable, explain_with, predicted
 from .table import METHODS, check_methods
 
 if TYPE_CHECKING:
@@ -228,6 +228,7 @@ def explain(
         UsageError: an argument does not fit. NotFinite: the classifier or the method gives NaN or infinity.
     """
     check_methods([method])
+    check_callable(classifier, [method])
     given = {"judge": judge is not None, "masks": masks is not None, "stability": True}
     names = check_metrics(metrics, [group for group, there in given.items() if there])
     if judge is not None and list(judge.labels) != list(classifier.labels):
@@ -291,6 +292,7 @@ def explain_by(
         raise UsageError("count: an explanation has one counterfactual; Engine.counterfactual makes several")
     pack = Pack(engine.source["pack"]) if "pack" in engine.source else None
     question = make_quantity(engine.classifier, quantity)
+    check_callable(engine.classifier, [method])
     found = None
     if METHODS[method].adapter:
         found = find_adapter(adapter, engine.classifier, question, pack, engine.source.get("classifier", ""))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..blackbox.box import as_box, no_gradient
 from ..errors import CounterlensError, NotFinite, UsageError, install_hint
 from ..metrics.inputs import Baseline, check_computed, make_baseline
 from ..metrics.quantities import LogOdds, Quantity, check_labels, make_quantity, undefined
@@ -173,6 +174,19 @@ def minmax(maps: Tensor) -> Tensor:
     return torch.where(high == low, 0, (maps - low) / torch.where(high == low, 1, high - low))  # NaN stays NaN
 
 
+def check_callable(classifier: Classifier, names: Sequence[str]) -> None:
+    """Refuse methods that differentiate a classifier, or see inside it, where that can only be called.
+
+    Raises:
+        UsageError: names the method, and those that would do.
+    """
+    box = as_box(classifier)
+    inside = [n for n in names if METHODS[n].gradients or METHODS[n].adapter or METHODS[n].layer]
+    if box is not None and inside:
+        others = ", ".join(n for n, m in METHODS.items() if not (m.gradients or m.adapter or m.layer))
+        raise UsageError(f"method: {inside[0]} is not for a black box: {no_gradient(box.name)}; {others} need none")
+
+
 @torch.no_grad()
 def predicted(
     classifier: Classifier,
@@ -226,6 +240,7 @@ def explain_with(
             method gives NaN or infinity, such as the gradient of a square root at 0; `samples` says for which images.
     """
     check_methods([name])
+    check_callable(classifier, [name])
     method, explained = METHODS[name], make_quantity(classifier, quantity)
     if method.adapter and adapter is not None and adapter.quantity.name != explained.name:
         raise UsageError(f"quantity: the adapter explains {adapter.quantity.name!r}, not {explained.name!r}")
