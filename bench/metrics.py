@@ -3,7 +3,8 @@
 `field` holds the field's other metrics beside Quantus: the same images, maps, masks and passes, values compared.
 
 `python -m bench.metrics --record` writes bench/results/metrics.json. Ratios are of runs side by side, in one process,
-with the same classifier, the same masks and the same number of forwards: on a CPU the forwards are nearly all of it.
+with the same classifier, the same masks and the same number of forwards: on a CPU the forwards are nearly all of it. A
+ratio is the median over rounds of what both took in that round, so that other work on the machine hits both.
 What compiling the classifier (ONNX Runtime) adds is recorded apart.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -31,13 +33,31 @@ BATCHES = (1, 7, 64)
 CASES = ((1, 1, 1), (1, 16, 5), (16, 64, 3))  # images, features in a step, rounds
 
 
-def median_seconds(
-    functions: dict[str, Callable[[], Tensor]], rounds: int
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Median wall time of each function, taken in turns so that a busy moment hits all of them, and their results."""
-    results = {name: fn() for name, fn in functions.items()}
-    times = in_turns(functions, rounds, warm=0)
-    return {name: statistics.median_low(t) for name, t in times.items()}, results
+@dataclass(frozen=True)
+class Times:
+    """Wall times of functions that were called in turns, and what they returned."""
+
+    seconds: dict[str, list[float]]
+    results: dict[str, Tensor]
+
+    @property
+    def median(self) -> dict[str, float]:
+        """Of each function."""
+        return {name: statistics.median_low(times) for name, times in self.seconds.items()}
+
+    def ratio(self, slow: str, fast: str) -> float:
+        """How many times as long the one takes: the median over rounds, in each of which both saw the same load."""
+        pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def measured(functions: dict[str, Callable[[], Tensor]], rounds: int) -> Times:
+    """Call each function once, and then in turns: `rounds` times, or more often until they took half a second."""
+    results, once = {}, 0.0
+    for name, fn in functions.items():
+        results[name] = fn()
+        once += timed(fn)
+    return Times(in_turns(functions, max(rounds, min(25, round(0.5 / once))), warm=0), results)
 
 
 @torch.no_grad()
@@ -100,20 +120,21 @@ def speed(pack: Pack, count: int, per_step: int, rounds: int, device: str, batch
     quantus = quantus_flipping(module, images, saliency, targets, per_step)
     if not isinstance(quantus, str):
         functions["quantus"] = quantus
-    seconds, values = median_seconds(functions, rounds)
+    times = measured(functions, rounds)
+    values = dict(times.results)
     mine = values.pop("ours")
     return {
         "images": count,
         "steps": mine.shape[1],
         "batch_size": batch_size,
-        "seconds": seconds,
-        "times_plain": seconds["plain loop"] / seconds["ours"],
-        "times_quantus": quantus if isinstance(quantus, str) else seconds["quantus"] / seconds["ours"],
+        "seconds": times.median,
+        "times_plain": times.ratio("plain loop", "ours"),
+        "times_quantus": quantus if isinstance(quantus, str) else times.ratio("quantus", "ours"),
         "compiled_times": without
         or {
-            name: seconds[name] / seconds["ours, onnxruntime"]
+            name: times.ratio(name, "ours, onnxruntime")
             for name in ("ours", "plain loop", "quantus")
-            if name in seconds
+            if name in functions
         },
         "largest_difference": {name: (v - mine).abs().max().item() for name, v in values.items()},
     }
@@ -196,12 +217,13 @@ def field_speed(pack: Pack, count: int, rounds: int, device: str) -> dict[str, A
     }  # fmt: skip
     out: dict[str, Any] = {}
     for name, (mine, other, same) in pairs.items():
-        seconds, values = median_seconds({"ours": mine, "quantus": other}, rounds)
+        times = measured({"ours": mine, "quantus": other}, rounds)
+        values = times.results
         difference = (values["ours"].double().cpu() - values["quantus"].double()).abs()
         scale = values["quantus"].double().abs().clamp(min=1)
         out[name] = {
-            "seconds": seconds,
-            "times_quantus": seconds["quantus"] / seconds["ours"],
+            "seconds": times.median,
+            "times_quantus": times.ratio("quantus", "ours"),
             "largest_difference": (difference / scale).max().item() if same else "drawn otherwise: see the tests",
         }
     ratios = [row["times_quantus"] for row in out.values()]
@@ -227,13 +249,15 @@ def perturbation_share(device: str, count: int = 2, steps: int = 4) -> dict[str,
         return timed(lambda: msi(model, images, saliency, 0, steps=steps, batch_size=batch_size))
 
     run(free)
-    forwards = 0
-    whole, without = run(network), sorted(run(free) for _ in range(5))[2]
+    forwards, rounds = 0, 3
+    # In turns, and the share of each round: a load that comes and goes changes both.
+    times = [(run(network), sorted(run(free) for _ in range(3))[1]) for _ in range(rounds)]
+    whole, without = (statistics.median(column) for column in zip(*times, strict=True))
     return {
         "images": count,
-        "forwards": forwards // 5,
+        "forwards": forwards // (3 * rounds),
         "seconds": {"whole": whole, "perturbing": without},
-        "share_of_forwards": without / (whole - without),
+        "share_of_forwards": statistics.median(b / (a - b) for a, b in times),
     }
 
 

@@ -122,6 +122,15 @@ def metrics() -> str:
     return "\n".join([*lines, *(f"| {m.group} | `{m.name}` | {m.arrow} | {m.about} |" for m in METRICS.values())])
 
 
+def encoders() -> str:
+    """The networks of the papers' tables."""
+    from counterlens.engine.metrics.encoders import ENCODERS
+
+    lines = ["| `NAME` | network | it is given, [B, 3, h, w] | it returns | weights |", "| --- " * 5 + "|"]
+    rows = (f"| `{e.name}` | {e.about} | {e.takes} | {e.gives} | {e.source} |" for e in ENCODERS.values())
+    return "\n".join([*lines, *rows])
+
+
 def sizing() -> str:
     """What one server holds, as `bench.serve` and `bench.serve_ray` recorded it."""
     import json
@@ -157,6 +166,7 @@ MADE = {
     "columns": columns,
     "methods": methods,
     "metrics": metrics,
+    "encoders": encoders,
 }
 
 

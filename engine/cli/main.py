@@ -25,6 +25,7 @@ from .options import (
 from .pack import demo, info, samples
 from .portable import register as register_portable
 from .profile import profile
+from .quality import quality
 from .saliency import register as register_saliency
 from .serve import serve
 
@@ -59,7 +60,7 @@ def options(
     """Show what would have to change in an image for a model to change its mind."""
 
 
-for command in (demo, counterfactual, samples, export, convert, info, profile, audit.audit, serve):
+for command in (demo, counterfactual, quality, samples, export, convert, info, profile, audit.audit, serve):
     app.command()(command)
 app.command("audit-merge")(audit.merge)
 app.command("audit-report")(audit.report)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..lazy import find
 
 if TYPE_CHECKING:
+    from .attributes import attributes_changed, correlation_difference, read_attributes
     from .calibration import Calibration, calibrate, load_alpha_min
     from .counterfactuals import CounterfactualQuality, counterfactual_quality
     from .curves import Curves, perturbation_curve
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .localisation import mask_auc, pointing_game, relevance_mass, relevance_rank, top_k_intersection
     from .msi_score import MSI, msi
     from .paths import Faithfulness, comprehensiveness, deletion, insertion, lerf, morf, sufficiency
+    from .protocols import Batch, Facts, find_protocol, protocol_table
     from .quantities import group_odds
     from .randomisation import efficient_mprt, mprt, smoothed
     from .reference_maps import gradient_maps
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from .transition import Transition, cout
 
 _HOMES = {
+    ".attributes": ("attributes_changed", "correlation_difference", "read_attributes"),
     ".calibration": ("Calibration", "calibrate", "load_alpha_min"),
     ".counterfactuals": ("CounterfactualQuality", "counterfactual_quality"),
     ".curves": ("Curves", "perturbation_curve"),
@@ -55,6 +58,7 @@ _HOMES = {
     ),
     ".msi_score": ("MSI", "msi"),
     ".paths": ("Faithfulness", "comprehensiveness", "deletion", "insertion", "lerf", "morf", "sufficiency"),
+    ".protocols": ("Batch", "Facts", "find_protocol", "protocol_table"),
     ".quantities": ("group_odds",),
     ".randomisation": ("efficient_mprt", "mprt", "smoothed"),
     ".reference_maps": ("gradient_maps",),
@@ -65,13 +69,14 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "MSI", "Calibration", "CounterfactualQuality", "Curves", "Faithfulness", "Interval", "Transition", "bootstrap",
-    "calibrate", "complexity", "comprehensiveness", "counterfactual_quality", "cout", "deletion",
-    "effective_complexity", "efficient_mprt", "faithfulness_correlation", "faithfulness_estimate", "fid",
-    "gradient_maps", "group_odds", "impute", "infidelity", "insertion", "irof", "islands", "kid", "lerf",
-    "load_alpha_min", "mask_auc", "monotonicity", "morf", "mprt", "msi", "perturbation_curve", "pointing_game",
-    "rank_variation", "region_perturbation", "relevance_mass", "relevance_rank", "road", "sensitivity", "sfid",
-    "smoothed", "sparseness", "sufficiency", "top_k_intersection",
+    "MSI", "Batch", "Calibration", "CounterfactualQuality", "Curves", "Facts", "Faithfulness", "Interval",
+    "Transition", "attributes_changed", "bootstrap", "calibrate", "complexity", "comprehensiveness",
+    "correlation_difference", "counterfactual_quality", "cout", "deletion", "effective_complexity",
+    "efficient_mprt", "faithfulness_correlation", "faithfulness_estimate", "fid", "find_protocol", "gradient_maps",
+    "group_odds", "impute", "infidelity", "insertion", "irof", "islands", "kid", "lerf", "load_alpha_min",
+    "mask_auc", "monotonicity", "morf", "mprt", "msi", "perturbation_curve", "pointing_game", "protocol_table",
+    "rank_variation", "read_attributes", "region_perturbation", "relevance_mass", "relevance_rank", "road",
+    "sensitivity", "sfid", "smoothed", "sparseness", "sufficiency", "top_k_intersection",
 ]  # fmt: skip
 
 

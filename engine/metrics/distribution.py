@@ -40,7 +40,7 @@ def fid(
     """
     a, b = extract_features(real, features, batch_size), extract_features(fake, features, batch_size)
     _warn_of_few(min(len(a), len(b)), a.shape[1], "FID")
-    return _fid(a, b)
+    return frechet(a, b)
 
 
 def sfid(
@@ -49,15 +49,19 @@ def sfid(
     features: Features,
     *,
     splits: int = 10,
+    kept: Tensor | None = None,  # [N] bool
+    groups: Tensor | None = None,  # [N]
     seed: int = 0,
     batch_size: int = 64,
 ) -> float:
     """Split FID: counterfactuals of one half against the originals of the other, both ways, averaged over splits.
 
-    A counterfactual keeps most of its original; only across halves does FID ask whether it looks real.
+    A counterfactual keeps most of its original; only across halves does FID ask whether it looks real. ACE's paper
+    describes such halvings and its scripts make one: `splits=1`, with `kept` the counterfactuals that flip.
 
     Args:
         features: as for `fid`. splits: random halvings, drawn from `seed`.
+        kept, groups: see `split_frechet`.
 
     Raises:
         UsageError, CounterlensError, warnings: as for `fid`; at least four images.
@@ -71,14 +75,41 @@ def sfid(
         )
     a = extract_features(images, features, batch_size)
     b = extract_features(counterfactuals, features, batch_size)
-    half = len(a) // 2
-    _warn_of_few(half, a.shape[1], "split FID")
+    _warn_of_few(len(a) // 2, a.shape[1], "split FID")
+    return split_frechet(a, b, splits=splits, kept=kept, groups=groups, seed=seed)
+
+
+def split_frechet(
+    before: Tensor,  # [N, D] features of the images
+    after: Tensor,  # [N, D] of their counterfactuals
+    *,
+    splits: int = 1,
+    kept: Tensor | None = None,  # [N] bool
+    groups: Tensor | None = None,  # [N] integers
+    seed: int = 0,
+) -> float:
+    """`sfid` of features themselves; float64.
+
+    Args:
+        kept: of which images the counterfactuals count; all originals do. All without it.
+        groups: halve each group in the order of the images, as LDCE's authors halve the classes: one split, not random.
+
+    Raises:
+        UsageError: groups and several splits, or a half has fewer than two images, or counterfactuals that are kept.
+    """
+    if groups is not None and splits != 1:
+        raise UsageError(f"splits: groups are halved in one way, got {splits}")
+    chosen = torch.ones(len(before), dtype=torch.bool) if kept is None else kept.cpu()
     g = torch.Generator().manual_seed(seed)
     distances = []
     for _ in range(splits):
-        order = torch.randperm(len(a), generator=g)
-        one, other = order[:half], order[half:]
-        distances += [_fid(a[one], b[other]), _fid(a[other], b[one])]
+        if groups is None:
+            one, other = torch.randperm(len(before), generator=g).tensor_split([len(before) // 2])
+        else:
+            places = [(groups.cpu() == group).nonzero()[:, 0] for group in groups.unique().cpu()]
+            one, other = (torch.cat(h) for h in zip(*(p.tensor_split([len(p) // 2]) for p in places), strict=True))
+        for real, made in ((one, other), (other, one)):
+            distances.append(frechet(before[real], after[made[chosen[made]]], "sFID"))
     return sum(distances) / len(distances)
 
 
@@ -145,7 +176,20 @@ class _AsGiven(nn.Module):
         return features
 
 
-def _fid(a: Tensor, b: Tensor) -> float:
+def frechet(
+    a: Tensor,  # [N, D]
+    b: Tensor,  # [M, D]
+    name: str = "FID",
+) -> float:
+    """`fid` of features themselves; float64.
+
+    Raises:
+        UsageError: a set has fewer than two rows, which have no covariance. CounterlensError: torchmetrics is missing.
+    """
+    for rows, what in ((a, "images"), (b, "counterfactuals")):
+        if len(rows) < 2:
+            raise UsageError(f"{name}: a covariance needs two {what} at least, there {_are(len(rows))}")
+    a, b = a.double(), b.double()
     try:
         from torchmetrics.image import fid as theirs
     except ImportError as error:
@@ -155,7 +199,11 @@ def _fid(a: Tensor, b: Tensor) -> float:
     metric: Any = theirs.FrechetInceptionDistance(_AsGiven(a.shape[1]))
     metric.update(a, real=True)
     metric.update(b, real=False)
-    return _number("FID", metric.compute())
+    return _number(name, metric.compute())
+
+
+def _are(count: int) -> str:
+    return "is 1" if count == 1 else f"are {count}"
 
 
 def _number(name: str, value: Any) -> float:
@@ -177,17 +225,28 @@ def extract_features(
     check_images(images)
     if len(images) < 2:
         raise UsageError(f"images: expected at least two, got {list(images.shape)}")
-    parts = []
     with torch.no_grad(), frozen(*([features] if isinstance(features, nn.Module) else [])):
-        for batch in images.split(batch_size):
-            out = features(batch)
-            if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(batch):
-                got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-                raise UsageError(f"features: expected [{len(batch)}, D] of images {list(batch.shape)}, got {got}")
-            parts.append(out.double().cpu())
+        parts = [encoded("features", features, batch) for batch in images.split(batch_size)]
     everything = torch.cat(parts)
     check_computed("features", everything)
     return everything
+
+
+def encoded(
+    name: str,
+    features: Features,
+    images: Tensor,  # [B, C, H, W]
+) -> Tensor:
+    """Features of one batch, [B, D] in float64 on the CPU; NaN passes.
+
+    Raises:
+        UsageError: the function does not return [B, D]; the message begins with its name.
+    """
+    out = features(images)
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(images):
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise UsageError(f"{name}: expected [{len(images)}, D] of images {list(images.shape)}, got {got}")
+    return out.double().cpu()
 
 
 def _warn_of_few(images: int, features: int, name: str) -> None:

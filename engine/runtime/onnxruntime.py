@@ -111,7 +111,7 @@ def load(path: Path, *, provider: str = "cpu", threads: int | None = None) -> Ca
         chosen = [(PROVIDERS[provider], options_there)]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=chosen)
-    except (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf) as error:
+    except failures() as error:
         raise ExportError(f"{path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]})") from error
     if provider != "cpu" and session.get_providers()[0] != PROVIDERS[provider]:
         raise ExportError(f"onnxruntime did not take {PROVIDERS[provider]} but {session.get_providers()[0]}")
@@ -121,7 +121,19 @@ def load(path: Path, *, provider: str = "cpu", threads: int | None = None) -> Ca
     return lambda *inputs: _run_bound(session, names, inputs)
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises of a file that it cannot open, or inputs that it does not take."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as raised
+
+    return (
+        RuntimeError, ValueError, raised.Fail, raised.InvalidArgument, raised.InvalidGraph, raised.InvalidProtobuf,
+        raised.NoSuchFile, raised.NotImplemented, raised.RuntimeException,
+    )  # fmt: skip
+
+
 def _run_cpu(session: Any, names: list[str], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if len(names) != len(inputs):
+        raise ValueError(f"it has the inputs {', '.join(names)}, and {len(inputs)} were given")
     feed = {name: tensor.detach().contiguous().numpy() for name, tensor in zip(names, inputs, strict=True)}
     return tuple(torch.from_numpy(out) for out in session.run(None, feed))
 

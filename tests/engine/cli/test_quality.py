@@ -1,0 +1,219 @@
+"""`counterlens quality` on what the digits pack made, with tiny networks in ONNX files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from counterlens.engine.images.files import load_image, save_png
+from counterlens.engine.metrics import cout, fid
+from counterlens.engine.metrics.encoders import ENCODERS
+from counterlens.engine.packs import Pack
+from tests.engine.cli.test_cli import one_line_error, run
+
+onnx = pytest.importorskip("onnx", reason="needs onnx and onnxruntime (pip install '.[cpu]')")
+pytest.importorskip("onnxruntime", reason="needs onnx and onnxruntime (pip install '.[cpu]')")
+
+NAMES = ["Young", "Smiling", "Male"]
+
+
+def write(path: Path, features: int, *, flat: bool = True, sigmoid: bool = False, inputs: int = 1) -> Path:
+    """A random network: a convolution, its mean over the image, a linear layer; two inputs are one's distance."""
+    g = np.random.default_rng(0)
+    float32, make = onnx.TensorProto.FLOAT, onnx.helper.make_node
+    x = [onnx.helper.make_tensor_value_info(f"x{i}", float32, ["n", 3, "h", "w"]) for i in range(inputs)]
+    weights = {"w": g.normal(size=(8, 3, 4, 4)), "v": g.normal(size=(8, features))}
+    if inputs == 2:
+        nodes = [make("Sub", ["x0", "x1"], ["d"]), make("Abs", ["d"], ["a"]), make("GlobalAveragePool", ["a"], ["p"]),
+                 make("ReduceMax", ["p"], ["out"], axes=[1, 2, 3], keepdims=0)]  # fmt: skip
+        weights = {}
+    else:
+        nodes = [make("Conv", ["x0", "w"], ["c"], strides=[4, 4]), make("Relu", ["c"], ["r"]),
+                 make("GlobalAveragePool", ["r"], ["p"])]  # fmt: skip
+        if flat:
+            nodes += [make("Flatten", ["p"], ["f"]), make("MatMul", ["f", "v"], ["m"])]
+            nodes.append(make("Sigmoid" if sigmoid else "Identity", ["m"], ["out"]))
+        else:
+            nodes.append(make("Identity", ["p"], ["out"]))
+    kept = [onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items()]
+    out = onnx.helper.make_tensor_value_info("out", float32, None)
+    graph = onnx.helper.make_graph(nodes, "tiny", x, [out], kept)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight digits, two counterfactuals of each, a further run of three, networks and annotations."""
+    root = tmp_path_factory.mktemp("quality")
+    quick = ("--speed", "turbo", "--runtime", "eager")
+    assert run("samples", "--count", 8, "--out", root / "digits").returncode == 0
+    table = root / "digits" / "labels.csv"
+    assert run("counterfactual", table, "--count", 2, "--out", root / "made", *quick).returncode == 0
+    assert (
+        run("counterfactual", table, "--seed", 1, "--noise", "random", "--out", root / "again", *quick).returncode == 0
+    )
+    for name in ("inception", "vggface2", "simsiam"):
+        write(root / f"{name}.onnx", 2)
+    write(root / "oracle.onnx", len(NAMES), sigmoid=True)
+    write(root / "lpips.onnx", 1, inputs=2)
+    g = torch.Generator().manual_seed(0)
+    values = (torch.rand(40, len(NAMES), generator=g) > 0.5).int() * 2 - 1
+    rows = [f"{i}.jpg,{','.join(map(str, row.tolist()))}" for i, row in enumerate(values)]
+    (root / "attributes.csv").write_text("\n".join([f"image_id,{','.join(NAMES)}", *rows]))
+    (root / "partition.csv").write_text("\n".join(f"{i}.jpg,{i % 3}" for i in range(40)))
+    return root
+
+
+def encoders(place: Path, *names: str) -> list[str]:
+    return [word for name in names for word in ("--encoder", f"{name}={place / name}.onnx")]
+
+
+def pairs(folder: Path) -> tuple[list[dict], Tensor, Tensor]:
+    lines = [json.loads(text) for text in (folder / "results.jsonl").read_text().splitlines()]
+    own = [line for line in lines if "answer_of" not in line]
+    before, after = (torch.stack([load_image(Path(line[key]), 32) for line in own]) for key in ("image", "path"))
+    return own, before, after
+
+
+def test_nothing_given_says_what_is_missing(place: Path) -> None:
+    done = run("quality", place / "made", "--protocol", "ace")
+    assert done.returncode == 0, done.stderr
+    for column in ("FID ↓", "sFID ↓", "S3 ↑", "COUT ↑", "FR % ↑"):
+        assert column in done.stdout
+    assert f"weights: {ENCODERS['simsiam'].source}" in " ".join(done.stdout.split())
+    assert "pt_inception-2015-12-05-6726825d.pth" in "".join(done.stdout.split())
+    assert "COUT: area between" in done.stdout  # the pack's classifier is opened by itself
+
+
+def test_every_column_of_every_protocol(place: Path) -> None:
+    pytest.importorskip("torchmetrics", reason="needs torchmetrics (pip install '.[quality]')")
+    everything = encoders(place, "inception", "vggface2", "simsiam", "oracle", "lpips")
+    annotated = ("--attributes", place / "attributes.csv", "--partition", place / "partition.csv", "--query", "Smiling")
+    own, before, after = pairs(place / "made")
+    flipped = torch.tensor([line["flipped"] for line in own])
+    assert flipped.sum() >= 4
+    for protocol in ("ldce", "ace", "celeba"):
+        more = {"celeba": (*everything, *annotated), "ace": everything, "ldce": encoders(place, "simsiam")}[protocol]
+        done = run("quality", place / "made", "--protocol", protocol, "--json", *more)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert (found["images"], found["without"]) == (8, 0)
+        columns = found["columns"]
+        missing = {name for name, column in columns.items() if "missing" in column}
+        assert missing == ({"fid", "sfid"} if protocol == "ldce" else set()), columns
+        assert columns["flip_rate"]["value"] == flipped.double().mean()
+    assert 0 <= columns["fva"]["value"] <= 1
+    assert columns["diversity"]["value"] > 0
+    assert found["encoders"]["oracle"][0] == str(place / "oracle.onnx")
+
+    def features(images: Tensor) -> Tensor:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(place / "inception.onnx"))
+        wide = torch.nn.functional.interpolate(images, (299, 299), mode="bilinear") * 2 - 1
+        return torch.from_numpy(session.run(None, {"x0": wide.numpy()})[0])
+
+    assert abs(columns["fid"]["value"] - fid(before, after[flipped], features)) < 1e-6
+    correct = torch.tensor([line["label"] == line["source"] for line in own])
+    classifier = Pack("digits").classifier("clean")
+    target = torch.tensor([int(line["target"]) for line in own])
+    expected = cout(classifier, before[correct], after[correct], target[correct], compat="ace").score
+    assert abs(columns["cout"]["value"] - expected.mean().item()) < 1e-6
+    assert columns["cout"]["n"] == int(correct.sum())
+
+
+def test_further_runs_and_moved_images(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "made", tmp_path / "made")
+    shutil.copytree(place / "digits", tmp_path / "elsewhere")
+    path = tmp_path / "made" / "results.jsonl"
+    path.write_text(path.read_text().replace(str(place / "digits"), "/gone"))
+    chosen = ("--protocol", "celeba", *encoders(place, "lpips"))
+    one_line_error(run("quality", tmp_path / "made", *chosen), 2, "/gone/", "--images")
+    moved = run("quality", tmp_path / "made", *chosen, "--json", "--images", tmp_path / "elsewhere")
+    assert moved.returncode == 0, moved.stderr
+    alone = json.loads(moved.stdout)["columns"]["diversity"]["value"]
+    more = run("quality", place / "made", *chosen, "--json", "--run", place / "again")
+    assert more.returncode == 0, more.stderr
+    found = json.loads(more.stdout)["columns"]["diversity"]
+    assert found["n"] == 8
+    assert found["value"] != alone
+    single = run("quality", place / "again", *chosen, "--json")
+    assert "--run FOLDER" in json.loads(single.stdout)["columns"]["diversity"]["missing"]
+
+
+def test_an_audit(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow (pip install '.[audit]')")
+    audit = ("audit", place / "digits" / "labels.csv", "--slice", "marker", "--out", tmp_path / "audit")
+    assert run(*audit, "--speed", "turbo", "--runtime", "eager").returncode == 0
+    done = run("quality", tmp_path / "audit", "--protocol", "ldce", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["images"] == 8
+    assert found["columns"]["cout"]["n"] == 8
+    assert found["columns"]["l1"]["value"] > 0
+
+
+def test_one_counterfactual_has_no_covariance(place: Path, tmp_path: Path) -> None:
+    file = place / "digits" / pairs(place / "made")[0][0]["image"].rsplit("/", 1)[-1]
+    assert (
+        run("counterfactual", file, "--out", tmp_path / "one", "--speed", "turbo", "--runtime", "eager").returncode == 0
+    )
+    done = run("quality", tmp_path / "one", *encoders(place, "inception"))
+    one_line_error(done, 1, "FID: a covariance needs two images at least, there is 1")
+    assert "FR %: share" in done.stdout  # the rest is printed
+
+
+def test_what_is_refused(place: Path, tmp_path: Path) -> None:
+    made = place / "made"
+    one_line_error(run("quality", tmp_path), 2, "no results there", "counterlens audit")
+    one_line_error(run("quality", tmp_path / "none"), 2, "none: no folder")
+    one_line_error(run("quality", place / "digits"), 2, "digits: holds what counterlens samples wrote")
+    one_line_error(run("quality", made, "--protocol", "nobody"), 2, "protocol: expected one of ldce, ace, celeba")
+    one_line_error(run("quality", made, "--over", "some"), 2, "over: expected one of")
+    one_line_error(run("quality", made, "--encoder", "inception"), 2, "encoder: expected NAME=FILE.onnx")
+    one_line_error(run("quality", made, "--encoder", "vgg=a.onnx"), 2, "encoder: expected one of inception")
+    one_line_error(run("quality", made, "--encoder", "lpips=a.pt"), 2, "a.pt is no .onnx file")
+    one_line_error(run("quality", made, "--encoder", f"lpips={tmp_path}/a.onnx"), 2, "a.onnx is no file")
+    (tmp_path / "broken.onnx").write_bytes(b"broken")
+    one_line_error(
+        run("quality", made, "--encoder", f"lpips={tmp_path}/broken.onnx"), 1, "encoder lpips", "cannot open"
+    )
+    deep = write(tmp_path / "deep.onnx", 2, flat=False)
+    refused = run("quality", made, "--encoder", f"simsiam={deep}")
+    one_line_error(refused, 2, "encoder simsiam: expected [8, D]", "[8, 8, 1, 1]")
+    two = run("quality", made, "--encoder", f"simsiam={place}/lpips.onnx")
+    one_line_error(two, 2, "encoder simsiam", "x0, x1", "1 were given")
+    logits = write(tmp_path / "logits.onnx", 3)
+    done = run("quality", made, "--protocol", "celeba", "--encoder", f"oracle={logits}")
+    one_line_error(done, 1, "MNAC: oracle: expected probabilities")
+    one_line_error(run("quality", made, "--query", "Smiling"), 2, "query: CD needs both")
+    one_line_error(run("quality", made, "--run", place / "digits"), 2, "digits: holds what")
+    one_line_error(run("quality", made, "--labels", "a,b"), 2, "labels: it describes --classifier")
+    one_line_error(run("quality", made, "--classifier", "judge", "--labels", "a,b"), 2, "'judge' is neither a folder")
+    one_line_error(run("quality", made, "--splits", 0), 2, "splits")
+    one_line_error(run("quality", made, "--splits", 3, *encoders(place, "inception")), 1, "sFID: splits: this protocol")
+
+
+def test_files_that_were_changed(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "made", tmp_path / "made")
+    own, before, after = pairs(place / "made")
+    first = tmp_path / "made" / Path(own[0]["path"]).name
+    save_png(after[1], first)
+    one_line_error(run("quality", tmp_path / "made"), 2, f"{first}: L1 to", "the results say")
+    save_png(after[0][:, :16], first)
+    one_line_error(run("quality", tmp_path / "made"), 2, f"{first}: 32x16 pixels", "32x32")
+    first.unlink()
+    one_line_error(run("quality", tmp_path / "made"), 2, f"{first}: is in the results and is not there")
+    path = tmp_path / "made" / "results.jsonl"
+    path.write_text("nothing\n" + path.read_text())
+    one_line_error(run("quality", tmp_path / "made"), 2, "results.jsonl, line 1: not JSON")
+    (tmp_path / "made" / "run.json").unlink()
+    one_line_error(run("quality", tmp_path / "made"), 2, "no results there")
+    assert before.shape == after.shape
