@@ -1,9 +1,10 @@
 """Saliency methods on the digits pack's test split: `python -m bench.explain --record`.
 
 LAX, captum's methods and RISE on the same images: whether they point at a planted cause, metrics with 95 % bootstrap
-intervals (of maps as they are, moved by a pixel, smoothed, asked of the judge), cost, what becomes of LAX's maps when
-the model's weights are random, and the memory of training. Everything was chosen on the training and validation splits.
-Results: bench/results/explain.json, pictures beside it.
+intervals (of maps as they are, moved by a pixel, smoothed, asked of the judge), LAX from other seeds, cost, what
+becomes of LAX's maps when the model's weights are random, and the memory of training. Everything was chosen on the
+training and validation splits. Results: bench/results/explain.json, pictures beside it; each section is written when it
+is done, and what took long is kept in --work: the same command on the same commit goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from bench.record import RESULTS, environment, interval, keep_memory, write_result
+from bench.record import RESULTS, environment, interval, keep_memory, say, write_result
 from counterlens.engine.guidance.memory import PeakMemory
 from counterlens.engine.images.files import write_png
 from counterlens.engine.images.maps import draw_methods
@@ -30,17 +33,25 @@ from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 from counterlens.engine.packs.architectures import StridedClassifier
 from counterlens.engine.packs.rendering import MARKER_SIZE, Marker
-from counterlens.engine.saliency.evaluation import brittle, evaluate
-from counterlens.engine.saliency.explain import Explanations, pack_adapter
-from counterlens.engine.saliency.lax import LAX, new_adapter
+from counterlens.engine.saliency.evaluation import brittle
+from counterlens.engine.saliency.explain import explain, pack_adapter
+from counterlens.engine.saliency.lax import DESCRIPTION, LAX, new_adapter, open_adapter
 from counterlens.engine.saliency.methods import explain_with, minmax
 from counterlens.engine.saliency.recipes import HALVES, PACK_SCHEDULE, pack_images, train_adapter
 from counterlens.engine.saliency.table import METHODS, check_methods
 from counterlens.engine.saliency.training import Schedule, faithfulness
+from counterlens.export.store import weights_digest
 
-SECTIONS = ("truth", "quality", "robust", "cost", "sanity", "memory")
+SECTIONS = ("truth", "pictures", "quality", "seeds", "cost", "sanity", "memory")
 CLASSIFIERS = ("clean", "shortcut")
-GROUPS = ("main", "shape", "robust", "judge")  # of metrics, in `robust`
+# Of `quality` and `seeds`. Group `robust` whole, with MSI and ROAD of moved maps, takes three times as long.
+MEASURED = [
+    "main",
+    "shape",
+    *(f"{n}_{how}" for n in ("insertion", "deletion") for how in ("moved", "smoothed", "judge")),
+]
+WORK = Path("runs/explain")
+SEEDS = (1, 2)  # beside the pack's own
 ALPHA_MIN = {c: load_alpha_min(RESULTS / f"calibration-{c}" / "calibration.json") for c in CLASSIFIERS}  # frozen
 ROUNDS, SHORT_ROUNDS = 5, 25  # of the cost table, the second of what takes milliseconds
 
@@ -72,9 +83,7 @@ def pointing(scores: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     return hit, inside.flatten(1).gather(1, top).double().mean(1)
 
 
-def truth_figures(
-    pack: Pack, count: int | None, pictures: bool, methods: list[str], known: dict[str, Any]
-) -> dict[str, Any]:
+def truth_figures(pack: Pack, count: int | None, methods: list[str], known: dict[str, Any]) -> dict[str, Any]:
     """Do maps of "5 or more, or not" point at the marker: for the classifier that reads it, and for the other?
 
     Rows of methods that are not run again are kept from `known`.
@@ -85,65 +94,110 @@ def truth_figures(
     for name in CLASSIFIERS:
         classifier = pack.classifier(name)
         adapter = pack_adapter(pack, name, classifier, HALVES)
-        rows, maps, notes = dict(known.get(name, {}) if len(methods) < len(METHODS) else {}), {}, {}
-        for method in METHODS:
-            images = samples.images if method in methods else samples.images[:10]  # those of the picture
-            saliency, scores = explain_with(
-                method, classifier, images, quantity=HALVES, adapter=adapter, baseline=pack.mean_colour
+        rows = dict(known.get(name, {}) if len(methods) < len(METHODS) else {})
+        for method in methods:
+            _, scores = explain_with(
+                method, classifier, samples.images, quantity=HALVES, adapter=adapter, baseline=pack.mean_colour
             )
-            hit, share = pointing(scores, inside[: len(images)])
-            if method in methods:
-                rows[method] = {"pointing": interval(hit), "top_share": interval(share)}
-            maps[method] = minmax(saliency[:10])
-            notes[method] = ["hit" if h else "" for h in hit[:10].tolist()]
-            print(name, method, f"pointing {hit.mean():.3f}, top {share.mean():.3f}", flush=True)
-        captions = [str(int(p)) for p in predict(classifier, samples.images[:10])]
-        if pictures:
-            write_png(draw_methods(samples.images[:10], captions, maps, notes), RESULTS / f"saliency-{name}.png")
-        out[name] = rows
+            hit, share = pointing(scores, inside)
+            rows[method] = {"pointing": interval(hit), "top_share": interval(share)}
+            say("truth", name, method, f"pointing {hit.mean():.3f}, top {share.mean():.3f}")
+        out[name] = {method: rows[method] for method in METHODS if method in rows}
     return out
 
 
-def quality_figures(pack: Pack, count: int | None, methods: list[str], known: dict[str, Any]) -> dict[str, Any]:
+def draw_pictures(pack: Pack, record: bool) -> list[str]:
+    """Ten digits by every method: of "5 or more, or not" by both classifiers, and of the label by `clean`."""
+    drawn = [(f"saliency-{name}.png", name, HALVES, "matching") for name in CLASSIFIERS]
+    drawn.append(("saliency-labels.png", "clean", "class", "random"))
+    for file, name, quantity, rule in drawn:
+        samples = pack.samples("test", marker=rule, count=10)
+        classifier = pack.classifier(name)
+        adapter, maps, notes = pack_adapter(pack, name, classifier, quantity), {}, {}
+        for method in METHODS:
+            saliency, scores = explain_with(
+                method, classifier, samples.images, quantity=quantity, adapter=adapter, baseline=pack.mean_colour
+            )
+            maps[method], notes[method] = minmax(saliency), [""] * len(scores)
+            if quantity == HALVES:
+                hit, _ = pointing(scores, marker_boxes(samples.markers))
+                notes[method] = ["hit" if h else "" for h in hit.tolist()]
+        captions = [str(int(p)) for p in predict(classifier, samples.images)]
+        if record:
+            write_png(draw_methods(samples.images, captions, maps, notes), RESULTS / file)
+    return [file for file, *_ in drawn]
+
+
+def measured(
+    pack: Pack, name: str, method: str, count: int | None, work: Path, adapter: LAX | None = None, row: str = ""
+) -> dict[str, Tensor]:
+    """Every metric of one method on one classifier, [N] each, kept in `work` (`row`: under which name)."""
+    classifier = pack.classifier(name)
+    adapter = adapter or pack_adapter(pack, name, classifier)
+    path, commit = work / f"{name}-{row or method}.pt", environment()["commit"]
+    key = {"commit": commit, "count": count, "adapter": weights_digest([adapter.head])}
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        if kept["key"] == key and commit and not commit.endswith("+"):  # of exactly this code
+            return dict(kept["values"])
+    started = time.perf_counter()
+    values = explain(
+        classifier, pack.samples("test", marker="random", count=count).images, method, adapter=adapter,
+        alpha_min=ALPHA_MIN[name], pack=pack, metrics=MEASURED, judge=pack.classifier("judge"),
+    ).values  # fmt: skip
+    torch.save({"key": key, "values": values}, path)
+    say("quality", name, row or method, f"{time.perf_counter() - started:.0f} s")
+    return values
+
+
+def means(values: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Metric to mean and interval."""
+    return {metric: interval(v) for metric, v in values.items()}
+
+
+def quality_figures(
+    pack: Pack, count: int | None, methods: list[str], known: dict[str, Any], work: Path
+) -> dict[str, Any]:
     """Every metric of every method with its interval, and the paired difference between LAX and the best other one.
 
     Rows of methods that are not run again are kept from `known`; the best other method has to be among those that are.
     """
-    samples = pack.samples("test", marker="random", count=count)
     out: dict[str, Any] = {"alpha_min": ALPHA_MIN}  # chosen on the validation split, before methods were compared
     for name in CLASSIFIERS:
-        classifier = pack.classifier(name)
-        scored = evaluate(
-            classifier, samples.images, methods, adapter=pack_adapter(pack, name, classifier),
-            alpha_min=ALPHA_MIN[name], pack=pack, on_method=lambda m, n=name: print(n, m, flush=True),
-        )  # fmt: skip
+        scored = {method: measured(pack, name, method, count, work) for method in methods}
         rows = known.get(name, {}).get("methods", {}) if len(methods) < len(METHODS) else {}
-        rows = rows | {m: {k: interval(v) for k, v in s.values.items()} for m, s in scored.items()}
-        against = {m: against_best(scored, m) for m in compared(check_metrics(["main"]))}
+        rows = rows | {m: means(v) | {"brittle": brittle(v)} for m, v in scored.items()}
+        against = {m: against_best(scored, m) for m in compared(check_metrics(MEASURED, ["judge"]))}
         for metric, row in against.items():
-            others = {m: direction(metric) * r[metric]["mean"] for m, r in rows.items() if m != "lax"}
+            others = {m: direction(metric) * r[metric]["mean"] for m, r in rows.items() if m != "lax" and metric in r}
             if (best := max(others, key=lambda m: others[m])) != row["best_other"]:
                 raise SystemExit(f"--methods: {best} is the best other method by {metric}; run it as well")
-        out[name] = {"methods": rows, "against_best": against}
+        out[name] = {"methods": {m: rows[m] for m in METHODS if m in rows}, "against_best": against}
     return out
 
 
-def robust_figures(pack: Pack, count: int | None, methods: list[str], classifiers: list[str]) -> dict[str, Any]:
-    """Maps moved by a pixel, smoothed, asked of the judge; islands; what is brittle."""
-    samples = pack.samples("test", marker="random", count=count)
-    out: dict[str, Any] = {}
-    for name in classifiers:
+def seed_figures(pack: Pack, count: int | None, steps: int, names: list[str], work: Path) -> dict[str, Any]:
+    """LAX for labels trained by the pack's recipe, with so many steps, from other seeds: means by seed.
+
+    A training that was interrupted goes on, and one that is done is not made again.
+    """
+    out: dict[str, Any] = {"steps": steps}
+    for name in names:
         classifier = pack.classifier(name)
-        scored = evaluate(
-            classifier, samples.images, methods, adapter=pack_adapter(pack, name, classifier),
-            alpha_min=ALPHA_MIN[name], pack=pack, metrics=GROUPS, judge=pack.classifier("judge"),
-            on_method=lambda m, n=name: print("robust", n, m, flush=True),
-        )  # fmt: skip
-        out[name] = {
-            "methods": {m: {k: interval(v) for k, v in s.values.items()} for m, s in scored.items()},
-            "against_best": {m: against_best(scored, m) for m in compared(check_metrics(GROUPS))},
-            "brittle": {method: brittle(s) for method, s in scored.items()},
-        }
+        found = {f"the pack's, {PACK_SCHEDULE.steps} steps": measured(pack, name, "lax", count, work)}
+        for seed in SEEDS:
+            folder, schedule = work / f"{name}-seed-{seed}", replace(PACK_SCHEDULE, seed=seed, steps=steps)
+            if not (folder / DESCRIPTION).exists():
+                images = pack_images(pack, schedule)
+                train_adapter(classifier, *images, schedule, colour=pack.mean_colour, out=folder)
+            adapter = open_adapter(folder, classifier)
+            if (trained := adapter.training["schedule"]["steps"]) != steps:
+                raise SystemExit(f"{folder}: an adapter of {trained} steps; choose another --work")
+            found[str(seed)] = measured(pack, name, "lax", count, work, adapter, f"lax-seed-{seed}")
+        by_seed = {seed: {metric: v.mean().item() for metric, v in values.items()} for seed, values in found.items()}
+        metrics = next(iter(by_seed.values()))
+        spread = {m: max(r[m] for r in by_seed.values()) - min(r[m] for r in by_seed.values()) for m in metrics}
+        out[name] = {"by_seed": by_seed, "spread": spread}
     return out
 
 
@@ -152,12 +206,12 @@ def direction(metric: str) -> int:
     return 1 if METRICS[metric].higher_is_better else -1
 
 
-def against_best(scored: dict[str, Explanations], metric: str) -> dict[str, Any]:
+def against_best(scored: Mapping[str, Mapping[str, Tensor]], metric: str) -> dict[str, Any]:
     """LAX minus the best other method on the same images, so that more is better, with its bootstrap interval."""
     sign = direction(metric)
-    others = {name: sign * s.values[metric] for name, s in scored.items() if name != "lax"}
+    others = {name: sign * v[metric] for name, v in scored.items() if name != "lax"}
     best = max(others, key=lambda name: others[name].mean().item())
-    difference = interval(sign * scored["lax"].values[metric] - others[best])
+    difference = interval(sign * scored["lax"][metric] - others[best])
     # Tied: the lower bound of the paired difference is above -0.01.
     verdict = "first" if difference["low"] > 0 else "tied" if difference["low"] >= -0.01 else "behind"
     return {"best_other": best, "difference": difference, "verdict": verdict}
@@ -223,7 +277,7 @@ def randomised(classifier: SoftmaxClassifier) -> SoftmaxClassifier:
     return SoftmaxClassifier(module.eval().requires_grad_(False), classifier.labels)
 
 
-def sanity_figures(pack: Pack, steps: int | None) -> dict[str, Any]:
+def sanity_figures(pack: Pack, steps: int) -> dict[str, Any]:
     """Similarity of LAX's maps with those for a model of random weights: the adapter kept, and trained again."""
     classifier = pack.classifier("clean")
     images = pack.samples("test", marker="random", count=100).images
@@ -232,7 +286,7 @@ def sanity_figures(pack: Pack, steps: int | None) -> dict[str, Any]:
     reference = adapter.explain(images, target).scores
     random = randomised(classifier)
     kept = replace(adapter, classifier=random).explain(images, target).scores
-    schedule = PACK_SCHEDULE if steps is None else replace(PACK_SCHEDULE, steps=steps)
+    schedule = replace(PACK_SCHEDULE, steps=steps)
     retrained, history = train_adapter(random, *pack_images(pack, schedule), schedule, colour=pack.mean_colour)
     again = retrained.explain(images, target).scores
     same: LAX = replace(adapter)
@@ -272,8 +326,10 @@ def main(
     methods: Annotated[
         str, typer.Option(help="Run only these again in `truth` and `quality`; the rest is kept.")
     ] = "all",
-    classifiers: Annotated[str, typer.Option(help="Of `robust`.")] = ",".join(CLASSIFIERS),
-    steps: Annotated[int | None, typer.Option(help="Of the training in `sanity`; the pack's without it.")] = None,
+    classifiers: Annotated[str, typer.Option(help="Of `seeds`.")] = ",".join(CLASSIFIERS),
+    steps: Annotated[int, typer.Option(help="Of the trainings in `seeds`.")] = 1500,
+    sanity_steps: Annotated[int, typer.Option(help="Of the training in `sanity`.")] = 500,
+    work: Annotated[Path, typer.Option(help="Folder for what took long, and for adapters of `seeds`.")] = WORK,
     record: Annotated[bool, typer.Option(help="Write bench/results/explain.json and pictures.")] = False,
 ) -> None:
     """Measure saliency methods on the test split.
@@ -281,34 +337,36 @@ def main(
     Example: python -m bench.explain --sections truth,quality --record
     """
     chosen = SECTIONS if sections == "all" else tuple(sections.split(","))
+    if unknown := set(chosen) - set(SECTIONS):
+        raise SystemExit(f"--sections: expected {', '.join(SECTIONS)}, got {min(unknown)}")
     again = list(METHODS) if methods == "all" else check_methods(methods.split(","))
     if "lax" not in again:
         raise SystemExit("--methods: lax is what the others are compared with; name it as well")
     opened = Pack(pack)
+    work.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "explain.json"
     payload: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     payload.pop("environment", None)
+    calls: dict[str, Callable[[], Any]] = {
+        "truth": lambda: truth_figures(opened, count, again, payload.get("truth", {})),
+        "pictures": lambda: draw_pictures(opened, record),
+        "quality": lambda: quality_figures(opened, count, again, payload.get("quality", {}), work),
+        "seeds": lambda: seed_figures(opened, count, steps, classifiers.split(","), work),
+        "cost": lambda: cost_figures(opened),
+        "sanity": lambda: sanity_figures(opened, sanity_steps),
+        "memory": memory_figures,
+    }
     # Sections are measured on different days and machines: each has its own environment.
     environments = payload.setdefault("environments", {})
-    before = dict(environments)
-    if "truth" in chosen:
-        payload["truth"] = truth_figures(opened, count, record, again, payload.get("truth", {}))
-    if "quality" in chosen:
-        payload["quality"] = quality_figures(opened, count, again, payload.get("quality", {}))
-    if "robust" in chosen:
-        payload["robust"] = robust_figures(opened, count, again, classifiers.split(","))
-    if "cost" in chosen:
-        payload["cost"] = cost_figures(opened)
-    if "sanity" in chosen:
-        payload["sanity"] = sanity_figures(opened, steps)
-    if "memory" in chosen:
-        payload["memory"] = memory_figures()
-    environments |= {section: environment() for section in chosen}
-    for section in {"truth", "quality"} & set(chosen) if len(again) < len(METHODS) else ():
-        kept = before.get(section) or {}
-        environments[section] |= {"methods": again, "others": kept.get("others", kept)}
-    if record:
-        write_result("explain", payload)
+    for section in chosen:
+        before = environments.get(section) or {}
+        started = time.perf_counter()
+        payload[section] = calls[section]()
+        environments[section] = environment() | {"seconds": round(time.perf_counter() - started)}
+        if section in ("truth", "quality") and len(again) < len(METHODS):
+            environments[section] |= {"methods": again, "others": before.get("others", before)}
+        if record:
+            write_result("explain", payload)
     print(json.dumps({k: payload[k] for k in chosen}, indent=1))
 
 

@@ -13,46 +13,13 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.explain_tables import costs_table, faithfulness_table, pointing_table, robust_table, seeds_table
 from bench.record import RESULTS
-from counterlens.engine.metrics.table import METRICS
+from bench.tables import load, number, provenance, rate, table
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "engine" / "packs" / "digits" / "README.md"
 FILES = [ROOT / "README.md", CARD, *sorted((ROOT / "docs" / "pages").rglob("*.md"))]
-
-
-def load(name: str) -> dict[str, Any]:
-    """A recorded result."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def rate(v: dict[str, float]) -> str:
-    """A share with its interval, in percent."""
-    return f"{100 * v['mean']:.1f} % ({100 * v['low']:.1f} to {100 * v['high']:.1f})"
-
-
-def number(v: dict[str, float], digits: int = 4) -> str:
-    """A mean with its interval."""
-    return f"{v['mean']:.{digits}f} ({v['low']:.{digits}f} to {v['high']:.{digits}f})"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(r) + " |" for r in (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines)
-
-
-def provenance(result: dict[str, Any], name: str, section: str | None = None) -> str:
-    """Where the numbers come from; of one section of a result whose sections were measured one by one."""
-    e = result["environment"] if section is None else result["environments"][section]
-    text = f"Recorded in `bench/results/{name}.json` at {_place(e)}"
-    if others := e.get("others"):
-        return f"{text} ({', '.join(f'`{m}`' for m in e['methods'])}) and {_place(others)} (the others)."
-    return f"{text}."
-
-
-def _place(e: dict[str, Any]) -> str:
-    return f"commit `{e['commit']}`, {e['date'][:10]}, {e['device']}, torch {e['versions']['torch']}"
 
 
 def counterfactual_table() -> str:
@@ -258,61 +225,6 @@ def metrics_table() -> str:
 
 def _against(quantus: float | str, plain: float) -> list[str]:
     return ["not installed" if isinstance(quantus, str) else f"{quantus:.1f}", f"{plain:.1f}"]
-
-
-def pointing_table() -> str:
-    """Does the map point at the planted cause?"""
-    result = load("explain")
-    truth = result["truth"]
-    rows = [
-        [f"`{m}`", *(rate(truth[name][m][k]) for name in ("shortcut", "clean") for k in ("pointing", "top_share"))]
-        for m in truth["shortcut"]
-    ]
-    header = ["method", "`shortcut`: points at it", "top pixels in it", "`clean`: points at it", "top pixels in it"]
-    n = truth["clean"]["lax"]["pointing"]["n"]
-    return f"{table(header, rows)}\n\n{n} test digits with a matching marker. {provenance(result, 'explain', 'truth')}"
-
-
-def faithfulness_table() -> str:
-    """Every saliency method by every metric, and LAX against the best of the others."""
-    result = load("explain")
-    recorded = result["quality"]["clean"]["against_best"]
-    names = {name: metric.arrow for name, metric in METRICS.items() if name in recorded}
-    rows = []
-    for classifier in ("clean", "shortcut"):
-        part = result["quality"][classifier]
-        for method, values in part["methods"].items():
-            rows.append([f"`{classifier}`, `{method}`", *(number(values[k], 3) for k in names)])
-        verdicts = [
-            f"{v['verdict']} ({v['difference']['mean']:+.3f} to `{v['best_other']}`)"
-            for v in (part["against_best"][k] for k in names)
-        ]
-        rows.append([f"`{classifier}`: LAX is", *verdicts])
-    n = part["methods"]["lax"]["msi"]["n"]
-    text = f'{n} test digits, 95 % intervals. "Tied": the 95 % lower bound to the best other is -0.01 or more.'
-    return (
-        f"{table(['classifier, method', *names.values()], rows)}\n\n{text} {provenance(result, 'explain', 'quality')}"
-    )
-
-
-def costs_table() -> str:
-    """What a map costs."""
-    result = load("explain")
-    rows = [
-        [f"`{name}`", f"{v['ms_per_image']['p50']:.3g}", f"{v['forwards']['p50']:.3g}"]
-        for name, v in result["cost"].items()
-    ]
-    header = ["method, batch 64", "ms per image", "in forward passes of the classifier"]
-    sanity, peaks = result["sanity"], {k: v["peak_mb"] for k, v in result["memory"]["forward_batch_8"].items()}
-    kept, again = (sanity[k]["spearman"]["mean"] for k in ("kept", "retrained"))
-    text = (
-        "The maps do look at the model: with its weights drawn anew, their rank correlation with those before is "
-        f"{kept:.2f} with the adapter kept and {again:.2f} with it trained again ({sanity['steps']} steps). A "
-        f"training step's pass at 224x224 (two images, forward batch 8) peaks at {peaks['2']:.1f} MB with 2 thresholds "
-        f"and at {peaks['16']:.1f} MB with 16."
-    )
-    costs, rest = (provenance(result, "explain", section) for section in ("cost", "sanity"))
-    return f"{table(header, rows)}\n\n{costs}\n\n{text} {rest}"
 
 
 def detector_table() -> str:
@@ -531,6 +443,8 @@ TABLES = {
     "metrics": metrics_table,
     "pointing": pointing_table,
     "faithfulness": faithfulness_table,
+    "robust": robust_table,
+    "seeds": seeds_table,
     "costs": costs_table,
     "detector": detector_table,
     "audits": audits_table,

@@ -67,12 +67,15 @@ def interval(values: Tensor) -> dict[str, float]:
     return asdict(bootstrap(values, draws=DRAWS))
 
 
-def brittle(scores: Explanations, limit: float = BRITTLE) -> dict[str, float]:
+def brittle(
+    scores: Mapping[str, Tensor],  # metric to [N]
+    limit: float = BRITTLE,
+) -> dict[str, float]:
     """What each score loses when the map is moved by one pixel, by metric, where that is above the limit."""
     falls = {
-        name: fall(values, scores.values[f"{name}_moved"], bool(METRICS[name].higher_is_better))
-        for name, values in scores.values.items()
-        if f"{name}_moved" in scores.values
+        name: fall(values, scores[f"{name}_moved"], bool(METRICS[name].higher_is_better))
+        for name, values in scores.items()
+        if f"{name}_moved" in scores
     }
     return {name: value for name, value in falls.items() if value > limit}
 
@@ -81,7 +84,7 @@ def summarise(scored: dict[str, Explanations]) -> dict[str, dict[str, Any]]:
     """Method to metric to mean and interval, milliseconds per image, and what is `brittle`."""
     return {
         name: {metric: interval(v) for metric, v in s.values.items()}
-        | {"ms_per_image": 1e3 * s.seconds, "brittle": brittle(s)}
+        | {"ms_per_image": 1e3 * s.seconds, "brittle": brittle(s.values)}
         for name, s in scored.items()
     }
 
