@@ -65,9 +65,7 @@ class Auditor:
         self.masks = None if self.config.region is None else Masks(self.config.region)
         self.settings = engine.settings(self.config)
         if (box := as_box(engine.classifier)) is not None and options.counterfactuals:
-            raise UsageError(
-                f"counterfactuals: {no_gradient(box.name)}. Predictions and maps need none: leave them out"
-            )
+            raise UsageError(f"counterfactuals: {no_gradient(box.name)}. Maps need none: leave counterfactuals out")
         if options.saliency is not None:
             check_callable(engine.classifier, [options.saliency])
         self.notes = list(source.notes)

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CounterlensError
 from .options import BoxOptions
-from .reading import Refused, Row, Unanswered, plain, read
+from .reading import Refused, Row, Unanswered, Unusable, plain, read
 from .sources import Source
 
 Pixels = NDArray[np.uint8]  # [N, H, W, 3]
@@ -22,7 +21,7 @@ IN_A_ROW = 20  # images without any answer after which a server is taken for gon
 FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds before a request is made again, doubled each time
 
 
-class BudgetSpent(CounterlensError):
+class BudgetSpent(Unusable):
     """A box was asked as often as it may be; what it answered is kept."""
 
 
@@ -103,7 +102,7 @@ class Asker:
         if left and not stop.is_set():
             self._lost += len(left)
             if self._lost >= IN_A_ROW and self.source.remote:
-                raise CounterlensError(
+                raise Unusable(
                     f"classifier: {self.source.name} gave no answer for {self._lost} images in a row, the last time it "
                     f"{reasons[next(iter(left))]}; what it answered before is kept, the same command goes on"
                 )

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..errors import CounterlensError, UsageError, install_hint
 from .options import BoxOptions, numbers
-from .reading import Refused, Unanswered
+from .reading import Refused, Unanswered, Unusable
 
 Pixels = NDArray[np.uint8]
 
@@ -209,7 +209,7 @@ class Endpoint:
         """The JSON that a request is answered with.
 
         Raises:
-            Unanswered: it may be answered another time. Refused: this request will not. CounterlensError: none will.
+            Unanswered: it may be answered another time. Refused: this request will not. Unusable: none will.
         """
         host = urlsplit(self._address).netloc
         content = None if body is None else json.dumps(body).encode()
@@ -235,7 +235,7 @@ class Endpoint:
             why = " ".join(self.hide(str(error)).split())[:200]
             if "CERTIFICATE_VERIFY_FAILED" in why:
                 own = "self-signed" if "self-signed" in why or "self signed" in why else "not one that is trusted here"
-                raise CounterlensError(
+                raise Unusable(
                     f"classifier: the certificate of {host} is {own} ({why}); SSL_CERT_FILE=FILE.pem names the "
                     "authority that signed it, where you trust it"
                 ) from error
@@ -244,14 +244,12 @@ class Endpoint:
         start = " ".join(self.hide(text[:4096]).split())[:120]
         if response.is_redirect:
             there = self.hide(response.headers.get("location", ""))
-            raise CounterlensError(
+            raise Unusable(
                 f"classifier: {host} redirects to {there[:200]!r}; refused: images and headers go nowhere else. Give "
                 "that address where you trust it"
             )
         if status in (401, 403):
-            raise CounterlensError(
-                f"classifier: {host} refuses the request with {status}; is the header's variable right?"
-            )
+            raise Unusable(f"classifier: {host} refuses the request with {status}; is the header's variable right?")
         if status in WAITS:
             asked = response.headers.get("retry-after", "")
             after = min(float(asked), LONGEST_PAUSE) if asked.isdigit() else 0.0
@@ -259,7 +257,7 @@ class Endpoint:
         if status in ABOUT_IMAGE:
             raise Refused(f"refuses this request with {status} ({start})")
         if not response.is_success:
-            raise CounterlensError(f"classifier: {host} answers with {status} ({start})")
+            raise Unusable(f"classifier: {host} answers with {status} ({start})")
         try:
             return json.loads(text)
         except ValueError as error:

@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UsageError
+from ..errors import CounterlensError, UsageError
 from ..labels import find_label
 
 Row = NDArray[np.float32]
 OUTPUTS = ("probabilities", "logits", "independent")
+
+
+class Unusable(CounterlensError):
+    """A box answers nothing any more; what it answered is kept, and the same command goes on."""
 
 
 class Refused(Exception):

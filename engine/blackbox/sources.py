@@ -1,7 +1,7 @@
 """Where answers come from. A source takes images and gives what the thing says, unread.
 
 A source fails by `reading.Unanswered` where asking again may help, by `reading.Refused` where it does not, and by
-CounterlensError where no image will ever be answered.
+`reading.Unusable` where no image will be answered any more.
 """
 
 from __future__ import annotations

@@ -335,6 +335,7 @@ def explain_images(
     """
     from safetensors.torch import save
 
+    from ..blackbox.reading import Unusable
     from ..images.maps import save_overlay
     from ..metrics.quantities import make_quantity
     from ..models.placing import choose_device, computing_on
@@ -382,7 +383,7 @@ def explain_images(
                 try:
                     record = explain_one(item, name, run.folder)
                 except (CounterlensError, OSError) as error:
-                    if isinstance(error, UsageError):
+                    if isinstance(error, UsageError | Unusable):
                         raise
                     message = str(error).removeprefix(f"{item.name}: ")
                     if isinstance(error, NotFinite):
