@@ -15,6 +15,7 @@ from .blackbox.kinds import is_box
 from .blackbox.options import BoxOptions
 from .config import OFFICIAL_PROMPTS, PRESET_PROMPTS, Config
 from .core.core import EngineCore
+from .core.factory import EngineFactory
 from .core.targets import Targets
 from .errors import UsageError
 from .models.protocols import Classifier
@@ -24,16 +25,25 @@ from .runtime.runners import REAL_IMAGES
 
 if TYPE_CHECKING:
     from .audit.results import Results
+    from .blackbox.box import BlackBox
+    from .core.regions import RegionLike
+    from .core.result import Counterfactuals
+    from .guidance.sampler import Observer
     from .models.backbone import Backbone
     from .outputs import Run
     from .saliency.explain import Explanations
+    from .surrogate.rounds import Plan
+    from .surrogate.surrogate import Surrogate
 
+QUERIES_EACH = 4  # of a black box, for one counterfactual
+OnStage = Callable[[int, int, str, Any], None]
 # What `wrap_classifier` is given by `from_pretrained` itself.
 OF_THE_ENGINE = ("module", "labels", "image_size")
 
 
 class Engine(EngineCore):
     __doc__ = EngineCore.__doc__
+    queries_each = QUERIES_EACH
 
     @classmethod
     def from_pack(
@@ -66,7 +76,7 @@ class Engine(EngineCore):
     def from_pretrained(
         cls,
         model: str | Path,
-        classifier: str | Path | nn.Module | Classifier,
+        classifier: str | Path | nn.Module | Classifier | Callable[..., Any],
         config: Config | None = None,
         *,
         labels: Sequence[str] | None = None,
@@ -130,14 +140,15 @@ class Engine(EngineCore):
             said = OFFICIAL_PROMPTS.get(said, said)
         size = diffusion.image_size
         explained: Classifier
-        if isinstance(classifier, str | Path) and is_box(classifier):
+        function = callable(classifier) and not isinstance(classifier, nn.Module) and not hasattr(classifier, "logits")
+        if function or (isinstance(classifier, str | Path) and is_box(classifier)):
             named_labels = labels or (diffusion.labels if pack is not None else [])
             explained = open_box(classifier, named_labels, image_size=size, options=box)
         elif isinstance(classifier, str | Path):
             explained = open_classifier(
                 classifier, image_size=size, labels=labels, prompts=said, head=head, weights=weights
             )
-        elif isinstance(classifier, nn.Module):
+        elif isinstance(classifier, nn.Module) and as_box(classifier) is None:
             if labels is None:
                 raise UsageError("labels: a module has none; give one name per logit")
             explained = wrap_classifier(classifier, labels, image_size=size, **(preprocessing or {}))
@@ -158,6 +169,126 @@ class Engine(EngineCore):
         if pack is not None:
             engine.runners.real_images = pack.samples("test", count=REAL_IMAGES).images
         return engine
+
+    @classmethod
+    def from_black_box(
+        cls,
+        model: str | Path,
+        classifier: str | Path | BlackBox | Callable[..., Any],
+        surrogate: str | Path | Surrogate,
+        config: Config | None = None,
+        *,
+        images: Tensor | None = None,  # [N, 3, H, W] in [0, 1]
+        plan: Plan | None = None,
+        queries_each: int = QUERIES_EACH,
+        on_stage: OnStage = lambda *_: None,
+        **options: Any,
+    ) -> Engine:
+        """Explain a classifier that can only be called, through a student of it; the box itself judges every result.
+
+        Args:
+            model, config, options: see `from_pretrained`.
+            classifier: see `blackbox.box.open_box`; or an open box.
+            surrogate: a trained one or its folder; with `images`, one that is not there yet is trained into it.
+            images, plan, on_stage: see `train_surrogate`.
+            queries_each: see `with_surrogate`.
+
+        Raises:
+            UsageError: parts or options do not fit, or there is no surrogate. CounterlensError: the box is not what it
+                was when the surrogate was trained; the message says in what.
+        """
+        from .surrogate.surrogate import is_surrogate
+
+        engine = cls.from_pretrained(model, classifier, config, **options)  # type: ignore[arg-type]
+        if images is not None and isinstance(surrogate, str | Path) and not is_surrogate(surrogate):
+            surrogate = engine.train_surrogate(images, surrogate, plan, on_stage)
+        return engine.with_surrogate(surrogate, queries_each=queries_each)
+
+    def train_surrogate(
+        self,
+        images: Tensor,  # [N, 3, H, W] in [0, 1]
+        out: str | Path | None = None,
+        plan: Plan | None = None,
+        on_stage: OnStage = lambda *_: None,
+    ) -> Surrogate:
+        """Train a student of this engine's classifier, which can only be called.
+
+        Args:
+            images: of the user's, see `surrogate.rounds.train_surrogate`, errors too.
+            out: folder; the same call goes on in it.
+            plan: every number. Counterfactuals are those of the engine's config, under speed `fast` if it names none.
+            on_stage: told (stage, stages, its name, the state) after each stage.
+        """
+        from .surrogate.rounds import Plan, train_surrogate, untrained
+
+        box, plan = self._called(), plan or Plan()
+        engine = self._guided_by(untrained(box, self.image_size, plan))
+        engine.config = self.config.model_copy(update={"speed": self.config.speed or "fast"})
+        pack = self.names.get("model", "")
+        hidden: Any = Pack(pack).mean_colour if is_pack(pack) else "blur"
+        return train_surrogate(engine, box, images, plan, out=out, hidden=hidden, on_stage=on_stage)
+
+    def with_surrogate(self, surrogate: str | Path | Surrogate, *, queries_each: int = QUERIES_EACH) -> Engine:
+        """This engine, guided by a student of its classifier, which can only be called and judges every result.
+
+        Args:
+            surrogate: trained on this classifier, or its folder.
+            queries_each: that one counterfactual may take, its image's own included.
+
+        Raises:
+            UsageError: there is none, or it is of another classifier. CounterlensError: that answers otherwise by now.
+        """
+        from .surrogate.surrogate import Surrogate, open_surrogate
+
+        if queries_each < 2:
+            raise UsageError(f"queries_each: expected 2 or more, one for the image, one to judge; got {queries_each}")
+        box = self._called()
+        trained = surrogate if isinstance(surrogate, Surrogate) else open_surrogate(surrogate)
+        trained.check(box)
+        engine = self._guided_by(trained.classifier)
+        engine.box, engine.queries_each = box, queries_each
+        engine.names |= {"surrogate": trained.digest}
+        return engine
+
+    def _called(self) -> BlackBox:
+        if (box := as_box(self.classifier)) is None:
+            raise UsageError("surrogate: of what can only be called; this classifier guides by its own gradient")
+        return box
+
+    def _guided_by(self, classifier: Classifier) -> Engine:
+        """An engine of the same parts with another classifier."""
+        factory = EngineFactory.of(self)
+        engine = type(self)(**factory.parts | {"classifier": classifier, "device": self.device})
+        engine.names, engine.slots = dict(self.names), self.slots
+        engine.runners.real_images = self.runners.real_images
+        return engine
+
+    def counterfactual(
+        self,
+        images: Tensor,  # [B, 3, H, W] in [0, 1]
+        targets: Targets = "runner-up",
+        seeds: Sequence[int] | None = None,
+        config: Config | Sequence[Config] | None = None,
+        progress: Callable[[int, int, Tensor], None] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+        budget_s: float | None = None,
+        observe: Observer | None = None,
+        whole: bool = True,
+        region: RegionLike | Sequence[RegionLike | None] | None = None,
+    ) -> Counterfactuals:
+        """See `EngineCore.counterfactual`. Through a surrogate, what the box does not confirm is tried again.
+
+        One try it is with several configs or counterfactuals of an image, a budget, or where steps are watched.
+        """
+        single = (config or self.config) if config is None or isinstance(config, Config) else None
+        watched = (progress, budget_s, observe) != (None, None, None)
+        if self.box is None or single is None or single.count > 1 or watched:
+            return super().counterfactual(
+                images, targets, seeds, config, progress, on_step, budget_s, observe, whole, region
+            )
+        from .surrogate.confirming import counterfactual
+
+        return counterfactual(self, images, targets, seeds, single, region, self.queries_each - 1, on_step)
 
     def explain(
         self,

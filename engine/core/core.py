@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from counterlens.export.store import Store
 
-from ..blackbox.box import as_box
+from ..blackbox.box import BlackBox, as_box
 from ..config import FEW_STEP_SPEEDS, SPEEDS, Config, Settings, StepOptions, default_settings, preset_misfit
 from ..errors import UsageError
 from ..guidance.memory import checkpointed, largest_batch, step_bytes
@@ -87,6 +87,8 @@ class EngineCore:
     Raises:
         UsageError: labels, preset, budget, neighbours, device or guidance decoder do not fit.
     """
+
+    box: BlackBox | None = None  # what is asked for every probability, where `classifier` is its student
 
     def __init__(
         self,
@@ -415,6 +417,9 @@ class EngineCore:
         sizes: Sequence[int] | None = None,
     ) -> Tensor:
         """The classifier's probabilities: [B, labels] on the CPU, in batches padded to `sizes` (`slots` without it)."""
+        if self.box is not None:
+            with span("predictions"):
+                return probabilities(self.box, images)
         batches = padded_batches(len(images), sizes or self.slots)
         with span("predictions"), computing_on(self.device), frozen(self.classifier.module):
             parts = [probabilities(self.classifier, images[rows].to(self.device))[:n].cpu() for rows, n in batches]

@@ -50,6 +50,8 @@ class Counterfactual:
         region: where alone it could change, [H, W] bool; None: anywhere.
         sample: place of its image among those that were given; in a session the id.
         k: which of the `count` counterfactuals of its image it was made as, from 0.
+        student: of a black box's surrogate, what it thought of the counterfactual, and what asking took; all else here
+            is what the box says.
     """
 
     id: int
@@ -73,6 +75,7 @@ class Counterfactual:
     region: Tensor | None = field(default=None, repr=False)
     sample: int = 0
     k: int = 0
+    student: dict[str, Any] = field(default_factory=dict)
 
     __repr__ = one_line
 
@@ -113,6 +116,7 @@ class Counterfactual:
             **({"k": self.k} if "count" in self.provenance else {}),
             "seed": self.seed,
             "seconds": round(self.seconds, 4),
+            **self.student,
             **{name: round(value, 6) for name, value in self.measures().items()},
         }
 
@@ -131,6 +135,7 @@ class Counterfactuals:
         regions: [H, W] bool of each sample, or None where it could change anywhere.
         samples: which of the images that were given each is of; with `count`, an image has several, nearest first.
         ks: which of its image's `count` counterfactuals each was made as.
+        students: what a black box's surrogate thought of each, see `Counterfactual.student`.
         labels: names of the classifier's labels.
     """
 
@@ -154,6 +159,7 @@ class Counterfactuals:
     regions: list[Tensor | None] = field(default_factory=list, repr=False)
     samples: list[int] = field(default_factory=list, repr=False)
     ks: list[int] = field(default_factory=list, repr=False)
+    students: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @classmethod
     def stack(
@@ -190,6 +196,7 @@ class Counterfactuals:
             regions=[s.region for s in samples],
             samples=[s.sample for s in samples],
             ks=[s.k for s in samples],
+            students=[s.student for s in samples],
         )
 
     def __repr__(self) -> str:
@@ -225,6 +232,7 @@ class Counterfactuals:
             region=self.regions[i] if self.regions else None,
             sample=self.samples[i] if self.samples else range(len(self))[i],
             k=self.ks[i] if self.ks else 0,
+            student=self.students[i] if self.students else {},
         )
 
     def by_image(self) -> list[list[Counterfactual]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.result import image_seed
 from ..errors import UsageError
 from ..labels import distinct_names
-from ..metrics.inputs import Baseline, make_baseline, rank_planes
+from ..metrics.inputs import Baseline, check_computed, make_baseline, rank_planes
 from ..metrics.msi_score import MSI
 from ..metrics.quantities import LogOdds, Quantity, check_labels, make_quantity
 from ..metrics.scoring import Curve, Scoring
@@ -297,9 +297,18 @@ def explain_by(
     if METHODS[method].adapter:
         found = find_adapter(adapter, engine.classifier, question, pack, engine.source.get("classifier", ""))
     wanted = None if explained is None else engine.resolve_targets(explained, engine.probabilities(images))
+    classifier = engine.classifier
+    if engine.box is not None:  # which scores the maps of its student, and is asked itself where that is enough
+        if wanted is None:
+            p = engine.probabilities(images)
+            check_computed("classifier", p)
+            wanted = p.argmax(1)
+        options["forward"] = engine.box
+        inside = METHODS[method].gradients or METHODS[method].adapter or METHODS[method].layer
+        classifier = engine.classifier if inside else engine.box
     with computing_on(engine.device):
         result = explain(
-            engine.classifier, images.to(engine.device), method, wanted, pack=pack, quantity=question, adapter=found,
+            classifier, images.to(engine.device), method, wanted, pack=pack, quantity=question, adapter=found,
             seed=config.seed, seeds=seeds, **options,
         )  # fmt: skip
     if counterfactual:
