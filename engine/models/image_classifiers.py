@@ -17,7 +17,7 @@ from . import norms
 from .files import find_folder, id2label_names, read_json, read_part, read_tensors
 from .freezing import frozen
 from .gradient_check import check_gradient
-from .preprocessing import Preprocessing, difference, from_processor, measured_geometry, pixels_of
+from .preprocessing import Geometry, Preprocessing, difference, from_processor, measured_geometry, pixels_of
 from .processors import keep_processor
 from .protocols import SigmoidClassifier, SoftmaxClassifier
 from .stable_diffusion import make_prompts
@@ -53,7 +53,7 @@ class Logits(nn.Module):
         pixels: Tensor,  # [B, 3, h, w], preprocessed
     ) -> Tensor:
         """Logits [B, labels]."""
-        logits = logits_of(self.module(_like(pixels, self.module))).to(pixels.dtype)
+        logits = logits_of(self.module(like(pixels, self.module))).to(pixels.dtype)
         if self.binary:
             # softmax of (0, x) is (1 - sigmoid(x), sigmoid(x)): its log is what binary cross-entropy asks for.
             logits = logits.reshape(len(logits), 1)
@@ -97,7 +97,7 @@ class LinearOnFeatures(nn.Module):
         pixels: Tensor,  # [B, 3, h, w], preprocessed
     ) -> Tensor:
         """Logits [B, labels]."""
-        dtype, pixels = pixels.dtype, _like(pixels, self.backbone)
+        dtype, pixels = pixels.dtype, like(pixels, self.backbone)
         if self.blocks == 1:
             out = [self.backbone(pixels).last_hidden_state]
         else:
@@ -130,7 +130,7 @@ class ZeroShot(nn.Module):
         pixels: Tensor,  # [B, 3, h, w], preprocessed
     ) -> Tensor:
         """Logits [B, labels]."""
-        features = self.model.vision_model(_like(pixels, self.model)).pooler_output  # type: ignore[operator]
+        features = self.model.vision_model(like(pixels, self.model)).pooler_output  # type: ignore[operator]
         if hasattr(self.model, "visual_projection"):
             features = self.model.visual_projection(features)  # type: ignore[operator]
         features = nn.functional.normalize(features, dim=-1)
@@ -160,7 +160,7 @@ def logits_of(out: Any) -> Tensor:
     )
 
 
-def _like(image: Tensor, module: nn.Module) -> Tensor:
+def like(image: Tensor, module: nn.Module) -> Tensor:
     """The image in the data type of the module's parameters, if it has any."""
     first = next((p for p in module.parameters() if p.is_floating_point()), None)
     return image if first is None else image.to(first.dtype)
@@ -192,16 +192,24 @@ def wrap_classifier(
     """
     if output not in OUTPUTS:
         raise UsageError(f"output: expected one of {', '.join(OUTPUTS)}, got {output!r}")
-    # As torchvision reads them: one number is of the shorter side.
-    one_side = isinstance(resize, int) or (resize is None and crop is not None)
-    preprocessing = Preprocessing(
-        image_size, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation,
-        geometry="crop" if one_side else "squash",
-    )  # fmt: skip
+    preprocessing = recipe(image_size, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation)
     classifier = finish(Logits(preprocessing, module, output), labels, image_size, output)
     if resize is not None:
         keep_processor(classifier, preprocessing.of_picture)
     return classifier
+
+
+def recipe(
+    image_size: int,
+    *,
+    resize: int | tuple[int, int] | None = None,
+    crop: int | tuple[int, int] | None = None,
+    **normalise: Any,
+) -> Preprocessing:
+    """Preprocessing as torchvision reads its sizes: one number is of the shorter side. See `Preprocessing`."""
+    one_side = isinstance(resize, int) or (resize is None and crop is not None)
+    geometry: Geometry = "crop" if one_side else "squash"
+    return Preprocessing(image_size, resize=resize, crop=crop, geometry=geometry, **normalise)
 
 
 def finish(module: nn.Module, labels: Sequence[str], image_size: int, output: Output = "softmax") -> ImageClassifier:
