@@ -141,7 +141,7 @@ def open_onnx_classifier(
     made, process, assumed = _preprocessing(file, image_size, preprocessing)
     many = _count(file, graph, made.size)
     names, link = _meaning(file, graph.ending, many, labels, output, assumed)
-    if graph.half:
+    if graph.halved:
         assumed.append("its half-precision weights are computed in float32")
     pictures = (natural_images(image_size, IMAGES) if images is None else images[:IMAGES].cpu()).float()
     run = open_session(file, torch.get_num_threads())
@@ -289,7 +289,7 @@ def _same_batch(
     try:
         for batch in (1, len(pixels)):
             ours = _ended(graph, module(pixels[:batch]))
-            if ours.shape != theirs[:batch].shape or _apart(ours, theirs[:batch]) > SAME[graph.half]:
+            if ours.shape != theirs[:batch].shape or _apart(ours, theirs[:batch]) > SAME[graph.halved]:
                 break
         else:
             return module
@@ -325,7 +325,7 @@ def _compare(file: OnnxFile, graph: OnnxGraph, module: Converted, pixels: Tensor
     if not theirs.isfinite().all():
         raise UsageError(f"classifier: {file.path}: it gives NaN or infinite scores for an ordinary image")
     apart = _apart(ours, theirs)
-    if not apart <= SAME[graph.half]:  # NaN is different
+    if not apart <= SAME[graph.halved]:  # NaN is different
         raise NoGradient(file.path, [f"what was made of it differs from ONNX Runtime by {apart:.1%} of its scores"])
     return apart
 
@@ -361,7 +361,7 @@ def _compare_slopes(
         out = torch.from_numpy(run(torch.cat([image + step * directions, image - step * directions]))).flatten(1)
         up, down = (out.double() @ weights.double()).chunk(2)
         slopes.append((up - down) / (2 * step))
-        noise.append(ROUNDING * out.abs().max().item() / step * (50 if graph.half else 1))
+        noise.append(ROUNDING * out.abs().max().item() / step * (50 if graph.halved else 1))
     best = 0.0
     for i, slope in enumerate(torch.stack(slopes, dim=1)):  # of one direction, at every step
         scale = max(said[i].abs().item(), size)

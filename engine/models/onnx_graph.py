@@ -90,7 +90,7 @@ class OnnxGraph(nn.Module):
     Attributes:
         ending: softmax, log-softmax or sigmoid, that the file's own scores went through; empty where nothing did.
         kinds: the operators that follow from pixels, and how often each.
-        half: weights were of half precision; here they are float32.
+        halved: weights were of half precision; here they are float32.
 
     Raises:
         NoGradient: it cannot be built; every reason is named.
@@ -100,7 +100,7 @@ class OnnxGraph(nn.Module):
         super().__init__()
         builder = _Builder(file)
         self.input, self.output = file.picture.name, builder.output
-        self.ending, self.half = builder.ending, builder.half
+        self.ending, self.halved = builder.ending, builder.halved
         self.nodes = nn.ModuleDict()
         self.steps: list[tuple[str, list[str], list[str], list[str]]] = []
         self.kinds: dict[str, int] = {}
@@ -157,27 +157,27 @@ def _tensors(made: Any) -> list[Tensor]:
 
 @contextmanager
 def _hooked(nodes: nn.ModuleDict, see: Any) -> Iterator[None]:
-    def raised(operation: Operation) -> Any:
+    def raised(operation: nn.Module) -> Any:
         run = operation.forward
 
         def forward(*values: Any) -> Any:
             try:
                 return run(*values)
             except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
-                raise Unfit(f"{operation.kind}: {error}") from error
+                raise Unfit(f"{operation.kind}: {' '.join(str(error).split())[:160]}") from error
 
         return forward
 
     handles = [node.register_forward_hook(see) for node in nodes.values()]
     for node in nodes.values():
-        node.forward = raised(node)  # type: ignore[method-assign, arg-type]
+        setattr(node, "forward", raised(node))  # noqa: B010 (mypy takes no method for a variable)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
         for node in nodes.values():
-            del node.forward
+            delattr(node, "forward")
 
 
 class _Builder:
@@ -189,7 +189,7 @@ class _Builder:
         model = file.model
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
-        self.file, self.output, self.ending, self.half = file, file.output, "", False
+        self.file, self.output, self.ending, self.halved = file, file.output, "", False
         self.opset = next((o.version for o in model.opset_import if o.domain in OWN), 1)
         self.wide = file.picture.dtype == "float64"
         if not 7 <= self.opset <= 25:
@@ -290,7 +290,7 @@ class _Builder:
     def _cast(self, value: np.ndarray) -> np.ndarray:
         """Half precision as float32, and all of one precision: gradients of log p fall below what float16 holds."""
         if value.dtype.kind == "f" or value.dtype.name == "bfloat16":
-            self.half |= value.dtype.itemsize == 2
+            self.halved |= value.dtype.itemsize == 2
             return value.astype(np.float64 if self.wide else np.float32, copy=False)
         return value
 

@@ -477,13 +477,13 @@ def _resize(a: Attributes, x: Tensor, roi: Any = None, scales: Any = None, sizes
         raise Unfit("keep_aspect_ratio_policy")
     axes = [d % x.ndim for d in a.get("axes") or range(x.ndim)]
     wanted = numbers(sizes) if sizes is not None and np.size(sizes) else None
-    given = [float(s) for s in np.asarray(scales if wanted is None else (), np.float64).reshape(-1)] or a.get("scales")
+    by: Any = a.get("scales") if scales is None or wanted else np.asarray(scales, np.float64).reshape(-1).tolist()
     # Before opset 11 pixels were points at whole coordinates.
     where = a.get("coordinate_transformation_mode", "half_pixel" if a.opset > 10 else "asymmetric")
     for i, axis in enumerate(axes):
         old = x.shape[axis]
-        new = wanted[i] if wanted else math.floor(old * given[i])
-        scale = new / old if wanted else given[i]
+        new = wanted[i] if wanted else math.floor(old * by[i])
+        scale = new / old if wanted else by[i]
         if new != old or scale != 1:
             matrix = _resampling(
                 old, new, scale, a.get("mode", "nearest"), where, a.get("nearest_mode", "round_prefer_floor"),

@@ -215,7 +215,8 @@ def test_weights_standardised_by_a_norm_in_training_mode(tmp_path: Path) -> None
         helper.make_node("Conv", ["x", "k"], ["y"]),
     ]
     constants = {
-        "w": normal(1, 4, 27), "one": np.ones(4, np.float32), "zero": np.zeros(4, np.float32), "shape": ints(4, 3, 3, 3),
+        "w": normal(1, 4, 27), "one": np.ones(4, np.float32), "zero": np.zeros(4, np.float32),
+        "shape": ints(4, 3, 3, 3),
     }  # fmt: skip
     file = read_onnx(save(tmp_path / "m.onnx", nodes, constants, ["B", 3, 7, 6], 15))
     compare(file, normal(2, 3, 7, 6), 1e-5)
