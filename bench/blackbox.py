@@ -33,6 +33,7 @@ from counterlens.engine.packs import Pack
 
 BATCH, CONCURRENCY = 4, 4
 KILLS = 3
+SEED = 11  # of the faults; the first two requests, which open the box, are answered
 CLOSE = 1e-4  # numbers of two rows of one audit: sums of 8-bit answers in other batches
 COMPARED = ("prediction", "confidence", "msi", "msi_base", "sufficient_area")
 
@@ -119,19 +120,16 @@ def resume(digits: int) -> dict[str, Any]:
             wrong = different(rows_of(out), rows_of(whole))
             counted = Results.open(out).manifest["queries"][0]["asked_in_all"]
             asked = sum(server.asked.values())
-        bad = [
-            f"{s['known_asked_again']} stored answers were asked for again" for s in sessions if s["known_asked_again"]
-        ]
-        most = BATCH * CONCURRENCY
+        most, known = BATCH * CONCURRENCY, sum(s["known_asked_again"] for s in sessions)
+        bad = [f"{known} stored answers were asked for again"] if known else []
         bad += [f"{s['asked_again']} images were asked about again" for s in sessions if s["asked_again"] > most]
         bad += [f"{len(wrong)} rows differ"] if wrong else []
-        bad += (
-            [f"{asked} queries arrived, {counted} were counted"] if not asked <= counted <= asked + KILLS * most else []
-        )
+        honest = asked <= counted <= asked + KILLS * most  # what a kill stopped on its way was counted before
+        bad += [] if honest else [f"{asked} queries arrived, {counted} were counted"]
         return {
             "digits": digits, "queries_without_a_kill": queries, "queries": asked, "counted": counted,
-            "requests_in_flight": CONCURRENCY, "images_in_flight": most, "sessions": sessions, "rows_differ": len(wrong),
-            "bad": bad,
+            "requests_in_flight": CONCURRENCY, "images_in_flight": most, "sessions": sessions,
+            "rows_differ": len(wrong), "bad": bad,
         }  # fmt: skip
 
 
@@ -148,10 +146,12 @@ def flaky(digits: int) -> dict[str, Any]:
         truth = stored(whole)
         for name, retries in (("retries 5", 5), ("retries 1", 1)):
             out = Path(folder) / name
-            with serving(Endpoint(answer, faults=FLAKY, slow_s=2.0, seed=retries)) as server:
+            with serving(Endpoint(answer, faults=FLAKY, slow_s=2.0, seed=SEED)) as server:
                 command = audit(server.address, images, out, "--classifier-timeout", "1")
                 done = run([*command, "--classifier-retries", str(retries)])
                 said, asked = [*server.said], sum(server.asked.values())
+            if done.returncode not in (0, 1) or not out.exists():
+                raise SystemExit(done.stderr)
             rows, kept = rows_of(out), stored(out)
             failed = {id: row["error"] for id, row in rows.items() if row["status"] == "failed"}
             wrong = different(rows, right)

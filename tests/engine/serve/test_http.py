@@ -249,6 +249,12 @@ BAD: list[tuple[str, dict[str, Any], int, str]] = [
     ("config field", {"files": {"image": picture()}, "data": {"config": '{"angel": 3}'}}, 400, "angel: "),
     ("config range", {"files": {"image": picture()}, "data": {"config": '{"angle": 300}'}}, 400, "angle: "),
     ("schedule", {"files": {"image": picture()}, "data": {"config": '{"steps": 4000}'}}, 400, "steps: "),
+    (
+        "config classifier",
+        {"files": {"image": picture()}, "data": {"config": '{"classifier": "python:os:system"}'}},
+        400,
+        "config: classifier",
+    ),
     ("config pack", {"files": {"image": picture()}, "data": {"config": '{"pack": "/etc"}'}}, 400, "config: pack"),
 ]
 
