@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,10 +37,19 @@ from torch.nn.functional import cross_entropy
 
 from bench.record import RESULTS, write_result
 from counterlens.engine import Config, Engine, load_image
-from counterlens.engine.audit.disagreement import excess_test, judge, redrawn, unlikely_labels
+from counterlens.engine.audit.disagreement import (
+    ALPHA,
+    family,
+    judge,
+    redrawn,
+    sign_test,
+    unlikely_labels,
+    watched,
+)
 from counterlens.engine.audit.report import write_report
 from counterlens.engine.audit.results import TIMINGS, Results
-from counterlens.engine.audit.watching import Evidence, observe
+from counterlens.engine.audit.summary import interval
+from counterlens.engine.audit.watching import observe
 from counterlens.engine.images.files import save_png
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
@@ -378,15 +387,18 @@ def train_on(cause: str, steps: int, folder: Path) -> SoftmaxClassifier:
     return SoftmaxClassifier(module.eval().requires_grad_(False), labels)
 
 
-def painted_digits(cause: str, split: str, count: int, side: str = "matching") -> tuple[Tensor, list[int], list[str]]:
-    """Digits with a cause that matches or conflicts with their label, their labels and ids."""
+def painted_digits(
+    cause: str, split: str, count: int, side: str = "matching", seed: int = 0
+) -> tuple[Tensor, list[int], list[str]]:
+    """Digits with a cause that matches or conflicts with their label, their labels and ids; `none`: random markers."""
     pack = Pack("digits")
-    drawn = pack.samples(split, count=count, marker=side if cause == "marker" else "none")
+    rule = {"marker": side, "none": "random"}.get(cause, "none")
+    drawn = pack.samples(split, count=count, marker=rule, seed=seed)
     images = drawn.images
     if cause in CAUSES:
         upper = torch.tensor(drawn.labels) >= 5
         images = CAUSES[cause](images, upper if side == "matching" else ~upper)
-    return (images * 255).round() / 255, drawn.labels, [str(i) for i in drawn.ids]
+    return (images * 255).round() / 255, drawn.labels, [f"{seed}:{i}" if seed else str(i) for i in drawn.ids]
 
 
 def reliance(classifier: SoftmaxClassifier, cause: str, split: str, count: int) -> dict[str, float]:
@@ -400,39 +412,72 @@ def reliance(classifier: SoftmaxClassifier, cause: str, split: str, count: int) 
     return out
 
 
-def watch(classifier: SoftmaxClassifier, cause: str, split: str, count: int) -> tuple[Evidence, dict[str, Any]]:
+def watch(
+    classifier: SoftmaxClassifier, cause: str, split: str, count: int, seed: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What is seen of a classifier on digits that carry the cause as its training data did, and on redrawn ones."""
     pack = Pack("digits")
     engine = Engine(pack.diffusion(), classifier, Config(), pack_settings=pack.manifest["settings"], runtime="eager")
-    images, _, ids = painted_digits(cause, split, count)
+    images, _, ids = painted_digits(cause, split, count, seed=seed)
     targets = unlikely_labels(engine.probabilities(images), ids, 0)
-    return observe(engine, images, targets, engine.config)[0], redrawn(engine, images)[0]
+    seen, _, good = observe(engine, images, targets, engine.config)
+    assert seen is not None
+    each, _ = watched(engine, images[good], [targets[i] for i in good], seen)
+    return each, interval(redrawn(engine, images)[0]).record()
 
 
-def power(seen: Evidence, sizes: list[int], repeats: int, alpha: float = 0.05) -> dict[str, float]:
-    """Share of random subsets of each size in which some place is significant."""
-    n = len(seen.push)
-    push, evidence = seen.push.reshape(n, -1), seen.evidence.reshape(n, -1)
-    out = {}
-    for size in [s for s in sizes if s < n]:
+def together(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Samples of several sets as one."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def power(each: dict[str, np.ndarray], sizes: Sequence[int], repeats: int) -> dict[str, float]:
+    """Share of random subsets of each size in which a place or a statistic is significant."""
+    d, out = family(each), {}
+    for size in [s for s in sizes if s < len(d)]:
         rng = np.random.default_rng(size)
-        found = 0
-        for r in range(repeats):
-            at = rng.choice(n, size, replace=False)
-            found += excess_test(push[at], evidence[at], draws=400, seed=r).p.min() < alpha
-        out[str(size)] = found / repeats
+        smallest = [
+            sign_test(d[rng.choice(len(d), size, replace=False)], draws=400, seed=r).p.min() for r in range(repeats)
+        ]
+        out[str(size)] = float(np.mean([p < ALPHA for p in smallest]))
     return out
+
+
+def false_alarms(split: str, nulls: int, images: int) -> dict[str, Any]:
+    """The honest classifier on digits whose markers and colours are drawn anew for each null.
+
+    `alarms` counts nulls in which anything is significant; `alarms_of_240` random sets of 240 among all their images.
+    """
+    clean, sets = Pack("digits").classifier("clean"), []
+    for k in range(nulls):
+        sets.append(watch(clean, "none", split, images, seed=NULL_SEED + k)[0])
+        print(f"null {k + 1} of {nulls}", end="\r", file=sys.stderr)
+    found = [judge(each, 32)["smallest_p"] < ALPHA for each in sets]
+    d, rng = family(together(sets)), np.random.default_rng(0)
+    large = [
+        sign_test(d[rng.choice(len(d), min(240, len(d)), replace=False)], seed=r).p.min() < ALPHA for r in range(nulls)
+    ]
+    return {
+        "nulls": nulls, "images_each": images, "alarms": int(sum(found)), "alarms_of_240": int(sum(large)),
+        "largest_mean": float(d.mean(axis=0).max()),
+    }  # fmt: skip
+
+
+NULL_SEED = 5000  # renderings of the nulls; those of the planted causes have 0, 1, ...
 
 
 @app.command()
 def detector(
     split: str = "test",
     images: Images = 240,
+    sets: Annotated[int, typer.Option(help="Renderings of so many images, for the power.")] = 2,
+    nulls: Annotated[int, typer.Option(help="Honest sets, markers and colours drawn anew.")] = 200,
+    null_images: Annotated[int, typer.Option(help="Images in each.")] = 24,
     steps: Annotated[int, typer.Option(help="Training steps of each planted classifier.")] = 400,
     folder: Annotated[Path, typer.Option(help="Where trained classifiers stay.")] = Path("build/audit-bench"),
     only: Annotated[str, typer.Option(help="Comma-separated: marker, tint, border, texture.")] = "",
 ) -> None:
-    """Planted causes and the honest classifier on the same images: places, p values, power by number of images."""
+    """Planted causes and the honest classifier on the same images: what is found, power, and false alarms."""
     pack, rows = Pack("digits"), {}
     for cause in only.split(",") if only else ("marker", *CAUSES):
         planted = pack.classifier("shortcut") if cause == "marker" else train_on(cause, steps, folder)
@@ -440,17 +485,22 @@ def detector(
             started = time.perf_counter()
             seen, again = watch(classifier, cause, split, images)
             facts = judge(seen, 32)
+            others = range(1, sets) if name == "planted" else ()
+            more = [watch(classifier, cause, split, images, seed=s)[0] for s in others]
             rows[f"{cause}, {name}"] = {
                 "reliance": reliance(classifier, cause, split, images), "smallest_p": facts["smallest_p"],
-                "redrawn": again,
-                "places": facts["places"], "ranking": facts["ranking"][:4],
-                "power": power(seen, [32, 64, 128], 40), "seconds": time.perf_counter() - started,
+                "redrawn": {"same_answer": again}, "places": facts["places"], "ranking": facts["ranking"][:4],
+                "statistics": facts["statistics"],
+                "power": power(together([seen, *more]), [32, 64, 128, 240], 40),
+                "seconds": time.perf_counter() - started,
             }  # fmt: skip
             first = rows[f"{cause}, {name}"]
             print(f"{cause}, {name}: p {first['smallest_p']:.4f}, power {first['power']}, "
-                  f"ranking {[(r['cell'], round(r['excess'], 4)) for r in first['ranking']]}, "
-                  f"same answer when redrawn {again['same_answer']}", flush=True)  # fmt: skip
-    record("detector", {"split": split, "images": images, "rows": rows})
+                  f"places {[p['box'] for p in first['places']]}, "
+                  f"statistics {[s['name'] for s in first['statistics'] if s['found']]}, "
+                  f"same answer when redrawn {again}", flush=True)  # fmt: skip
+    found = false_alarms(split, nulls, null_images) if nulls else None
+    record("detector", {"split": split, "images": images, "sets": sets, "rows": rows, "nulls": found})
 
 
 if __name__ == "__main__":

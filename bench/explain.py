@@ -27,13 +27,13 @@ from counterlens.engine.guidance.memory import PeakMemory
 from counterlens.engine.images.files import write_png
 from counterlens.engine.images.maps import draw_methods
 from counterlens.engine.metrics import load_alpha_min
+from counterlens.engine.metrics.robust import brittle
 from counterlens.engine.metrics.table import METRICS, check_metrics, compared
 from counterlens.engine.models.freezing import frozen
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.packs import Pack
 from counterlens.engine.packs.architectures import StridedClassifier
 from counterlens.engine.packs.rendering import MARKER_SIZE, Marker
-from counterlens.engine.saliency.evaluation import brittle
 from counterlens.engine.saliency.explain import explain, pack_adapter
 from counterlens.engine.saliency.lax import DESCRIPTION, LAX, new_adapter, open_adapter
 from counterlens.engine.saliency.methods import explain_with, minmax

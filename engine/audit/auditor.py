@@ -25,7 +25,7 @@ from ..outputs import SCHEMA_VERSION
 from ..provenance import digest, models_digest, models_numbers, versions
 from ..saliency.methods import check_callable
 from .conditions import COMPUTING
-from .explaining import Explainer, Item
+from .explaining import Explainer, Item, scored_by
 from .plan import OPTION_NAMES, Chosen, Options, choose, match_labels, read_places
 from .results import encode_image, image_path
 from .rows import PICTURES, Row
@@ -69,6 +69,7 @@ class Auditor:
         if options.saliency is not None:
             check_callable(engine.classifier, [options.saliency])
         self.notes = list(source.notes)
+        scored_by(options, self.judges)  # refused now, not at the first map
         for name, judge in self.judges.items():
             if list(judge.labels) != list(engine.classifier.labels):
                 raise UsageError(f"judge: the labels of {name} are not those of the classifier")
@@ -123,7 +124,10 @@ class Auditor:
         if engine.device.type != "cpu":  # whose results are not the CPU's, bit by bit
             config["device"] = engine.device.type
         source = {"kind": self.source.kind, "samples": len(self.source.samples), "digest": self.source.digest()}
-        identity = {"model": model, "config": config, "options": asdict(self.options), "source": source}
+        options = asdict(self.options)
+        if not self.options.metrics:  # as in audits made before there were any
+            del options["metrics"]
+        identity = {"model": model, "config": config, "options": options, "source": source}
         identity = json.loads(json.dumps(identity))
         text = json.dumps(identity, sort_keys=True)
         return identity | {
@@ -282,6 +286,7 @@ def open_auditor(
     unknown = sorted(options.keys() - set(OPTION_NAMES))
     if unknown:
         raise UsageError(f"{unknown[0]}: no option of an audit; expected {', '.join(OPTION_NAMES)}")
-    given: dict[str, Any] = {k: tuple(v) if k == "slices" else v for k, v in options.items() if v is not None}
+    several = ("slices", "metrics")
+    given: dict[str, Any] = {k: tuple(v) if k in several else v for k, v in options.items() if v is not None}
     asked = Options(**given)
     return Auditor(engine, open_source(Path(source), asked.slices, asked.recursive), asked, config, judges)

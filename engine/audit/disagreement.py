@@ -34,7 +34,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,9 +48,12 @@ from ..config import Config
 from ..errors import CounterlensError
 from ..files import write_atomically
 from ..images.files import as_saved
+from .looks import Look, joined, look_files, look_path, read_look, write_look
+from .plan import parts_of
 from .results import GOES_ON, Results
+from .statistics import STATISTICS, colours, contrasts, energy, mean_colour, measure, moved, sentence
 from .summary import interval
-from .watching import BATCH, Evidence, observe
+from .watching import BATCH, Evidence, observe, too_few
 
 if TYPE_CHECKING:
     from ..core.core import EngineCore
@@ -93,7 +96,16 @@ def excess_test(
     seed: int = 0,
 ) -> Tested:
     """Test at every place whether push exceeds `factor` times the evidence, against swapping the two within samples."""
-    d = contrast(push, evidence, factor)
+    return sign_test(contrast(push, evidence, factor), draws=draws, seed=seed)
+
+
+def sign_test(
+    d: np.ndarray,  # [N, K]
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Tested:
+    """Test whether any mean is above 0, against turning the signs of whole samples; the largest decides for all K."""
     n = len(d)
     second = (d * d).mean(axis=0)  # does not change with the signs
 
@@ -134,25 +146,33 @@ def regions(
     return groups
 
 
+def family(each: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What is tested together, of every sample: contrasts of the places, then of the statistics: [N, h w + K]."""
+    places = contrast(*(each[name].reshape(len(each[name]), -1) for name in ("push", "evidence")))
+    return np.concatenate([places, contrasts(*(each[f"{n} statistics"] for n in ("push", "evidence")))], axis=1)
+
+
 def judge(
-    seen: Evidence,
+    each: Mapping[str, np.ndarray],  # push, removed, evidence [N, h, w]; push statistics, evidence statistics [N, K]
     size: int,
     *,
     tests: int = 1,
     more: np.ndarray | None = None,  # [h, w] what an open filter changes more
 ) -> dict[str, Any]:
-    """Test one group of samples and name the places that stand out, most excess first.
+    """Test one group of samples and name the places and the statistics that stand out, most excess first.
 
     Args:
-        seen: of the group.
+        each: of the group, see `look`.
         size: side of the images in pixels, for the places' boxes.
         tests: groups that are tested beside this one; p values are multiplied by it (Bonferroni).
         more: mean change of the audit mode less that of the run, by place.
     """
-    n, h, w = seen.push.shape
-    tested = excess_test(seen.push.reshape(n, -1), seen.evidence.reshape(n, -1))
-    p = np.minimum(tested.p * tests, 1).reshape(h, w)
-    push, removed, evidence = (m.mean(axis=0) for m in (seen.push, seen.removed, seen.evidence))
+    n, h, w = each["push"].shape
+    whole = [each[f"{name} statistics"] for name in ("push", "evidence")]
+    tested = sign_test(family(each))
+    p = np.minimum(tested.p * tests, 1)
+    p, of_whole = p[: h * w].reshape(h, w), p[h * w :]
+    push, removed, evidence = (each[name].mean(axis=0) for name in ("push", "removed", "evidence"))
     found: list[dict[str, Any]] = []
     for cells in regions(p < ALPHA):
         rows, columns = [r for r, _ in cells], [c for _, c in cells]
@@ -174,11 +194,22 @@ def judge(
             place["audit_changes_more"] = float(more[at].mean())
         found.append(place)
     found.sort(key=lambda f: -f["excess"])
-    order = np.argsort(-tested.excess)[:10]
+    order = np.argsort(-tested.excess[: h * w])[:10]
     ranking = [
         {"cell": [int(i) // w, int(i) % w], "excess": float(tested.excess[i]), "p": float(p.flat[i])} for i in order
     ]  # fmt: skip
-    return {"samples": n, "places": found, "ranking": ranking, "smallest_p": float(p.min())}
+    statistics = [
+        {
+            "name": s.name, "family": s.family, "push": float(a), "evidence": float(b), "p": float(chance),
+            "found": bool(chance < ALPHA),
+        }
+        for s, a, b, chance in zip(STATISTICS, *(x.mean(axis=0) for x in whole), of_whole, strict=True)
+    ]  # fmt: skip
+    by_rank = np.argsort(-tested.statistic[h * w :], kind="stable")
+    return {
+        "samples": n, "places": found, "ranking": ranking,
+        "statistics": [statistics[i] for i in by_rank], "smallest_p": float(min(p.min(), of_whole.min())),
+    }  # fmt: skip
 
 
 def draw_samples(chosen: Sequence[Chosen], count: int, seed: int) -> list[Chosen]:
@@ -208,15 +239,100 @@ def unlikely_labels(
 def redrawn(
     engine: EngineCore,
     images: Tensor,  # [N, 3, H, W] in [0, 1]
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Encode and decode, and ask the classifier again: how often its answer stays, and the mean difference [H, W]."""
+) -> tuple[list[bool], Tensor]:
+    """Encode and decode, and ask the classifier again: where its answer stays [N], and the differences [N, H, W]."""
     with engine.frozen():
         decode, encode = engine.diffusion.decode, engine.diffusion.encode
         parts = [(decode(encode(x.to(engine.device))).cpu() + 1) / 2 for x in images.split(BATCH)]
     again = as_saved(torch.cat(parts))
     same = engine.probabilities(again).argmax(dim=1) == engine.probabilities(images).argmax(dim=1)
-    lost = (again - images).abs().mean(dim=(0, 1)).numpy()
-    return {"same_answer": interval(same.tolist()).record(), "mean_difference": float(lost.mean())}, lost
+    return same.tolist(), (again - images).abs().mean(dim=1)
+
+
+def watched(
+    engine: EngineCore,
+    images: Tensor,  # [n, 3, H, W] in [0, 1]
+    targets: Sequence[int],
+    seen: Evidence,
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    """What is kept of samples that were watched: arrays [n, ...], and where push and evidence lie [n, H, W]."""
+    each = {"push": seen.push, "removed": seen.removed, "evidence": seen.evidence, "target": np.array(targets)}
+    moves = {"push": moved(engine, images, seen.towards), "evidence": moved(engine, images, seen.of_class)}
+    each |= {f"{name} statistics": measure(p) for name, p in moves.items()} | {"colour": mean_colour(moves["push"])}
+    return each, {f"{name} picture": energy(p) for name, p in moves.items()}
+
+
+def look(
+    engine: EngineCore,
+    images: Tensor,  # [N, 3, H, W] in [0, 1]
+    ids: Sequence[str],
+    config: Config,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Look:
+    """Watch counterfactuals towards unlikely labels, with the filter as it is and open, and redraw the images."""
+    targets = unlikely_labels(engine.probabilities(images), ids, config.seed)
+    seen, made, good = observe(engine, images, targets, config, on_step, least=0)
+    same, lost = redrawn(engine, images)
+    found = Look({
+        "targets": {str(t): engine.labels[t] for t in sorted(set(targets))}, "same": same,
+        "errors": [error for error in made.errors if error is not None],
+        "angle": engine.settings(config).angle, "counts": {"lost": len(images)},
+    }, sums={"lost": lost.sum(dim=0).numpy()})  # fmt: skip
+    if seen is None:
+        return found
+    found.each, pictures = watched(engine, images[good], [targets[i] for i in good], seen)
+    found.sums |= {name: picture.sum(dim=0).numpy() for name, picture in pictures.items()}
+    found.facts["counts"] |= dict.fromkeys(pictures, len(good))
+    open_filter = config.model_copy(update={"angle": 90.0, "filter": "zero"})
+    # Both are observed runs, so that nothing but the filter tells them apart.
+    _, opened, also = observe(engine, images[good], [targets[i] for i in good], open_filter, on_step, least=0)
+    for name, run, rows, before in (
+        ("change", made, good, images[good]), ("change_open", opened, also, images[good][also]),
+    ):  # fmt: skip
+        found.sums[name] = (as_saved(run.images[rows]) - before).abs().mean(dim=1).sum(dim=0).numpy()
+        found.facts["counts"][name] = len(rows)
+    return found
+
+
+def conclude(looks: Sequence[Look]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Test where, and how, the classifier pushes on its own.
+
+    Args:
+        looks: at batches of samples, in order.
+
+    Returns:
+        Facts as JSON values (of all samples, and of each target class with enough of them), and mean maps by name:
+        push, removed, evidence [h, w], change, change_open, lost, push picture, evidence picture [H, W], and
+        push:LABEL, evidence:LABEL.
+
+    Raises:
+        CounterlensError: there are no two counterfactuals.
+    """
+    each, maps = joined(looks)
+    if len(each.get("push", ())) < 2:
+        raise too_few(sum(x.facts["counts"]["lost"] for x in looks), [e for x in looks for e in x.facts["errors"]])
+    size, (h, w) = maps["lost"].shape[0], each["push"].shape[1:]
+    more = torch.from_numpy(maps["change_open"] - maps["change"])
+    pooled = adaptive_avg_pool2d(more[None], (h, w))[0].numpy()
+    maps = {name: each[name].mean(axis=0) for name in ("push", "removed", "evidence")} | maps
+    names = {int(t): label for x in looks for t, label in x.facts["targets"].items()}
+    by_class = {}
+    groups = {t: np.flatnonzero(each["target"] == t) for t in sorted(set(each["target"].tolist()))}
+    large = {t: at for t, at in groups.items() if len(at) >= LEAST}
+    for t, at in large.items():
+        by_class[names[t]] = judge({k: v[at] for k, v in each.items()}, size, tests=len(large))
+        maps |= {f"{k}:{names[t]}": each[k][at].mean(axis=0) for k in ("push", "evidence")}
+    facts = {
+        "size": size, "factor": FACTOR, "alpha": ALPHA, "draws": DRAWS, "least": LEAST,
+        "angle": looks[0].facts["angle"], "runtime": "eager",
+        "all": judge(each, size, more=pooled), "by_class": by_class,
+        "redrawn": {
+            "same_answer": interval([same for x in looks for same in x.facts["same"]]).record(),
+            "mean_difference": float(maps["lost"].mean()),
+        },
+        "colours": colours(each["colour"], each["target"], names),
+    }  # fmt: skip
+    return facts, maps
 
 
 def find(
@@ -226,43 +342,9 @@ def find(
     config: Config,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Watch counterfactuals towards unlikely labels and test where the classifier pushes on its own.
-
-    Returns:
-        Facts as JSON values (of all samples, and of each target class with enough of them), and mean maps by name:
-        push, removed, evidence [h, w], change, change_open, lost [H, W], and push:LABEL, evidence:LABEL.
-    """
-    targets = unlikely_labels(engine.probabilities(images), ids, config.seed)
-    seen, made, good = observe(engine, images, targets, config, on_step)
-    images, targets = images[good], [targets[i] for i in good]
-    open_filter = config.model_copy(update={"angle": 90.0, "filter": "zero"})
-    # Both are observed runs, so that nothing but the filter tells them apart.
-    _, opened, also = observe(engine, images, targets, open_filter, on_step)
-    change, change_open = (
-        (as_saved(run.images[rows]) - before).abs().mean(dim=(0, 1))
-        for run, rows, before in ((made, good, images), (opened, also, images[also]))
-    )
-    h, w = seen.push.shape[1:]
-    more = adaptive_avg_pool2d((change_open - change)[None], (h, w))[0].numpy()
-    maps = {"push": seen.push, "removed": seen.removed, "evidence": seen.evidence}
-    maps = {name: m.mean(axis=0) for name, m in maps.items()}
-    maps |= {"change": change.numpy(), "change_open": change_open.numpy()}
-    again, maps["lost"] = redrawn(engine, images)
-    size = engine.image_size
-    by_class = {}
-    groups = {t: [i for i, x in enumerate(targets) if x == t] for t in sorted(set(targets))}
-    large = {t: at for t, at in groups.items() if len(at) >= LEAST}
-    for t, at in large.items():
-        group = Evidence(seen.push[at], seen.removed[at], seen.evidence[at])
-        label = engine.labels[t]
-        by_class[label] = judge(group, size, tests=len(large))
-        maps |= {f"push:{label}": group.push.mean(axis=0), f"evidence:{label}": group.evidence.mean(axis=0)}
-    facts = {
-        "factor": FACTOR, "alpha": ALPHA, "draws": DRAWS, "angle": engine.settings(config).angle, "least": LEAST,
-        "runtime": "eager",
-        "all": judge(seen, size, more=more), "by_class": by_class, "redrawn": again,
-    }  # fmt: skip
-    return facts, maps
+    """Look at images and conclude, in one go; see `look` and `conclude`."""
+    parts = range(0, len(images), BATCH)
+    return conclude([look(engine, images[i : i + BATCH], ids[i : i + BATCH], config, on_step) for i in parts])
 
 
 def run_disagreement(
@@ -270,26 +352,63 @@ def run_disagreement(
     results: Results,
     chosen: Sequence[Chosen],
     count: int,
+    shard: tuple[int, int] | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Make the disagreement map of an audit, or read the one that is there; None if no image could be read."""
-    path = results.folder / FACTS
-    if path.exists():
-        facts = read_facts(results.folder)
-        if facts is not None and facts["asked"] == count:
-            return facts
+    """Look for shortcuts, or go on with it: a file for each batch, and the facts once all are there.
+
+    Args:
+        count: samples to look at.
+        shard: (number from 1, count): only this share of the batches; `merge` puts them together.
+        stopped: asked after every batch whether to leave it at that.
+
+    Returns:
+        The facts; None if batches are missing, or no two images could be read.
+    """
+    facts = read_facts(results.folder)
+    if facts is not None and facts["asked"] == count and "statistics" in facts["all"]:
+        return facts
     drawn = draw_samples(chosen, count, auditor.config.seed)
-    found = auditor.squares(drawn)
-    ids = list(found)
-    if len(ids) < 2 or len(auditor.engine.labels) < 2:
+    if len(auditor.engine.labels) < 2:
         return None
+    batches = parts_of(drawn, BATCH)
+    for path in look_files(results.folder):  # of another number of samples
+        if int(path.stem) not in batches or read_look(path).facts["asked"] != count:
+            path.unlink()
     anywhere = auditor.config.model_copy(update={"region": None})  # the filter is asked about the whole image
-    facts, maps = find(auditor.engine, torch.stack(list(found.values())), ids, anywhere, on_step)
-    facts["asked"] = count
+    for batch, some in batches.items():
+        if look_path(results.folder, batch).exists() or (shard is not None and batch % shard[1] != shard[0] - 1):
+            continue
+        images = auditor.squares(some)
+        seen = (
+            look(auditor.engine, torch.stack([*images.values()]), [*images], anywhere, on_step) if images else Look({})
+        )
+        seen.facts |= {"asked": count, "batches": len(batches)}
+        write_look(results.folder, batch, seen, GOES_ON)
+        if stopped():
+            break
+    return conclude_folder(results.folder)
+
+
+def conclude_folder(folder: Path) -> dict[str, Any] | None:
+    """Write the facts and maps of a folder whose batches are all there; None if they are not, or show no two images.
+
+    Raises:
+        CounterlensError: a file cannot be read or written.
+    """
+    looks = {int(path.stem): read_look(path) for path in look_files(folder)}
+    if not looks or looks.keys() != set(range(next(iter(looks.values())).facts["batches"])):
+        return None
+    shown = [look for look in looks.values() if "counts" in look.facts]
+    if sum(look.facts["counts"]["lost"] for look in shown) < 2:
+        return None
+    facts, maps = conclude(shown)
+    facts["asked"] = looks[0].facts["asked"]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **maps)  # type: ignore[arg-type]
-    write_atomically(results.folder / MAPS, buffer.getvalue(), hint=GOES_ON)
-    write_atomically(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n", hint=GOES_ON)
+    write_atomically(folder / MAPS, buffer.getvalue(), hint=GOES_ON)
+    write_atomically(folder / FACTS, json.dumps(facts, indent=1, ensure_ascii=False) + "\n", hint=GOES_ON)
     return facts
 
 
@@ -301,17 +420,41 @@ def verdict(facts: dict[str, Any], size: int) -> str:
         size: side of the images in pixels.
     """
     n, places = facts["all"]["samples"], facts["all"]["places"]
+    said = []
     if places:
         first = places[0]
-        return (
+        said.append(
             f"Possible shortcut: around {box_name(first['box'], size)} the model spends {first['push']:.0%} of its "
             f"push, although only {first['evidence']:.0%} of what the classes are made of is there (chance: "
             f"p = {first['p']:.3f}, {n} images)."
         )
+    said += [sentence(s, facts["colours"], n) for s in alarms(facts)]
+    if "statistics" not in facts["all"]:
+        said.append(LACKS)
+    return " ".join(said if places or alarms(facts) else [_nothing(n), *said])
+
+
+LACKS = (
+    "Tints, borders and textures were not tested: an older counterlens looked at this audit; the same command again "
+    "tests them."
+)
+
+
+def alarms(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The statistic of each family that stands out most, where one does."""
+    found: dict[str, dict[str, Any]] = {}
+    for s in facts["all"].get("statistics", ()):  # none in audits of an older counterlens
+        if s["found"]:
+            found.setdefault(s["family"], s)
+    return list(found.values())
+
+
+def _nothing(n: int) -> str:
     if n < ENOUGH:
         return (
-            f"Nothing can be said about shortcuts: {n} images show none, but they are few. A planted one that decides "
-            f"every answer was found in two thirds of random sets of 32 images and in all of {ENOUGH}."
+            f"Nothing can be said about shortcuts: {n} images show none, but they are few. A planted mark that decides "
+            f"every answer was found in all random sets of {ENOUGH} images, but not in all of half as many; a tint or "
+            "a border takes more."
         )
     return (
         f"No shortcut found in {n} images: nowhere does the model push clearly more than the image generator's "

@@ -15,6 +15,8 @@ from ..config import Config
 from ..errors import CounterlensError, NotFinite, UsageError
 from ..images.files import as_saved
 from ..metrics.inputs import check_computed
+from ..metrics.robust import brittle
+from ..metrics.table import METRICS, check_metrics
 from ..models.freezing import frozen
 from ..models.protocols import Classifier, probabilities
 from ..runtime.spec import SLOTS
@@ -40,6 +42,15 @@ class Item:
     chosen: Chosen
     region: Tensor | str | None = None  # where alone it may change, [H, W] bool or auto
     pictures: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def scored_by(options: Options, judges: Mapping[str, Classifier]) -> list[str]:
+    """The metrics of `Options.metrics`, groups written out; nobody gives masks in an audit.
+
+    Raises:
+        UsageError: one asks a judge, and there is none.
+    """
+    return check_metrics(options.metrics, ("judge", "stability") if judges else ("stability",))
 
 
 def _images(items: Sequence[Item]) -> Tensor:
@@ -210,23 +221,37 @@ class Explainer:
         """Explain each prediction by a saliency map, scored by MSI (`Engine.explain`)."""
         from ..saliency.explain import explain_by
 
+        names = scored_by(self.options, self.judges)
+        judge = (
+            next(iter(self.judges.values()), None) if any(METRICS[name].group == "judge" for name in names) else None
+        )
+        if judge is not None:
+            judge.module.to(self.engine.device)
+
         def run(some: Sequence[Item]) -> list[Tensor]:
-            found = explain_by(self.engine, _images(some), method=method, config=self.config)
+            found = explain_by(
+                self.engine, _images(some), method=method, config=self.config, metrics=names or None, judge=judge,
+            )  # fmt: skip
             msi, curves = found.msi, found.msi.curves
             assert curves.keep is not None
             assert curves.remove is not None
-            return [found.saliency, msi.score, msi.base_score, msi.sufficient_area, curves.keep, curves.remove]
+            scores = [found.values[name] for name in names]
+            return [found.saliency, msi.score, msi.base_score, msi.sufficient_area, curves.keep, curves.remove, *scores]
 
         for item, result in zip(items, self._retrying(run, items), strict=True):
             if isinstance(result, str):
                 item.row.fail(f"saliency: {result}", retried=True)
                 continue
-            saliency, score, base, area, keep, remove = result
+            saliency, score, base, area, keep, remove, *scores = result
             item.pictures["saliency"] = saliency.clamp(0, 1)
             item.row.update(
                 msi=score.item(), msi_base=base.item(), sufficient_area=area.item(), insertion_curve=keep.tolist(),
                 deletion_curve=remove.tolist(),
             )  # fmt: skip
+            if names:
+                item.row.scores = {name: value.item() for name, value in zip(names, scores, strict=True)}
+            if any(name.endswith("_moved") for name in names):
+                item.row.brittle = bool(brittle(dict(zip(names, (v[None] for v in scores), strict=True))))
 
     def _retrying(
         self, run: Callable[[Sequence[Item]], list[Tensor]], items: Sequence[Item]

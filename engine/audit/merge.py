@@ -19,7 +19,9 @@ from ..images.files import make_folder
 from ..outputs import RUN, differences, locked
 from ..runtime.registry import same_as_eager
 from .auditor import Auditor
-from .disagreement import find
+from .disagreement import conclude_folder, find
+from .looks import FOLDER as LOOKS
+from .looks import look_files, read_look
 from .plan import parts_of, shard_of
 from .results import GOES_ON, PLAN, Results, image_path, part_path
 from .rows import table_bytes
@@ -77,8 +79,37 @@ def merge(folders: Sequence[Path], out: Path, say: Callable[[str], None] = lambd
             raise CounterlensError(
                 f"{len(missing)} of {len(parts)} parts are missing; run or finish shards {named}, then merge again"
             )
+        _merge_looks(opened, out, say)
         mark_finished(merged, samples)
     return merged
+
+
+def _merge_looks(opened: Sequence[Results], out: Path, say: Callable[[str], None]) -> None:
+    """Put together what shards saw in the search for shortcuts, and test it once nothing is missing.
+
+    Raises:
+        UsageError: they looked at another number of samples.
+    """
+    found: dict[str, Path] = {}
+    for results in opened:
+        for path in look_files(results.folder):
+            found.setdefault(path.name, path)
+    if not found:
+        return
+    asked = {path: read_look(path).facts for path in found.values()}
+    first, said = next(iter(asked.items()))
+    for path, facts in asked.items():
+        if facts["asked"] != said["asked"]:
+            raise UsageError(
+                f"{path}: of a search among {facts['asked']} samples, {first} of one among {said['asked']}; run all "
+                "shards with the same --shortcuts"
+            )
+    for name, path in found.items():
+        write_atomically(out / LOOKS / name, _read(path), hint=GOES_ON, folders=True)
+    if (missing := said["batches"] - len(found)) > 0:
+        say(f"shortcuts: {missing} of {said['batches']} batches are missing; run all shards with the same --shortcuts")
+        return
+    conclude_folder(out)
 
 
 def _check_made(opened: Sequence[Results], say: Callable[[str], None]) -> None:
@@ -150,7 +181,7 @@ def estimate(auditor: Auditor, shortcuts: int = 0, shard: tuple[int, int] | None
     started = time.perf_counter()
     rows, files = auditor.explain(0, some, auditor.read([c.sample for c in some]))
     seconds = (time.perf_counter() - started) * count / max(size, 1)
-    asked = min(shortcuts, len(chosen)) if shard is None and auditor.options.counterfactuals else 0
+    asked = min(shortcuts, len(chosen)) / (1 if shard is None else shard[1]) if auditor.options.counterfactuals else 0
     images = auditor.squares(some) if asked else {}
     if len(images) > 1 and len(auditor.engine.labels) > 1:
         started = time.perf_counter()

@@ -13,6 +13,7 @@ from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..images.sources import Sample, Source, need
 from ..labels import find_label, is_label
+from ..metrics.table import check_metrics
 from ..saliency.table import check_methods
 from .results import FORMATS, GOES_ON, PLAN
 
@@ -25,6 +26,7 @@ class Options:
         target: for samples without their own: label, index or one of `RELATIVE_TARGETS`.
         counterfactuals: make them.
         saliency: method of `Engine.explain` that explains each prediction, such as lax; None: no saliency.
+        metrics: names or groups in `metrics.table` that score its maps, beside MSI; group `judge` asks the first judge.
         insight: for wrong predictions also the way to the true label, and the smallest change away from the prediction.
         limit: at most so many samples.
         per_class: at most so many samples of each true label, drawn by `sample_seed`.
@@ -41,6 +43,7 @@ class Options:
     target: str | int = "runner-up"
     counterfactuals: bool = True
     saliency: str | None = None
+    metrics: tuple[str, ...] = ()
     insight: bool = True
     limit: int | None = None
     per_class: int | None = None
@@ -66,6 +69,9 @@ class Options:
             raise UsageError(f"image_format: expected one of {', '.join(FORMATS)}, got {self.image_format!r}")
         if self.saliency is not None:
             check_methods([self.saliency])
+        elif self.metrics:
+            raise UsageError("metrics: they score saliency maps; give saliency, a method, too")
+        check_metrics(self.metrics, ("judge", "stability"))
         if not (self.counterfactuals or self.saliency):
             raise UsageError("counterfactuals: without them and without saliency there is nothing to do")
 

@@ -20,10 +20,12 @@ from ..errors import CounterlensError
 from ..files import real, write_atomically
 from ..images.drawing import change_map
 from ..images.sources import need
-from .disagreement import read_facts, read_maps, verdict
+from ..metrics.table import METRICS
+from .disagreement import LACKS, alarms, read_facts, read_maps, verdict
 from .insight import COLUMNS as INSIGHT_COLUMNS
 from .insight import patterns
 from .results import GOES_ON, Results
+from .statistics import STATISTICS, boxes, sentence
 from .summary import Interval, Summary, summarise
 from .watching import CELLS
 
@@ -102,6 +104,7 @@ def _content(results: Results, out: Path) -> dict[str, Any]:
         "wrong": sum(len(p.rows) for p in found),
         "place": place,
         "failures": failures.most_common(20),
+        "scores": [(METRICS[name].arrow, METRICS[name].about, v) for name, v in summary.scores.items()],
         "findings": _findings(summary, found, place),
     }  # fmt: skip
 
@@ -284,14 +287,39 @@ def _disagreement(results: Results, rows: list[dict[str, Any]]) -> dict[str, Any
         ("Changed more with an open filter", _heat(more, max(float(more.max()), 0.05))),
         ("What the generator cannot redraw", _heat(maps["lost"], max(float(maps["lost"].max()), 0.1))),
     ]  # fmt: skip
+    if "push picture" in maps:  # an older counterlens made none
+        top = float(max(maps["push picture"].max(), maps["evidence picture"].max()))
+        pictures += [
+            ("What the push would change in the picture", _heat(maps["push picture"], top)),
+            ("What the generator's evidence would change", _heat(maps["evidence picture"], top)),
+        ]
     examples = [_thumb(_open(results.folder, r["image"]), 96, 80) for r in rows[:8]]
     return {
         "facts": facts,
         "pictures": pictures,
         "examples": examples,
+        "sentences": [sentence(s, facts["colours"], facts["all"]["samples"]) for s in alarms(facts)],
+        "swatches": _swatches(facts),
+        "frames": [
+            *(p["box"] for p in facts["all"]["places"]),
+            *(box for s in alarms(facts) for box in boxes(s["name"], maps["change"].shape[0])),
+        ],
+        "says": {s.name: s.says for s in STATISTICS},
+        "lacks": LACKS if "statistics" not in facts["all"] else "",
         "size": maps["change"].shape[0],
         "cells": maps["push"].shape,
     }
+
+
+def _swatches(facts: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """The colours that the push goes towards, if it stands out: CSS colour, name, labels."""
+    if not any(s["family"] == "colour" for s in alarms(facts)):
+        return []
+    found = facts["colours"]
+    axis = np.array(found["axis"]) / np.abs(found["axis"]).max()
+    ends = [np.clip(128 + sign * 110 * axis, 0, 255).astype(int).tolist() for sign in (1, -1)]
+    named = zip(ends, found["poles"], found["labels"], strict=True)
+    return [(f"rgb({r},{g},{b})", pole, labels) for (r, g, b), pole, labels in named if labels]
 
 
 def _findings(summary: Summary, found: list[Any], place: dict[str, Any] | None) -> list[str]:
@@ -317,6 +345,8 @@ def _findings(summary: Summary, found: list[Any], place: dict[str, Any] | None) 
     flipped = summary.overall["flipped"]
     if flipped.mean is not None and flipped.mean < 0.8:
         out.append(f"{1 - flipped.mean:.0%} of the images could not be flipped; the gallery shows them first.")
+    if summary.fragile:
+        out.append(summary.fragile)
     if summary.failed:
         out.append(f"{summary.failed} images failed; the last section says why.")
     return out

@@ -5,6 +5,7 @@
     rows/000/part-000012.parquet          one row for each sample of part 12
     answers.sqlite                        of a classifier that can only be called; --overwrite leaves it
     images/000/000012/007-input.png       of its eighth sample; -counterfactual, -saliency, -true, -away
+    disagreement/000003.npz               what was seen of 16 samples in the search for shortcuts (see `looks`)
     disagreement.npz, .json               where classifier and generator disagree (see `disagreement`)
     report.html
 
@@ -36,6 +37,8 @@ from ..images.sources import need
 from ..outputs import RUN, differences, read_run, remove_run
 from ..provenance import session
 from .conditions import check_conditions
+from .looks import FOLDER as LOOKS
+from .looks import look_files
 from .rows import Row, table_bytes
 
 FORMAT, SCHEMA_VERSION = "counterlens-audit", 1
@@ -169,7 +172,7 @@ class Results:
             if (before := read_run(folder)) is not None and before["command"] != COMMAND:
                 raise UsageError(f"out: {folder} holds what {before['command']} wrote; choose another folder")
             strange = sorted(p.name for p in folder.iterdir() if not p.name.startswith((".", ANSWERS)))
-            if strange and not (replaced and {*strange} <= {"images", "rows"}):  # with foreign files in them
+            if strange and not (replaced and {*strange} <= {"images", "rows", LOOKS}):  # with foreign files in them
                 raise UsageError(f"out: {folder} is no audit and holds {strange[0]!r}; choose another folder")
             manifest = {
                 "format": FORMAT, "schema_version": SCHEMA_VERSION, "identity": identity, "shard": shard,
@@ -196,12 +199,12 @@ class Results:
         named = (self.folder / name for name in (PLAN, "report.html", "disagreement.npz", "disagreement.json", RUN))
         path = self.folder / MANIFEST
         try:
-            for path in (*self.part_files(), *images, *named, self.folder / MANIFEST):
+            for path in (*self.part_files(), *images, *look_files(self.folder), *named, self.folder / MANIFEST):
                 path.unlink(missing_ok=True)
             for path in sorted((self.folder / "images").rglob("*"), reverse=True):
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
-            for name in ("images", "rows/000", "rows"):
+            for name in ("images", "rows/000", "rows", LOOKS):
                 path = self.folder / name
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
@@ -279,7 +282,7 @@ class Results:
         return [json.loads(text) for text in found]
 
     def rows(self, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Every row in order, one part in memory at a time.
+        """Every row in order, one part in memory at a time; what an older part lacks is None.
 
         Raises:
             CounterlensError: a part cannot be read; the message names it.
@@ -290,7 +293,8 @@ class Results:
                 table = pq.ParquetFile(path).read(columns=columns)
             except (OSError, pa.ArrowException) as error:
                 raise CounterlensError(f"{path}: cannot be read ({error})") from error
-            yield from table.to_pylist(maps_as_pydicts="strict")
+            lacks = dict.fromkeys(name for name in columns or () if name not in table.column_names)
+            yield from (lacks | row for row in table.to_pylist(maps_as_pydicts="strict"))
 
 
 def environment() -> dict[str, Any]:

@@ -77,6 +77,8 @@ class Row:
     sufficient_area: Annotated[float | None, "Smallest share of pixels, by rank, that carries the prediction."] = None
     insertion_curve: Annotated[list[float] | None, "Probability if only what is marked stays, by threshold."] = None
     deletion_curve: Annotated[list[float] | None, "Probability if what is marked is hidden, by threshold."] = None
+    scores: Annotated[dict[str, float] | None, "Of the saliency map, by metric: those of --metrics."] = None
+    brittle: Annotated[bool | None, "Moved by one pixel, the map loses over 0.1 of a score (--metrics robust)."] = None
     seed: Annotated[int | None, "Seed of the counterfactual's noise."] = None
     part: Annotated[int, "The part, and file, that the row is in."]
     config_hash: Annotated[str, "Of settings and options."]
@@ -108,7 +110,7 @@ class Column(NamedTuple):
 
 KINDS: dict[Any, str] = {
     int: "int64", str: "string", bool: "bool", float: "float32", list[float]: "list<float32>",
-    dict[str, str]: "map<string, string>",
+    dict[str, str]: "map<string, string>", dict[str, float]: "map<string, float32>",
 }  # fmt: skip
 
 
@@ -128,6 +130,7 @@ def schema() -> Any:
     types = {
         "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_(), "float32": pa.float32(),
         "list<float32>": pa.list_(pa.float32()), "map<string, string>": pa.map_(pa.string(), pa.string()),
+        "map<string, float32>": pa.map_(pa.string(), pa.float32()),
     }  # fmt: skip
     return pa.schema([(column.name, types[column.kind]) for column in COLUMNS])
 

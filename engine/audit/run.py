@@ -141,7 +141,7 @@ def run_audit(
     """Run an audit into a folder, or go on with it; see `Engine.audit`.
 
     Args:
-        shortcuts: samples for the disagreement map; 0: none.
+        shortcuts: samples for the disagreement map, of which a shard sees its share; 0: none.
         overwrite: remove the audit that is in the folder.
         on_progress: told after every step and part; the second argument is the share of the running part.
         on_rows: told the rows of every part once they are written.
@@ -218,11 +218,13 @@ def run_audit(
             raise CounterlensError(
                 f"out: {len(missing)} parts are not in {out}; every worker must write to this folder"
             )
-        if shortcuts and shard is None and auditor.options.counterfactuals:
+        if shortcuts and auditor.options.counterfactuals:
             from .disagreement import run_disagreement
 
             say("looking for shortcuts")
-            run_disagreement(auditor, results, chosen, shortcuts)
+            found = run_disagreement(auditor, results, chosen, shortcuts, shard, stopped=stop.is_set)
+            if found is None and stop.is_set():
+                raise Interrupted("interrupted while shortcuts were looked for; the same command goes on")
         mark_finished(results, progress.total)
     return results
 

@@ -12,13 +12,15 @@ import torch
 
 from ..blackbox.box import said
 from ..metrics.intervals import DRAWS, bootstrap
+from ..metrics.robust import brittle
+from ..metrics.table import METRICS
 from .results import Results
 
 # Enough for every number; images, grids and curves stay in the files.
 COLUMNS = [
     "number", "id", "slices", "label", "prediction", "confidence", "correct", "status", "target",
     "counterfactual_prediction", "target_confidence", "flipped", "transfer", "l1", "changed_area", "away_prediction",
-    "true_flipped", "msi", "seconds", "wall_seconds",
+    "true_flipped", "msi", "scores", "brittle", "seconds", "wall_seconds",
 ]  # fmt: skip
 
 
@@ -82,6 +84,8 @@ class Summary:
     Attributes:
         samples, done, skipped, failed: counts of rows.
         overall: of all samples; `by_class` by prediction, `by_slice` by column.
+        scores: of the saliency maps, by metric of --metrics; `brittle`: what the metrics lose that lose more than 0.1
+            when the maps are moved by one pixel, and the share of maps that do.
         pairs: (prediction, counterfactual's prediction) to count, where the prediction changed.
         seconds: p20, p50 and p80 of a counterfactual's share; empty without one.
         queries: of classifiers that can only be called, in the last session and in all (`BlackBox.record`).
@@ -94,6 +98,9 @@ class Summary:
     overall: dict[str, Any]
     by_class: list[dict[str, Any]]
     by_slice: dict[str, list[dict[str, Any]]]
+    scores: dict[str, Interval]
+    brittle: dict[str, float]
+    brittle_maps: Interval
     pairs: Counter[tuple[str, str]]
     seconds: dict[str, float]
     queries: list[dict[str, Any]] = field(default_factory=list)
@@ -106,9 +113,22 @@ class Summary:
             "skipped": self.skipped,
             "failed": self.failed,
             **{k: v.record() for k, v in self.overall.items() if isinstance(v, Interval)},
+            **({"scores": {k: v.record() for k, v in self.scores.items()}} if self.scores else {}),
+            **({"brittle": self.brittle, "brittle_maps": self.brittle_maps.record()} if self.brittle_maps.n else {}),
             "seconds": self.seconds,
             **({"queries": self.queries} if self.queries else {}),
         }
+
+    @property
+    def fragile(self) -> str:
+        """What the maps lose when they are moved by one pixel, in a sentence; empty where that is little."""
+        if not self.brittle:
+            return ""
+        lost = ", ".join(f"{METRICS[name].heading} gets worse by {by:.2f}" for name, by in self.brittle.items())
+        return (
+            f"The saliency maps are brittle: moved by one pixel, their {lost} ({self.brittle_maps.mean:.0%} of the "
+            "maps). A part of what they mark is a pattern that only this model sees."
+        )
 
     def lines(self) -> list[str]:
         """A few lines for a terminal."""
@@ -120,6 +140,12 @@ class Summary:
             if (v := self.overall[key]).mean is not None:
                 between = "" if v.low is None else f"{v.low:.1%} to {v.high:.1%} "
                 lines.append(f"{name}: {v.mean:.1%} ({between}of {v.n})")
+        for key, value in self.scores.items():
+            if value.mean is not None:
+                between = "" if value.low is None else f" ({value.low:.3f} to {value.high:.3f})"
+                lines.append(f"{METRICS[key].arrow}: {value.mean:.3f}{between}")
+        if self.fragile:
+            lines.append(self.fragile)
         if self.seconds:
             lines.append(f"{self.seconds['p50']:.2f} s for each counterfactual (p50)")
         return lines + [said(record) for record in self.queries]
@@ -136,6 +162,8 @@ def summarise(results: Results) -> Summary:
             classes[row["prediction"]].append(row)
         for column, value in (row["slices"] or {}).items():
             slices[column][value].append(row)
+    scored = [r["scores"] for r in rows if r["scores"]]
+    scores = {name: torch.tensor([s[name] for s in scored]) for name in scored[0]} if scored else {}
     return Summary(
         samples=len(rows),
         done=state["done"],
@@ -144,6 +172,9 @@ def summarise(results: Results) -> Summary:
         overall=Group("all", rows).table(),
         by_class=_tables(classes),
         by_slice={column: _tables(values) for column, values in sorted(slices.items())},
+        scores={name: interval(values.tolist()) for name, values in scores.items()},
+        brittle=brittle(scores),
+        brittle_maps=interval(r["brittle"] for r in rows),
         pairs=Counter(
             (r["prediction"], r["counterfactual_prediction"])
             for r in rows

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from ..blackbox.kinds import is_box
 from ..blackbox.options import BoxOptions
 from ..errors import CounterlensError, UsageError
+from ..metrics.table import GROUPS
 from .generated import with_options
 from .opening import AskedBox, EngineOptions, RunOptions, open_engine
 from .options import (
@@ -52,6 +53,13 @@ def audit(
     counterfactuals: Annotated[bool, typer.Option(help="Make counterfactuals.")] = True,
     saliency: Annotated[
         str | None, typer.Option(help=f"A saliency map as well, scored by MSI, of {METHOD_NAMES}.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Scores of the maps: groups ({', '.join(g for g in GROUPS if g != 'masks')}, all) or names, such as "
+            "main,robust. robust takes ten times as long as main; judge asks the first --judge."
+        ),
     ] = None,
     insight: Annotated[bool, typer.Option(help="More counterfactuals for wrong predictions.")] = True,
     shortcuts: Annotated[int, typer.Option(help="Samples for the disagreement map; 0: none.", min=0)] = 128,
@@ -96,6 +104,7 @@ def audit(
     auditor = open_auditor(
         engine, source, config, _judges(engine, judge, opening, box),
         target=target, counterfactuals=counterfactuals, saliency=saliency, insight=insight, limit=limit,
+        metrics=None if metrics is None else [name.strip() for name in metrics.split(",")],
         per_class=per_class, only_misclassified=only_misclassified, only_below=only_below, sample_seed=config.seed,
         budget_s=budget_s, part_size=part_size, image_format=image_format, slices=slice or (),
         recursive=recursive,
@@ -156,6 +165,7 @@ def merge(
 
     Example: counterlens audit-merge shard-1 shard-2 --out audit
     """
+    from ..audit.disagreement import read_facts, verdict
     from ..audit.merge import merge as merge_shards
     from ..audit.summary import summarise
 
@@ -163,6 +173,8 @@ def merge(
     console = text_console(as_json)
     for line in summary.lines():
         console.print(line)
+    if (facts := read_facts(out)) is not None:
+        console.print(verdict(facts, facts["size"]))
     if as_json:
         print_json(summary.record())
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
+from .table import METRICS
 
 SHIFTS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
 BRITTLE = 0.1  # what a score between 0 and 1 may lose when its map is moved by one pixel
@@ -54,3 +55,13 @@ def fall(
     """How much worse a mean score became, in its own unit; below 0 where it became better."""
     difference = float(before.mean() - after.mean())
     return difference if higher_is_better else -difference
+
+
+def brittle(values: Mapping[str, Tensor], limit: float = BRITTLE) -> dict[str, float]:
+    """What each score [N] loses on average when its map is moved by one pixel, by metric, where that is much."""
+    falls = {
+        name: fall(before, values[f"{name}_moved"], bool(METRICS[name].higher_is_better))
+        for name, before in values.items()
+        if f"{name}_moved" in values
+    }
+    return {name: value for name, value in falls.items() if value > limit}

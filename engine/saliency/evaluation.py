@@ -14,8 +14,7 @@ from torch import Tensor
 from ..errors import CounterlensError, install_hint
 from ..files import write_atomically
 from ..metrics.intervals import DRAWS, bootstrap
-from ..metrics.robust import BRITTLE, fall
-from ..metrics.table import METRICS
+from ..metrics.robust import brittle
 from ..models.protocols import Classifier
 from .explain import Explanations, explain
 from .table import check_methods
@@ -65,19 +64,6 @@ def interval(values: Tensor) -> dict[str, float]:
     if bool(values.isnan().any()):
         return {"mean": torch.nan, "low": torch.nan, "high": torch.nan, "n": len(values)}
     return asdict(bootstrap(values, draws=DRAWS))
-
-
-def brittle(
-    scores: Mapping[str, Tensor],  # metric to [N]
-    limit: float = BRITTLE,
-) -> dict[str, float]:
-    """What each score loses when the map is moved by one pixel, by metric, where that is above the limit."""
-    falls = {
-        name: fall(values, scores[f"{name}_moved"], bool(METRICS[name].higher_is_better))
-        for name, values in scores.items()
-        if f"{name}_moved" in scores
-    }
-    return {name: value for name, value in falls.items() if value > limit}
 
 
 def summarise(scored: dict[str, Explanations]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from counterlens.engine.audit.disagreement import excess_test, find, judge, read_maps, regions, unlikely_labels
-from counterlens.engine.audit.watching import Evidence, Observer, observe, shares
+from counterlens.engine.audit.statistics import STATISTICS
+from counterlens.engine.audit.watching import Observer, observe, shares
 from counterlens.engine.config import Config, StepOptions
 from counterlens.engine.errors import CounterlensError
 from counterlens.engine.guidance.step import GuidedStep
@@ -148,12 +149,14 @@ def test_places_are_connected_cells() -> None:
     significant = np.array([[1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1], [1, 0, 0, 0]], dtype=bool)
     assert regions(significant) == [[(0, 0), (0, 1), (1, 1)], [(1, 3), (2, 3)], [(3, 0)]]
     push, evidence = (m.reshape(-1, 6, 6) for m in maps(40, 1, planted=0.2))
-    facts = judge(Evidence(push, push * 0.5, evidence), 48)
+    nothing = {f"{name} statistics": np.zeros((40, len(STATISTICS))) for name in ("push", "evidence")}
+    each = {"push": push, "removed": push * 0.5, "evidence": evidence, **nothing}
+    facts = judge(each, 48)
     assert [p["box"] for p in facts["places"]] == [[0, 0, 8, 8]]
     assert facts["places"][0]["push"] == pytest.approx(push[:, 0, 0].mean())
     assert facts["places"][0]["removed"] == pytest.approx(push[:, 0, 0].mean() / 2)
     assert facts["ranking"][0]["cell"] == [0, 0]
-    twice = judge(Evidence(push, push, evidence), 48, tests=1000)
+    twice = judge(each, 48, tests=1000)
     assert twice["places"] == []
 
 
