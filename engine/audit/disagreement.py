@@ -148,8 +148,9 @@ def regions(
 
 def family(each: Mapping[str, np.ndarray]) -> np.ndarray:
     """What is tested together, of every sample: contrasts of the places, then of the statistics: [N, h w + K]."""
-    places = contrast(*(each[name].reshape(len(each[name]), -1) for name in ("push", "evidence")))
-    return np.concatenate([places, contrasts(*(each[f"{n} statistics"] for n in ("push", "evidence")))], axis=1)
+    push, evidence = (each[name].reshape(len(each[name]), -1) for name in ("push", "evidence"))
+    whole = contrasts(each["push statistics"], each["evidence statistics"])
+    return np.concatenate([contrast(push, evidence), whole], axis=1)
 
 
 def judge(
