@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from ..images.sources import Sample
 
 COMMANDS = "`counterlens counterfactual` or `counterlens audit`"
+NEEDED: dict[str, Any] = {"name": str, "image": str, "status": str}
+NEEDED_DONE: dict[str, Any] = {
+    "path": str, "source": str, "target": str, "prediction": str, "flipped": bool, "target_confidence": float | int,
+    "l1": float | int, "fit": str, "input_sha256": str,
+}  # fmt: skip
 CLOSE = 2e-3  # how far L1 may be from what the results say; another reading of an image is further
 
 
@@ -94,8 +99,9 @@ def _of_run(folder: Path, run: dict[str, Any]) -> Results:
             if number == len(texts):
                 break  # the last line of a run that was killed
             raise UsageError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(line, dict) or not {"name", "image", "status"} <= line.keys():
-            raise UsageError(f"{path}, line {number}: not a line of a run")
+        if not isinstance(line, dict) or (lacking := _lacking(line)):
+            what = f"it has no {lacking}" if isinstance(line, dict) else "it is no object"
+            raise UsageError(f"{path}, line {number}: not a line of a run: {what}")
         lines[line["name"]] = line
     further: dict[str, list[Path]] = {}
     for line in lines.values():
@@ -108,6 +114,12 @@ def _of_run(folder: Path, run: dict[str, Any]) -> Results:
         if line["status"] == "done"
     ]
     return Results(folder, run, made, len(own) - len(made))
+
+
+def _lacking(line: dict[str, Any]) -> str:
+    """The first field of a line of results.jsonl that is not there, or of another type; empty where all are."""
+    wanted = NEEDED | (NEEDED_DONE if line.get("status") == "done" else {})
+    return next((name for name, kind in wanted.items() if not isinstance(line.get(name), kind)), "")
 
 
 def _there(folder: Path, path: str) -> Path:

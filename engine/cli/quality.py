@@ -8,23 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..blackbox.kinds import is_box
 from ..errors import CounterlensError, UsageError
 from .generated import only, with_options
-from .opening import EngineOptions
+from .opening import AskedBox, EngineOptions, check_box
 from .options import SeedOption, errors, open_images, print_json, progress_bar, text_console
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..blackbox.options import BoxOptions
     from ..metrics.protocols import Batch, Cell, Facts, Protocol
     from .made import Made, Reader, Results
 
-ClassifierOptions = Annotated[EngineOptions, only("classifier", "labels", "prompts", "head", "weights")]
+ClassifierOptions = Annotated[EngineOptions, only("classifier", "labels", "prompts", "head", "weights", "device")]
 
 
 @with_options
 def quality(
     opening: ClassifierOptions,
+    box: AskedBox,
     results: Annotated[Path, typer.Argument(help="Folder that counterlens counterfactual or audit wrote.")],
     protocol: Annotated[str, typer.Option(help="ldce, ace or celeba: whose table.")] = "ldce",
     encoder: Annotated[
@@ -72,6 +75,7 @@ def quality(
 
     from ..metrics.attributes import read_attributes
     from ..metrics.protocols import check_classifier, find_protocol, protocol_table
+    from ..models.placing import choose_device
     from ..models.processors import padding_of
     from ..runtime.encoders import open_encoder
     from .made import Reader, read_results
@@ -79,10 +83,13 @@ def quality(
     chosen = find_protocol(protocol, over)  # type: ignore[arg-type]
     found = read_results(results)
     others = [read_results(folder) for folder in run or []]
-    opened = {name: open_encoder(name, path) for name, path in given.items()}
+    device = choose_device(opening.device)
+    opened = {name: open_encoder(name, path, device) for name, path in given.items()}
     known = None if attributes is None else read_attributes(attributes, partition)
     made, pictures = _ordered(found)
-    classifier = _classifier(found, opening, pictures)
+    classifier = _classifier(found, opening, box, pictures)
+    if classifier is not None:
+        classifier.module.to(device)
     reader = Reader(
         found, open_images(images).samples if images else (),
         (0.0, 0.0, 0.0) if classifier is None else padding_of(classifier),
@@ -145,10 +152,17 @@ def _ordered(results: Results) -> tuple[list[Made], tuple[int, int]]:
     return [made for alike in sizes.values() for made in alike], next(iter(sizes))
 
 
-def _classifier(results: Results, opening: EngineOptions, size: tuple[int, int]) -> Any:
+def _classifier(results: Results, opening: EngineOptions, box: BoxOptions, size: tuple[int, int]) -> Any:
     """The classifier that made the results: of the pack that results.jsonl names, or as the options say; else None."""
     options = opening.of_pretrained()
     pack = results.facts.get("pack")
+    check_box(opening.classifier, box)
+    if is_box(opening.classifier):
+        from ..blackbox.box import open_box
+
+        if unused := [name for name in options if name != "labels"]:
+            raise UsageError(f"{unused[0]}: a black box takes none")
+        return open_box(str(opening.classifier), options.get("labels", ()), image_size=min(size), options=box)
     if pack is not None and not options:
         from ..packs import Pack
 

@@ -407,10 +407,9 @@ def _measure(
             rows = wanted[here].nonzero()[:, 0]
             found = torch.full((b,), math.nan, dtype=torch.float64)
             if len(rows):
-                found[rows] = cout(
-                    classifier, images[rows], after[rows], facts.target[here][rows], facts.source[here][rows],
-                    compat="ace",
-                ).score  # fmt: skip
+                before, made = (x[rows].to(_device_of(classifier)) for x in (images, after))
+                target, source = (x[here][rows] for x in (facts.target, facts.source))
+                found[rows] = cout(classifier, before, made, target, source, compat="ace").score
             couts.append(found)
         if "lpips" in encoders:
             apart.append(_apart_in(batch, encoders["lpips"]))
@@ -444,6 +443,12 @@ def _apart_in(batch: Batch, distance: Callable[..., Tensor]) -> Tensor:
     return out
 
 
+def _device_of(classifier: Any) -> torch.device:
+    """Where a classifier's weights are; of one without any, the CPU."""
+    parameters = (p for module in Explained(classifier).modules for p in module.parameters())
+    return next(parameters, torch.empty(0)).device
+
+
 def check_classifier(classifier: Any, facts: Facts, batch: Batch) -> None:
     """Refuse a classifier that is not the one that made these counterfactuals: it must say of them what the facts say.
 
@@ -456,7 +461,9 @@ def check_classifier(classifier: Any, facts: Facts, batch: Batch) -> None:
     explained = Explained(classifier)
     n = len(batch.images)
     with torch.no_grad():
-        says = explained.logits(batch.counterfactuals).argmax(1).cpu() == facts.target[:n].cpu()
+        says = (
+            explained.logits(batch.counterfactuals.to(_device_of(classifier))).argmax(1).cpu() == facts.target[:n].cpu()
+        )
     wrong = int((says != facts.flipped[:n].cpu()).sum())
     if wrong * 20 > n:  # ties may fall the other way in another batch
         raise UsageError(

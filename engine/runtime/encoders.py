@@ -16,12 +16,13 @@ from ..metrics.encoders import ENCODERS, Encoder
 from . import onnxruntime
 
 
-def open_encoder(name: str, path: Path) -> Callable[..., Tensor]:
+def open_encoder(name: str, path: Path, device: torch.device | None = None) -> Callable[..., Tensor]:
     """A function from images [B, 3, H, W] in [0, 1], of as many batches as the network takes, to what it returns.
 
     Args:
         name: in `metrics.encoders.ENCODERS`; its convention is laid before the file's network.
         path: of an ONNX file that takes float32 with an open batch; its first output counts.
+        device: a CUDA device is used where this onnxruntime can; else the CPU.
 
     Raises:
         UsageError: there is no such encoder, or the file is none or of another form. CounterlensError: ONNX Runtime is
@@ -37,17 +38,24 @@ def open_encoder(name: str, path: Path) -> Callable[..., Tensor]:
         )
     if not path.is_file():
         raise UsageError(f"encoder {name}: {path} is no file")
+    there = device or torch.device("cpu")
+    if there.type == "cuda" and onnxruntime.missing("cuda"):
+        there = torch.device("cpu")
     try:
-        run = onnxruntime.load(path)
+        run = onnxruntime.load(path, provider=onnxruntime.provider_for(there))
     except ExportError as error:
         raise CounterlensError(f"encoder {name}: {error}") from error
-    return lambda *batches: _through(encoder, path, run, batches)
+    return lambda *batches: _through(encoder, path, run, there, batches)
 
 
 def _through(
-    encoder: Encoder, path: Path, run: Callable[..., tuple[Tensor, ...]], batches: tuple[Tensor, ...]
+    encoder: Encoder,
+    path: Path,
+    run: Callable[..., tuple[Tensor, ...]],
+    device: torch.device,
+    batches: tuple[Tensor, ...],
 ) -> Tensor:
-    given: list[Any] = [encoder.prepare(images.float().cpu()) for images in batches]
+    given: list[Any] = [encoder.prepare(images.float().to(device)) for images in batches]
     try:
         with torch.no_grad():
             out = run(*given)
