@@ -106,6 +106,7 @@ class Auditor:
             "weights": engine.digest(),
             **models_numbers(engine.diffusion, engine.classifier),
             **engine.source,
+            **({} if engine.box is None else {"box": engine.box.identity}),
             "judges": {name: models_digest([j.module], j.labels) for name, j in self.judges.items()},
         }
         config = {"mode": self.config.mode_name, **self.settings.model_dump(), "seed": self.config.seed}
@@ -139,7 +140,8 @@ class Auditor:
     @property
     def boxes(self) -> list[BlackBox]:
         """Those of classifier and judges that can only be called."""
-        return [box for c in (self.engine.classifier, *self.judges.values()) if (box := as_box(c)) is not None]
+        held = (self.engine.box, self.engine.classifier, *self.judges.values())
+        return [box for one in held if (box := as_box(one)) is not None]
 
     # The plan
 

@@ -290,6 +290,6 @@ class Explainer:
 
     def _undefined(self, error: NotFinite, item: Item) -> str:
         """Why there is no number for an image: NaN, or no answer of a classifier that can only be called."""
-        box = as_box(self.engine.classifier)
+        box = self.engine.box or as_box(self.engine.classifier)
         said = box.why(item.pictures["image"]) if box is not None else ""
         return f"{error.what}: no answer, it {said}" if said else f"{error.what}: NaN or infinity for this image"

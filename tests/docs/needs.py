@@ -43,6 +43,24 @@ def photos(folder: Path) -> None:
     (folder / "my_project.py").write_text(NETWORK)
 
 
+PIPELINE = """
+from sklearn.linear_model import LogisticRegression
+from counterlens.engine.packs import Pack
+
+train = Pack("digits").samples("train", count=200)
+pixels = (train.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+pipeline = LogisticRegression(max_iter=200).fit(pixels.reshape(len(pixels), -1) / 255, train.labels)
+
+def classify(images):
+    return pipeline.predict_proba(images.reshape(len(images), -1) / 255)
+"""
+
+
+def pipeline(folder: Path) -> None:
+    """A scikit-learn pipeline that can be called."""
+    (folder / "my_pipeline.py").write_text(PIPELINE)
+
+
 def sd(folder: Path) -> None:
     """A tiny Stable Diffusion."""
     link(folder / "sd", "sd")

@@ -167,9 +167,7 @@ def test_the_box_judges_every_result(
     assert {"student_prediction", "student_target_confidence", "attempts", "queries"} <= record.keys()
 
 
-def test_an_image_has_its_result_alone(
-    trained: tuple[Path, Surrogate, int], engine: Any, images: torch.Tensor
-) -> None:
+def test_an_image_has_its_result_alone(trained: tuple[Path, Surrogate, int], engine: Any, images: torch.Tensor) -> None:
     explained = engine(boxed()).with_surrogate(trained[1])
     many = explained.counterfactual(images[:4])
     one = explained.counterfactual(images[3:4])
