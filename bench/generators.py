@@ -35,15 +35,15 @@ H100 = {"flops": 989e12, "bandwidth": 3.35e12}
 CHANNELS = (3, 4, 8, 16, 32)
 
 
-def unmade(published: Published, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The family's own class over modules without memory; conditions are empty tensors of the right shape."""
+def unmade(published: Published, dtype: torch.dtype = torch.bfloat16, device: str = "meta") -> Any:
+    """The family's own class over modules without memory, or with random weights on a device; so are conditions."""
     family: Any = resolve_name(f"counterlens.engine.models.{published.family}")
     denoiser, vae = (getattr(diffusers, kind) for kind in family.networks.values())
-    with torch.device("meta"):
+    with torch.device(device):
         parts = vae(**published.vae), denoiser(**published.denoiser)
 
     def made(self: Any, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(len(prompts), *shape, dtype=dtype) for shape in published.conditions)
+        return tuple(torch.randn(len(prompts), *shape, dtype=dtype, device=device) for shape in published.conditions)
 
     flow = "transformer" in family.networks and published.family != "pixart:PixArt"
     own = {"embed": made, "_embed": lambda self, prompt: made(self, [prompt])[0]}  # of several tensors, or of one

@@ -257,6 +257,26 @@ def bench_curve(seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def tune(seconds: float) -> dict[str, Any]:
+    """Share of the copy that perturb and soft_perturb's backward reach, by the block and warps of a program."""
+    if not CUDA:
+        raise SystemExit("bench.kernels: --tune needs a CUDA device")
+    from counterlens.kernels.perturb import triton as launches
+
+    tuned = {"perturb": ("BLOCK", "WARPS", bench_perturb),
+             "soft_perturb": ("BACKWARD_BLOCK", "BACKWARD_WARPS", bench_soft_perturb)}  # fmt: skip
+    out: dict[str, Any] = {}
+    for name, (block, warps, run) in tuned.items():
+        before = getattr(launches, block), getattr(launches, warps)
+        for candidate in launches.CANDIDATES:
+            for field, value in zip((block, warps), candidate, strict=True):
+                setattr(launches, field, value)
+            out[f"{name}, {candidate}"] = round(run(seconds / 5)["share_of_memcpy"], 3)
+        setattr(launches, block, before[0])
+        setattr(launches, warps, before[1])
+    return out
+
+
 OPERATIONS: dict[str, Callable[[float], dict[str, Any]]] = {
     "consensus": bench_consensus,
     "guided_update": bench_guided_update,
@@ -271,9 +291,14 @@ def main() -> None:
     parser.add_argument("--op", choices=[*OPERATIONS, "all"], default="all")
     parser.add_argument("--json", action="store_true", help="print the whole record")
     parser.add_argument("--record", action="store_true", help="write bench/results/kernels-OP-cpu.json (or -cuda)")
+    parser.add_argument("--tune", action="store_true", help="blocks and warps of the perturbation kernels; needs a GPU")
     parser.add_argument("--seconds", type=float, default=6.0, help="time per contender")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.tune:
+        with torch.inference_mode(False):
+            print(json.dumps(tune(arguments.seconds), indent=1))
+        return
     with torch.inference_mode(False):
         for name in OPERATIONS if arguments.op == "all" else [arguments.op]:
             result = {"op": name, **OPERATIONS[name](arguments.seconds)}

@@ -140,6 +140,43 @@ def speed(pack: Pack, count: int, per_step: int, rounds: int, device: str, batch
     }
 
 
+def resnet_flipping(device: str, count: int, steps: int, side: int, rounds: int, batch_size: int) -> dict[str, Any]:
+    """Pixel flipping of a ResNet-50 (random weights), ours and Quantus': the size at which a GPU is worth it."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = ResNetForImageClassification(ResNetConfig(num_labels=1000))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.network(x).logits
+            return out
+
+    torch.manual_seed(0)
+    module = Logits().eval().requires_grad_(False).to(device)
+    images = torch.rand(count, 3, side, side, device=device)
+    saliency, targets = torch.rand(images.shape, device=device), torch.arange(count, device=device)
+    per_step = images[0].numel() // steps
+
+    def ours() -> Tensor:
+        return deletion(
+            module, images, saliency, targets, compat="quantus", per_step=per_step, batch_size=batch_size
+        ).values
+
+    functions: dict[str, Callable[[], Tensor]] = {"ours": ours}
+    quantus = quantus_flipping(module, images, saliency, targets, per_step)
+    if not isinstance(quantus, str):
+        functions["quantus"] = quantus
+    seconds, values = median_seconds(functions, rounds)
+    found = "quantus" in seconds
+    return {
+        "images": count, "steps": steps, "side": side, "batch_size": batch_size, "seconds": seconds,
+        "times_quantus": seconds["quantus"] / seconds["ours"] if found else quantus,
+        "largest_difference": (values["quantus"].cpu() - values["ours"].cpu()).abs().max().item() if found else None,
+    }  # fmt: skip
+
+
 def field_speed(pack: Pack, count: int, rounds: int, device: str) -> dict[str, Any] | str:
     """Each metric of the field on the digits classifier: ours and Quantus', seconds, ratio, largest difference."""
     if find_spec("quantus") is None:
@@ -324,12 +361,16 @@ def main(
     record: Annotated[bool, typer.Option(help="Write bench/results/metrics.json, on a GPU metrics-cuda.json.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images in a forward of ours, for the digits.", min=1)] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    dry_run: Annotated[bool, typer.Option(help="The part for GPUs at a tiny size, nothing recorded.")] = False,
 ) -> None:
     """Measure the perturbation metrics.
 
     Example: python -m bench.metrics --record
     """
     keep_memory()
+    if dry_run:
+        print(json.dumps(resnet_flipping(device, count=1, steps=2, side=32, rounds=1, batch_size=4), indent=1))
+        return
     pack = Pack("digits")
     result = {
         "device": device,
@@ -340,6 +381,8 @@ def main(
         "field": field_speed(pack, 16, 3, device),
         "resnet50": perturbation_share(device),
     }
+    if device != "cpu":
+        result["resnet50_flipping"] = resnet_flipping(device, 16, 192, 224, rounds=3, batch_size=256)
     print(json.dumps(result, indent=1))
     if record:
         print(write_result("metrics" if device == "cpu" else f"metrics-{device}", result))

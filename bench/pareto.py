@@ -38,6 +38,10 @@ ALONE: dict[str, dict[str, Any]] = {
     "latent distance": {"distance": "latent"},
     "every 2nd step": {"guidance_every": 2},
     "first 70 % of the steps": {"guidance_end": 0.7},
+    "deep features of every 2nd step": {"reuse_features": 2},
+    "deep features of every 3rd step": {"reuse_features": 3},
+    "gradients of every 2nd step": {"reuse_gradients": 2},
+    "gradients of every 3rd step": {"reuse_gradients": 3},
     "10 DDIM steps": {"steps": 10, "spacing": "trailing"},
     "10 DPM-Solver++ steps": {"steps": 10, "spacing": "trailing", "solver": "dpm++"},
     "10 UniPC steps": {"steps": 10, "spacing": "trailing", "solver": "unipc"},
@@ -77,6 +81,13 @@ def combined() -> dict[str, dict[str, Any]]:
     for steps in (2, 3, 4):
         fields = CHEAP | {"steps": steps, "spacing": "trailing", "solver": "ddim", "denoiser": "distilled"}
         out[f"{steps} trailing ddim, cheap, distilled"] = fields
+    for steps, solver, features, gradients in (
+        (7, "dpm++", 2, 1), (7, "dpm++", 3, 1), (7, "dpm++", 1, 2), (7, "dpm++", 2, 2), (8, "dpm++", 2, 1),
+        (8, "dpm++", 2, 2), (6, "dpm++", 2, 1), (7, "ddim", 2, 1), (7, "ddim", 2, 2), (8, "ddim", 2, 2),
+    ):  # fmt: skip
+        fields = CHEAP | {"steps": steps, "spacing": "trailing", "solver": solver}
+        reuse = {"reuse_features": features, "reuse_gradients": gradients}
+        out[f"{steps} trailing {solver}, cheap, features {features}, gradients {gradients}"] = fields | reuse
     for steps in (4, 5):
         fields = CHEAP | {"steps": steps, "spacing": "leading", "solver": "ddim"}
         out[f"{steps} leading ddim, cheap, latent distance"] = fields | {"distance": "latent"}

@@ -80,11 +80,19 @@ class StepOptions(Options):
     )
     distance: Literal["image", "latent"] = Field("image", description="To the input, over image (pixels) or latent.")
     guidance_every: int = Field(1, ge=1, description="Every n-th step asks, the others reuse it.")
+    reuse_features: int = Field(1, ge=1, description="Every n-th guided step runs the whole UNet, others its top.")
+    reuse_gradients: int = Field(1, ge=1, description="Every n-th guided step has gradients of its own.")
 
     @property
     def with_guidance(self) -> bool:
         """Whether the step also returns what it added, for steps that reuse it."""
         return self.guidance_every > 1
+
+    @property
+    def reuses(self) -> tuple[str, ...]:
+        """What some of the steps take from an earlier one: `features`, `gradients`."""
+        reused = {"features": self.reuse_features, "gradients": self.reuse_gradients}
+        return tuple(name for name, every in reused.items() if every > 1)
 
 
 class Settings(StepOptions):
@@ -110,7 +118,8 @@ class Settings(StepOptions):
     def graph(self) -> StepOptions:
         """What decides the guided step's graph; samples can share a batch where this is the same."""
         fields = {name: getattr(self, name) for name in StepOptions.model_fields}
-        return StepOptions(**fields | {"guidance_every": min(self.guidance_every, 2)})  # more often is the same graph
+        often = ("guidance_every", "reuse_features", "reuse_gradients")  # every third is the same graph as every second
+        return StepOptions(**fields | {name: min(fields[name], 2) for name in often})
 
 
 if TYPE_CHECKING:
@@ -176,6 +185,8 @@ _EXACT: dict[str, Any] = {
     "guidance_start": 0.0,
     "guidance_end": 1.0,
     "guidance_every": 1,
+    "reuse_features": 1,
+    "reuse_gradients": 1,
 }
 SPEEDS: dict[str, dict[str, Any]] = {
     "exact": _EXACT,
@@ -313,6 +324,11 @@ class Config(Overrides):
         if settings.guidance_start >= settings.guidance_end:
             raise UsageError(
                 f"guidance_start: {settings.guidance_start:g} is not before guidance_end {settings.guidance_end:g}"
+            )
+        if settings.guidance_every > 1 and settings.reuses:
+            raise UsageError(
+                f"reuse_{settings.reuses[0]}: with guidance_every {settings.guidance_every} the steps between "
+                "ask nothing anyway; give one of both"
             )
         if settings.spacing == "official" and math.floor(settings.strength * settings.steps + 1e-9) < 1:
             raise UsageError(f"strength: {settings.strength:g} of {settings.steps} steps leaves no step to run")

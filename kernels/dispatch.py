@@ -137,6 +137,13 @@ def define_op(
         torch.library.register_autograd(f"counterlens::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
+@functools.lru_cache(maxsize=64)
+def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A few numbers on a device, copied there once: a copy in every call would stall it, and cannot be captured."""
+    with torch.inference_mode(False):
+        return torch.tensor(values or (0.0,), dtype=torch.float32, device=device)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type sums are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

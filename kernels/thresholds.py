@@ -10,12 +10,14 @@ from torch import Tensor
 from counterlens.kernels.dispatch import values_readable
 
 
-def check_thresholds(thresholds: Tensor | Sequence[float], samples: int, device: torch.device) -> Tensor:
+def check_thresholds(
+    thresholds: Tensor | Sequence[float], samples: int, device: torch.device, trusted: bool = False
+) -> Tensor:
     """Thresholds as a tensor on `device`, [N, K] (a view where one row serves all samples).
 
     Raises:
         ValueError: the shape is neither [K] nor [N, K], or values are not strictly increasing in [0, 1] (checked where
-            values can be read). TypeError: not a floating dtype.
+            values can be read and are not `trusted`). TypeError: not a floating dtype.
     """
     if not isinstance(thresholds, Tensor):
         thresholds = torch.tensor(thresholds, dtype=torch.float64)
@@ -24,7 +26,7 @@ def check_thresholds(thresholds: Tensor | Sequence[float], samples: int, device:
     shape = list(thresholds.shape)
     if len(shape) not in (1, 2) or shape[-1] == 0 or (len(shape) == 2 and shape[0] != samples):
         raise ValueError(f"thresholds: expected [K] or [{samples}, K] with K at least 1, got {shape}")
-    if values_readable(thresholds):
+    if values_readable(thresholds) and not (trusted and thresholds.is_cuda):
         values = thresholds.detach()
         if not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError(f"thresholds: expected values in [0, 1], got {values.tolist()}")

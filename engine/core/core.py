@@ -19,14 +19,14 @@ from counterlens.export.store import Store
 from ..blackbox.box import BlackBox, as_box
 from ..config import FEW_STEP_SPEEDS, SPEEDS, Config, Settings, StepOptions, default_settings, preset_misfit
 from ..errors import UsageError
-from ..guidance.memory import checkpointed, largest_batch, step_bytes
+from ..guidance.memory import checkpointed, largest_batch, step_bytes, weight_bytes
 from ..guidance.pullback import PullbackMode
 from ..guidance.sampler import Observer, Sampler
 from ..guidance.schedule import carried_strength
 from ..guidance.spans import span
-from ..guidance.step import GuidedStep
 from ..labels import distinct_names
 from ..models.attention import memory_efficient_attention
+from ..models.deep import no_deep_features
 from ..models.freezing import frozen
 from ..models.gradient_check import check_gradient
 from ..models.placing import choose_device, computing_on, place
@@ -34,7 +34,8 @@ from ..models.predictions import FLOW
 from ..models.protocols import Classifier, Diffusion, probabilities
 from ..models.tiny import TinyDecoder, check_decoder, open_decoder
 from ..provenance import digest, models_digest, models_numbers, session
-from ..runtime.choice import Choice
+from ..runtime.choice import AnyStep, Choice
+from ..runtime.here import memory_of, slots_on
 from ..runtime.registry import AUTO, EAGER
 from ..runtime.runners import REAL_IMAGES, Runners
 from ..runtime.spec import SLOTS, Spec
@@ -149,13 +150,12 @@ class EngineCore:
         )  # fmt: skip
         self.whole_runs = WholeRuns(self.runners)
         self.targets = TargetLabels(self.labels, neighbours)
-        self.slots: tuple[int, ...] = SLOTS
         self._check_source(self.config)
         self.memory_budget = memory_budget
         self._bytes: dict[tuple[StepOptions, tuple[int, int]], int] = {}
         self._slots: dict[tuple[int, int], tuple[int, ...]] = {}  # of images of other sizes, by height and width
         if memory_budget is not None:
-            self.slots = self._fitting_slots(memory_budget)
+            _ = self.slots  # or nothing fits, which is said now
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -187,27 +187,21 @@ class EngineCore:
             UsageError: a runtime was named whose artefacts are of another size.
         """
         settings = self.settings(config or self.config)
-        guided_noise = None if settings.denoiser == "own" else self.runners.guided(settings).predict_noise
-        if observe is None and sides is not None and not self.is_own_size(sides):
+        eager = observe is not None or (sides is not None and not self.is_own_size(sides))
+        if eager and observe is None and sides is not None:
             self.check_runtime_for(sides)
-            eager = GuidedStep(
-                self.runners.guided(settings), self.classifier, settings.graph, decoder=self.runners.decoder(settings),
-                mode=self.pullback, backend=self.backend,
-            )  # fmt: skip
-            return Sampler(
-                self.diffusion, slots, eager, settings.graph, decode=self.diffusion.decode, guided_noise=guided_noise
-            )
-        if observe is not None:
-            return Sampler(
-                self.diffusion, slots, self.runners.step(settings).observed(), settings.graph,
-                decode=self.diffusion.decode, observe=observe,
-            )  # fmt: skip
+
+        def step(kinds: tuple[str, ...] = ()) -> AnyStep:
+            runner = self.runners.step(settings, kinds)
+            return runner.eager(with_directions=observe is not None) if eager else runner.step(slots)
+
         with _OPENING:
-            parts, step = self.runners.functions(settings, slots), self.runners.step(settings).step(slots)
+            steps = [step(kinds) for kinds in ((), *self.runners.kinds(settings))]
+            parts = {"decode": self.diffusion.decode} if eager else self.runners.functions(settings, slots)
+        guided_noise = None if settings.denoiser == "own" else self.runners.guided(settings).predict_noise
         return Sampler(
-            self.diffusion, slots, step, settings.graph,
-            predict_noise=parts["predict_noise"], encode=parts["encode"], decode=parts["decode"],
-            guided_noise=guided_noise,
+            self.diffusion, slots, steps[0], settings.graph, **parts, guided_noise=guided_noise, observe=observe,
+            reusing=step,
         )  # fmt: skip
 
     def open_whole(self, settings: Settings, slots: int) -> WholeSampler | None:
@@ -240,20 +234,29 @@ class EngineCore:
         Raises:
             UsageError: not one sample fits.
         """
-        if self.memory_budget is None or self.is_own_size(sides):
+        if self.is_own_size(sides) or (self.memory_budget is None and self.device.type == "cpu"):
             return self.slots
         if sides not in self._slots:
-            self._slots[sides] = self._fitting_slots(self.memory_budget, sides)
+            self._slots[sides] = self._fitting_slots(sides)
         return self._slots[sides]
 
-    def _fitting_slots(self, budget: float, sides: tuple[int, int] | None = None) -> tuple[int, ...]:
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """The slot counts that there are: those that fit into the memory budget, on a GPU into its free memory."""
+        return self._fitting_slots()
+
+    def _fitting_slots(self, sides: tuple[int, int] | None = None) -> tuple[int, ...]:
+        slots = slots_on(self.device, self.runtime)
+        budget = self.memory_budget or memory_of(self.device, weight_bytes(self.modules()))
+        if budget is None:
+            return slots
         settings = self.settings(self.config)
-        with self._prepared():
+        with computing_on(self.device), self._prepared():
             most = largest_batch(
-                self.diffusion, self.classifier, settings, budget, SLOTS, self.pullback,
+                self.diffusion, self.classifier, settings, budget, slots, self.pullback,
                 self.runners.decoder(settings), sides,
             )  # fmt: skip
-        return tuple(s for s in SLOTS if s <= most)
+        return tuple(s for s in slots if s <= most)
 
     def step_bytes(self, sides: tuple[int, int], config: Config | None = None) -> int:
         """Peak bytes of a guided step of one image of this height and width, weights left out; measured once."""
@@ -376,7 +379,9 @@ class EngineCore:
                 "guidance_decoder: this engine has no tiny decoder; give Engine(guidance_decoder=...) the folder or "
                 "hub id of an AutoencoderTiny for this model's VAE"
             )
-        self.runners.guided(settings)  # or there is none
+        guided = self.runners.guided(settings)  # or there is none
+        if settings.reuse_features > 1 and (why := no_deep_features(guided)):
+            raise UsageError(f"reuse_features: {why}; leave it out")
         return settings
 
     @property
@@ -478,7 +483,8 @@ class EngineCore:
             seeds: one per image; without them each image's own pixels and `config.seed` decide, so that an image has
                 the same noise wherever it stands.
             config: instead of the engine's; one for all, or one per image. Those of one call must agree on what decides
-                the step's graph: filter, gradient, guidance_decoder, distance and whether guidance_every is 1.
+                the step's graph: filter, gradient, guidance_decoder, distance and whether guidance_every and what is
+                reused are 1.
             progress: called with (step, total, x0) after every step; x0 is the clean estimate [b, 3, H, W] in [0, 1] of
                 the samples in the slots. Decoding it costs a decoder pass each step.
             on_step: called with (step, total) after every step, at no cost.

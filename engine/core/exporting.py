@@ -52,7 +52,11 @@ def export_artefact(
         UsageError: what or dtype is none that there is. ExportError: it cannot be built, or is wrong.
         CounterlensError: the copy cannot be written.
     """
-    spec = engine.spec(engine.settings(engine.config), what=what, dtype=dtype)
+    settings = engine.settings(engine.config)
+    spec = engine.spec(settings, what=what, dtype=dtype)
+    # A run whose steps reuse something takes several kinds of them; the report is that of the one that does not.
+    kinds = engine.runners.kinds(settings) if what == STEP else []
+    specs = [spec, *(engine.spec(settings, what=what, dtype=dtype, reused=kind) for kind in kinds)]
     with ExitStack() as stack:
         facts = {"command": "counterlens export", "what": what, "format": target, "dtype": dtype}
         facts = engine.facts(engine.config) | facts
@@ -60,13 +64,15 @@ def export_artefact(
         stack.enter_context(computing_on(spec.device))
         stack.enter_context(frozen(*spec.modules))
         before = engine.store.path(artefacts.key_of(spec, target)).exists()
-        artefact = artefacts.build(spec, target, engine.store, force=force, say=say)
+        artefact, *_ = [artefacts.build(one, target, engine.store, force=force, say=say) for one in specs]
         measured: dict[str, dict[str, float]] = {}
         if measure and what != "classifier" and dtype == "fp32":
-            runner = StepRunner(spec, AUTO, engine.store)
+            runner, *more = (StepRunner(one, AUTO, engine.store) for one in specs)
             for slots in SLOTS:
                 say(f"measuring batch {slots}")
                 measured[str(slots)] = runner.measure(slots)
+                for other in more:
+                    other.measure(slots)
         folder = artefact.folder
         if run is not None:
             folder = run.folder

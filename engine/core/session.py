@@ -78,7 +78,7 @@ class Session:
     Args:
         models: of the engine.
         config: of samples that bring none. Those that do must agree with it on what decides the step's graph: filter,
-            gradient, guidance_decoder, distance and whether guidance_every is 1.
+            gradient, guidance_decoder, distance and whether guidance_every and what is reused are 1.
         slots: how many samples are guided at once, and the shape of every batch, predictions included: a sample's
             result then has the same bits whatever is beside it. Without it all that is submitted before the first tick
             is one batch: it takes the slots that it needs, and the results come together at the end.

@@ -83,6 +83,11 @@ def counterfactual_program(engine: EngineCore, settings: Settings, scales: bool 
 
     -1 as target is the runner-up. To be run or written with the engine frozen.
     """
+    if settings.reuses:
+        raise UsageError(
+            f"reuse_{settings.reuses[0]}: a file of the whole run computes every step anew; leave it out, or export "
+            "the guided step"
+        )
     given = scale_names(settings) if scales else ()
     steepest = STEEPEST if settings.filter == "zero" else 90 - 1e-4  # the others need an angle below 90 degrees
     diffusion = engine.diffusion

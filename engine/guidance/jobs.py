@@ -74,6 +74,7 @@ class Sample:
     schedule: Schedule
     table: Tensor  # [steps, 8], see `solvers.coefficients`
     guided: list[bool]  # for each step
+    reused: list[tuple[str, ...]]  # of each step, what it takes from an earlier one, see `StepOptions.reuses`
     latents: Tensor = field(default_factory=lambda: torch.empty(0))  # of the image [C, h, w]
     z: Tensor = field(default_factory=lambda: torch.empty(0))  # between the stages, [C, h, w]
     kept: list[float] = field(default_factory=list)
@@ -117,6 +118,13 @@ def guided_steps(settings: Settings, steps: int) -> list[bool]:
     if not inside:
         raise UsageError(f"guidance_start: no step of {steps} lies in [{first:g}, {last:g}) of the run; widen it")
     return [i in inside and (i - inside[0]) % settings.guidance_every == 0 for i in range(steps)]
+
+
+def reused_kinds(settings: Settings, guided: Sequence[bool]) -> list[tuple[str, ...]]:
+    """What each step takes from an earlier one: all but every n-th of the guided ones, the first is always anew."""
+    every = {"features": settings.reuse_features, "gradients": settings.reuse_gradients}
+    first = guided.index(True)
+    return [tuple(kind for kind, n in every.items() if asked and (i - first) % n) for i, asked in enumerate(guided)]
 
 
 def count_ticks(steps: Sequence[int], slots: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,16 +12,29 @@ PullbackMode = Literal["functional", "autograd"]
 PULLBACK_MODES: tuple[PullbackMode, ...] = ("functional", "autograd")
 
 
+Pull = Callable[[Tensor], Tensor]
+
+
+@overload
+def pullback(fn: Callable[[Tensor], Tensor], x: Tensor, mode: PullbackMode = ...) -> tuple[Tensor, Pull]: ...
+
+
+@overload
 def pullback(
-    fn: Callable[[Tensor], Tensor],
-    x: Tensor,
-    mode: PullbackMode = "functional",
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    fn: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, mode: PullbackMode = ..., *, aside: Literal[True]
+) -> tuple[Tensor, Pull, Tensor]: ...
+
+
+def pullback(fn: Any, x: Tensor, mode: PullbackMode = "functional", *, aside: bool = False) -> Any:
     """Evaluate `fn` at `x` and return (y, pull) with `pull(v)` the vector-Jacobian product v^T dy/dx, shaped like x.
 
     `pull` may be called several times. `functional` (`torch.func.vjp`) can be traced, compiled and exported; `autograd`
-    (`torch.autograd.grad`) also takes activation checkpointing, xformers and custom operators.
+    (`torch.autograd.grad`) also takes activation checkpointing, xformers and custom operators. With `aside` the
+    function returns a second tensor, which is not differentiated and comes back third.
     """
+    if mode == "functional" and aside:
+        y, pull, other = torch.func.vjp(fn, x, has_aux=True)  # type: ignore[misc]
+        return y, lambda v: pull(v)[0], other
     if mode == "functional":
         y, pull = torch.func.vjp(fn, x)  # type: ignore[misc]  # a third value only with has_aux
         return y, lambda v: pull(v)[0]
@@ -29,5 +42,5 @@ def pullback(
         raise ValueError(f"pullback: expected one of {', '.join(PULLBACK_MODES)}, got {mode!r}")
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        y = fn(leaf)
-    return y.detach(), lambda v: torch.autograd.grad(y, leaf, v, retain_graph=True)[0]
+        y, *others = fn(leaf) if aside else (fn(leaf),)
+    return y.detach(), lambda v: torch.autograd.grad(y, leaf, v, retain_graph=True)[0], *(x.detach() for x in others)

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ from ..config import Settings, StepOptions
 from ..errors import UsageError
 from ..models.conditions import Condition, tensors
 from ..models.protocols import Classifier, Decoder, Diffusion
-from .jobs import Job, Outcome, Sample, check_graph, guided_steps, seeded_noise
+from .jobs import Job, Outcome, Sample, check_graph, guided_steps, reused_kinds, seeded_noise
 from .pullback import PullbackMode
 from .region import guidance_of, hold, narrow
 from .schedule import Schedule, add_noise, ddim, schedule_of
 from .solvers import COLUMNS, advance, coefficients, no_history
 from .spans import span
-from .step import GuidedStep
+from .step import GuidedStep, carried_names
 
 StepFunction = Callable[..., tuple[Tensor, ...]]
 # Told, after a guided step, the ids of the n jobs that took it, and score and reference [n, C, h, w] of each.
@@ -88,6 +89,7 @@ class Sampler:
             leaves outcomes without images.
         guided_noise: the noise prediction of the denoiser that `step` has, where it is another.
         observe: told what the filter compared, see `Observer`; needs a `step` with directions.
+        reusing: the step that takes these kinds from an earlier one (`GuidedStep.reused`), of a `graph` that does so.
         clock: seconds, for budgets.
 
     Attributes:
@@ -107,6 +109,7 @@ class Sampler:
         decode: Callable[[Tensor], Tensor] | None = None,
         guided_noise: Callable[[Tensor, Tensor, Condition], Tensor] | None = None,
         observe: Observer | None = None,
+        reusing: Callable[[tuple[str, ...]], StepFunction] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.diffusion = diffusion
@@ -118,6 +121,7 @@ class Sampler:
         self.encode = encode or diffusion.encode
         self.decode = decode
         self.observe = observe
+        self.reusing = reusing
         self.clock = clock
         self.live = False
         self.patience = PATIENCE
@@ -139,6 +143,7 @@ class Sampler:
         self._scales = torch.tensor([IDLE_SCALES] * slots, dtype=torch.float64, device=self._device)
         self._condition = diffusion.condition(self._target)
         self._z = torch.empty(0)
+        self._carried: dict[str, Tensor] = {}  # [slots, ...] each, of the last step that computed it
 
     @property
     def busy(self) -> bool:
@@ -162,10 +167,13 @@ class Sampler:
         check_graph(settings, self.graph)
         if job.budget_s is not None and not job.budget_s > 0:
             raise UsageError(f"budget_s: expected seconds above 0, got {job.budget_s}")
+        if settings.reuse_features > 1 and isinstance(job.region, str):
+            raise UsageError("region: auto looks at guidance of whole UNets; give a mask or leave reuse_features out")
         alphas_cumprod = self.diffusion.alphas_cumprod
         schedule = schedule_of(settings, alphas_cumprod)
         table = coefficients(schedule, alphas_cumprod, settings.solver)
-        sample = Sample(self._next_id, job, schedule, table, guided_steps(settings, len(schedule)))
+        guided = guided_steps(settings, len(schedule))
+        sample = Sample(self._next_id, job, schedule, table, guided, reused_kinds(settings, guided))
         sample.started = self.clock()
         self._next_id += 1
         self._waiting.append(sample)
@@ -195,7 +203,7 @@ class Sampler:
         self.stepped = []
         if self.live and len(self._ready) < self.slots and self._more_to_prepare:
             self._prepare()
-        while None in self._running and (self._ready or (self._more_to_prepare and not self.live)):
+        while self._has_place and (self._ready or (self._more_to_prepare and not self.live)):
             if (sample := self._next_ready()) is not None:
                 self._place(sample)
             else:
@@ -204,6 +212,14 @@ class Sampler:
             with span("step"):
                 self._step()
         return self._finish()
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether a newcomer may begin. What samples reuse decides which step they take, and a batch whose samples take
+        different ones takes them all, so newcomers begin where those beside them compute everything.
+        """
+        begun = (sample for sample in self._running if sample is not None)
+        return None in self._running and not any(sample.reused[len(sample.kept)] for sample in begun)
 
     @property
     def _more_to_prepare(self) -> bool:
@@ -390,17 +406,44 @@ class Sampler:
         self._z = torch.where(_per_slot([s is not None for s in self._running], device), z_next, 0.0)
 
     def _guided_step(self, z: Tensor, t: Tensor, t_prev: Tensor, guided: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        kinds: dict[tuple[str, ...], list[bool]] = {}
+        for i, sample in enumerate(self._running):
+            if sample is not None and guided[i]:
+                kinds.setdefault(sample.reused[len(sample.kept)], [False] * self.slots)[i] = True
+        made: tuple[Tensor, Tensor, Tensor] | None = None
+        for reused in sorted(kinds):
+            out = self._step_of_kind(reused, z, t, t_prev, kinds[reused])
+            if made is not None:
+                choose = _per_slot(kinds[reused], z.device)
+                kept = torch.where(choose[:, 0, 0, 0], out[2], made[2])
+                out = torch.where(choose, out[0], made[0]), torch.where(choose, out[1], made[1]), kept
+            made = out
+        assert made is not None
+        return made
+
+    def _step_of_kind(
+        self, reused: tuple[str, ...], z: Tensor, t: Tensor, t_prev: Tensor, rows: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The guided step that reuses this, of all slots; `rows` are those that take it."""
+        step, given = self.step, {}
+        if reused:
+            assert self.reusing is not None
+            step, given = self.reusing(reused), {"carried": [self._carried[name] for name in carried_names(reused)]}
         guidance_scale, class_scale, distance_scale, angle = self._scales.unbind(1)
-        z_next, z0, kept, *more = self.step(
+        z_next, z0, kept, *more = step(
             z, t, t_prev, self._condition, self._reference, self._target, guidance_scale=guidance_scale,
-            class_scale=class_scale, distance_scale=distance_scale, angle_deg=angle,
+            class_scale=class_scale, distance_scale=distance_scale, angle_deg=angle, **given,
         )  # fmt: skip
         if self.observe is not None:
             *more, score, reference = more
-            rows = [i for i, asked in enumerate(guided) if asked]
-            self.observe([sample.id for i in rows if (sample := self._running[i])], score[rows], reference[rows])
-        if more:  # the guidance, for the steps that reuse it
-            self._reused = torch.where(_per_slot(guided, z.device), more[0], self._reused)
+            seen = [i for i, asked in enumerate(rows) if asked]
+            self.observe([sample.id for i in seen if (sample := self._running[i])], score[seen], reference[seen])
+        if self.graph.with_guidance:  # for the steps that reuse it
+            self._reused = torch.where(_per_slot(rows, z.device), more.pop(0), self._reused)
+        made = carried_names(kind for kind in self.graph.reuses if kind not in reused)
+        for name, tensor in zip(made, more, strict=True):
+            held = self._carried.get(name, tensor)
+            self._carried[name] = torch.where(_per_slot(rows, z.device), tensor, held)
         return z_next, z0, kept
 
     def _keep_to_regions(
@@ -503,8 +546,8 @@ def sample(
     Guided steps are those of the diffusion model `guided`, where it is given.
     """
     model = guided or diffusion
-    step = GuidedStep(model, classifier, settings.graph, decoder=decoder, mode=pullback, backend=backend)
-    sampler = Sampler(diffusion, len(image), step, settings.graph)
+    step = partial(GuidedStep, model, classifier, settings.graph, decoder=decoder, mode=pullback, backend=backend)
+    sampler = Sampler(diffusion, len(image), step(), settings.graph, reusing=lambda kinds: step(reused=kinds))
     for i in range(len(image)):
         sampler.submit(Job(image[i], int(target[i]), seeds[i], settings))
     steps = len(schedule_of(settings, diffusion.alphas_cumprod))

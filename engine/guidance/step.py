@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from .spans import span
 
 Scale = float | Tensor  # a number or [B]
 EXACT = StepOptions()
+# What a step can take from an earlier one (`StepOptions.reuses`), and the tensors [B, ...] that this is.
+CARRIED = {"features": ("deep_null", "deep_target"), "gradients": ("gradient_class", "gradient_image")}
+
+
+def carried_names(kinds: Iterable[str]) -> tuple[str, ...]:
+    """Names of the tensors that these kinds are, in order."""
+    wanted = set(kinds)
+    return tuple(name for kind, names in CARRIED.items() if kind in wanted for name in names)
 
 
 def unit_largest(v: Tensor) -> Tensor:
@@ -44,8 +52,13 @@ class GuidedStep:
             through the decoder. `guidance_every` above 1: also return what was added to the unconditional noise, for
             steps that reuse it.
         chunk: of the consensus filter.
+        reused: which of what `options.reuses` this step takes from an earlier one instead of computing it: `features`,
+            the deep ones of the UNet (see `models.deep`), of both its conditions; `gradients`, of class and distance
+            before the filter, which still compares them with this step's own noise predictions.
         decoder: decodes for the gradients in place of the diffusion model's own (see `models.tiny`); with
             `guidance_decoder` tiny, and only with it.
+        together: of exact gradients, batches up to this size have both noise predictions in one pass. It runs as many
+            kernels for two as for one, but the pullback goes through both: for devices that wait for launches.
         with_directions: also return the two directions that the filter compares: the classifier's score, minus
             sqrt(1 - abar) times its gradient and up to a factor for each sample, and the generator's, eps_c - eps_u.
         mode: of the pullback, `functional` or `autograd`.
@@ -61,18 +74,24 @@ class GuidedStep:
         options: StepOptions = EXACT,
         *,
         chunk: int = 1,
+        reused: Sequence[str] = (),
         decoder: Decoder | None = None,
+        together: int = 0,
         with_directions: bool = False,
         mode: PullbackMode = "functional",
         backend: str = "auto",
     ) -> None:
         if (decoder is not None) != (options.guidance_decoder == "tiny"):
             raise ValueError(f"decoder: guidance_decoder is {options.guidance_decoder}, got {decoder}")
+        if not set(reused) <= set(options.reuses):
+            raise ValueError(f"reused: expected some of {options.reuses}, which the options reuse, got {reused}")
+        self.reused = tuple(reused)
         self.diffusion = diffusion
         self.classifier = classifier
         self.options = options
         self.chunk = chunk
         self.decoder = decoder
+        self.together = together
         self.with_directions = with_directions
         self.mode = mode
         self.backend = backend
@@ -90,14 +109,17 @@ class GuidedStep:
         class_scale: Scale,
         distance_scale: Scale,
         angle_deg: Scale,
+        carried: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """Take one step; every scale and the angle is a number or [B].
+        """Take one step; every scale and the angle is a number or [B], `carried` are the tensors of what is `reused`.
 
         Returns:
             z_prev [B, C, h, w]; z0 [B, C, h, w], the clean latents that the guided noise implies; kept_fraction [B],
-            the share of locations that the filter kept; with `options.with_guidance` also the guidance [B, C, h, w],
-            and with `with_directions` score and reference [B, C, h, w] each.
+            the share of locations that the filter kept; with `options.with_guidance` also the guidance [B, C, h, w];
+            the tensors of what the options reuse and this step computed, see `CARRIED`; and with `with_directions`
+            score and reference [B, C, h, w] each.
         """
+        given = dict(zip(carried_names(self.reused), carried, strict=True))
         diffusion = self.diffusion
         alphas_cumprod = diffusion.alphas_cumprod.to(z)
         abar, abar_prev = alphas_cumprod[timestep], alphas_cumprod[timestep_prev]
@@ -109,8 +131,13 @@ class GuidedStep:
         prediction = getattr(diffusion, "prediction", EPSILON)
         answer = diffusion.predict_noise if prediction == EPSILON else diffusion.answer  # type: ignore[attr-defined]
 
-        def unconditional(z: Tensor) -> Tensor:
-            return answer(z, timestep, null)
+        features, deep = "features" in self.options.reuses, [given[n] for n in CARRIED["features"] if n in given]
+
+        def ask(z: Tensor, timestep: Tensor, condition: Condition, *deep: Tensor) -> tuple[Tensor, Tensor]:
+            if features:
+                return diffusion.answer_reusing(z, timestep, condition, *deep)  # type: ignore[attr-defined,no-any-return]
+            said = answer(z, timestep, condition)
+            return said, said  # nobody asks for the second
 
         def to_image(z0: Tensor) -> Tensor:
             return (decode(z0) + 1) / 2
@@ -121,19 +148,36 @@ class GuidedStep:
         def difference(x0: Tensor) -> Tensor:
             return (x0.clamp(0, 1) - image).abs().sum(dim=(1, 2, 3))
 
-        if self.options.gradient == "exact":
+        exact = self.options.gradient == "exact" and "gradients" not in self.reused
+
+        def ask_both(z: Tensor) -> tuple[Tensor, Tensor]:
+            """Both answers in one batch, and deep features; for autograd only the unconditional ones depend on z."""
+            both, times = cat(null, condition), torch.cat([timestep, timestep])
+            return ask(torch.cat([z, z.detach()]), times, both, *([torch.cat(deep)] if deep else []))
+
+        if exact and len(z) <= self.together:
+            with span("UNet, both"):
+                said, pull_both, held = pullback(ask_both, z, self.mode, aside=True)
+            (said_u, said_c), (deep_u, deep_c) = said.chunk(2), held.chunk(2)
+
+            def pull_unet(g: Tensor) -> Tensor:
+                return pull_both(torch.cat([g, torch.zeros_like(g)]))
+        elif exact:
             with span("UNet, conditional"):
-                said_c = answer(z, timestep, condition)
+                said_c, deep_c = ask(z, timestep, condition, *deep[1:])
             with span("UNet, unconditional"):
-                said_u, pull_unet = pullback(unconditional, z, self.mode)
+                said_u, pull_unet, deep_u = pullback(
+                    lambda z: ask(z, timestep, null, *deep[:1]), z, self.mode, aside=True
+                )
         else:
             with span("UNet, both"):
-                both, times = cat(null, condition), torch.cat([timestep, timestep])
-                said_u, said_c = answer(torch.cat([z, z]), times, both).chunk(2)
+                said, held = ask_both(z)
+                (said_u, said_c), (deep_u, deep_c) = said.chunk(2), held.chunk(2)
         eps_u, eps_c = (to_noise(prediction, said, z, alpha, sigma) for said in (said_u, said_c))
         z0_hat = to_clean(prediction, said_u, z, alpha, sigma)
-        with span("decoder"):
-            x0, pull_decoder = pullback(to_image, z0_hat, self.mode)
+        if "gradients" not in self.reused:
+            with span("decoder"):
+                x0, pull_decoder = pullback(to_image, z0_hat, self.mode)
 
         def through_decoder(objective: Callable[[Tensor], Tensor]) -> Tensor:
             with span("classifier and distance"):
@@ -145,13 +189,17 @@ class GuidedStep:
                 return unit_largest(pull_decoder(g))
 
         def to_z(g: Tensor) -> Tensor:
-            if self.options.gradient == "exact":
+            if exact:
                 with span("UNet, VJP"):  # the clean estimate is linear in the answer and in z, so is its pullback
                     return to_clean(prediction, pull_unet(g), g, alpha, sigma)
             return g / alpha  # [B, C, h, w]
 
-        towards_class = to_z(through_decoder(log_prob))
-        from_image = to_z((z0_hat - image).sign() if self.options.distance == "latent" else through_decoder(difference))
+        if "gradients" in self.reused:
+            towards_class, from_image = (given[name] for name in CARRIED["gradients"])
+        else:
+            towards_class = to_z(through_decoder(log_prob))
+            latent = self.options.distance == "latent"
+            from_image = to_z((z0_hat - image).sign() if latent else through_decoder(difference))
         with span("filter and update"):
             z_prev, z0, kept_fraction = guided_update(
                 z, eps_u, eps_c, towards_class, from_image, abar, abar_prev,
@@ -161,6 +209,10 @@ class GuidedStep:
         out: tuple[Tensor, ...] = (z_prev, z0, kept_fraction)
         if self.options.with_guidance:
             out += ((z - alpha * z0) / sigma - eps_u,)
+        if features and "features" not in self.reused:
+            out += (deep_u, deep_c)
+        if "gradients" in self.options.reuses and "gradients" not in self.reused:
+            out += (towards_class, from_image)
         if self.with_directions:
             out += (-sigma * towards_class, eps_c - eps_u)
         return out

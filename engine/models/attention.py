@@ -40,9 +40,32 @@ def _operator_reasons(like: torch.Tensor) -> list[str]:
             probe = torch.zeros(1, 64, 8, 40, device=like.device, dtype=like.dtype, requires_grad=True)
             xformers.ops.memory_efficient_attention(probe, probe, probe).sum().backward()
     except NotImplementedError as error:
-        first = str(error).strip().splitlines()[0]
-        return [f"xformers {xformers.__version__} has no operator here ({first}); `python -m xformers.info` says why"]
+        why = [f"xformers {xformers.__version__} has no operator here: {_one_line(str(error))}"]
+        if (library := _unloaded_library()) is not None:
+            why.append(library)
+        return why
     return []
+
+
+def _one_line(message: str) -> str:
+    """All that xformers says of its operators: each with its reasons, in one line."""
+    out = ""
+    for line in filter(None, map(str.strip, message.splitlines())):
+        operator = line.removesuffix(" is not supported because:")
+        out += f"; {operator}: " if operator != line else line if out.endswith(": ") else f", {line}" if out else line
+    return out
+
+
+def _unloaded_library() -> str | None:
+    """Why xformers' own operators are not there at all, which it says once, as a warning."""
+    lib: Any = importlib.import_module("xformers._cpp_lib")
+    cause = getattr(lib, "_cpp_library_load_exception", None)
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if cause is None:
+        return None
+    hint = "; pip install nvidia-cuda-runtime-cu12 and put its lib folder on LD_LIBRARY_PATH"
+    return f"its own library was not loaded ({_one_line(str(cause))}{hint if 'libcudart.so.12' in str(cause) else ''})"
 
 
 @contextmanager

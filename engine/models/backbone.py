@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..labels import match_labels
 from .conditions import Condition, floats_to
+from .deep import Reusing
 from .fields import check_side, latent_scale, read_noise_levels, unwhitened, whitened
 from .files import dtype_of, id2label_names, pipeline_of, read_json, read_part
 from .predictions import EPSILON, FLOW, PREDICTIONS, flow_sigmas, to_noise
@@ -205,6 +207,19 @@ class Backbone:
             seen = z / (abar.sqrt() + (1 - abar).sqrt())  # see `predictions`
         time = timestep if self.times is None else self.times.to(z)[timestep]
         return self.denoise(seen.to(dtype), time, floats_to(condition, dtype)).to(z.dtype)
+
+    def answer_reusing(
+        self,
+        z: Tensor,  # [B, C, h, w]
+        timestep: Tensor,  # [B]
+        condition: Condition,  # as `condition` makes them
+        deep: Tensor | None = None,  # [B, D, h', w'], of an earlier timestep
+    ) -> tuple[Tensor, Tensor]:
+        """`answer` with deep features that are given, or its own, and these features; see `models.deep`."""
+        other = copy.copy(self)
+        other.denoiser = Reusing(self.denoiser, None if deep is None else deep.to(dtype_of(self.denoiser)))
+        said = other.answer(z, timestep, condition)
+        return said, other.denoiser.deep.to(z.dtype)
 
     def predict_noise(
         self,

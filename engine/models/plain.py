@@ -8,7 +8,7 @@ Names of parameters, operations and their order are those of diffusers, so that 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -206,26 +206,54 @@ class UNet(nn.Module):
         timestep: Tensor,  # [B] or []
         class_labels: Tensor,  # [B]
     ) -> Said:
+        time = self.embed(z, timestep, class_labels)
+        x = self.conv_in(z)
+        held: tuple[Tensor, ...] = (x,)
+        for level in self.down_blocks:
+            x, made = self.down(level, x, time)
+            held += made
+        x = self.middle(x, time)
+        for level in self.up_blocks:
+            count = len(level.resnets)  # type: ignore[arg-type]
+            x, held = self.up(level, x, time, held[-count:]), held[:-count]
+        return Said(self.end(x))
+
+    def embed(self, z: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        """What every block is told of timestep and class: [B, 4 widths[0]]."""
         embedded = sinusoids(timestep.expand(len(z)), self.config.block_out_channels[0]).to(z.dtype)
         linears = self.time_embedding
-        time = linears.linear_2(F.silu(linears.linear_1(embedded))) + self.class_embedding(class_labels)  # type: ignore[operator]
-        x = self.conv_in(z)
-        held = [x]
-        for level in self.down_blocks:
-            for resnet, attention in zip(level.resnets, level.attentions, strict=True):  # type: ignore[arg-type]
-                x = attention(resnet(x, time))
-                held.append(x)
-            for sampler in getattr(level, "downsamplers", ()):
-                x = sampler(x)
-                held.append(x)
+        time: Tensor = linears.linear_2(F.silu(linears.linear_1(embedded)))  # type: ignore[operator]
+        return time + self.class_embedding(class_labels)
+
+    def down(self, level: Any, x: Tensor, time: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A level on the way down: what goes on, and all that goes across."""
+        held = []
+        for resnet, attention in zip(level.resnets, level.attentions, strict=True):
+            x = attention(resnet(x, time))
+            held.append(x)
+        for sampler in getattr(level, "downsamplers", ()):
+            x = sampler(x)
+            held.append(x)
+        return x, tuple(held)
+
+    def middle(self, x: Tensor, time: Tensor) -> Tensor:
+        """The lowest level."""
         first, second = self.mid_block.resnets
-        x = second(self.mid_block.attentions[0](first(x, time)), time)
-        for level in self.up_blocks:
-            for resnet, attention in zip(level.resnets, level.attentions, strict=True):  # type: ignore[arg-type]
-                x = attention(resnet(torch.cat([x, held.pop()], dim=1), time))
-            for sampler in getattr(level, "upsamplers", ()):
-                x = sampler(x)
-        return Said(self.conv_out(F.silu(self.conv_norm_out(x))))
+        out: Tensor = second(self.mid_block.attentions[0](first(x, time)), time)
+        return out
+
+    def up(self, level: Any, x: Tensor, time: Tensor, held: Sequence[Tensor]) -> Tensor:
+        """A level on the way up, with what came across for it, the last first."""
+        for resnet, attention, across in zip(level.resnets, level.attentions, reversed(held), strict=True):
+            x = attention(resnet(torch.cat([x, across], dim=1), time))
+        for sampler in getattr(level, "upsamplers", ()):
+            x = sampler(x)
+        return x
+
+    def end(self, x: Tensor) -> Tensor:
+        """From the last level to the answer."""
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return out
 
 
 def sinusoids(

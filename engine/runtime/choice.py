@@ -22,7 +22,7 @@ from ..guidance.pullback import PullbackMode
 from ..guidance.step import GuidedStep
 from . import artefacts, registry
 from .compiled import CompiledStep, expected_inputs
-from .here import Here
+from .here import Here, together
 from .registry import AUTO, EAGER
 from .spec import STEP, Spec, flat, machine
 
@@ -104,10 +104,15 @@ class StepRunner:
                 self._steps[name] = self._open(name)
             return self._steps[name]
 
-    def observed(self) -> GuidedStep:
-        """The step in eager with the directions that its filter compares, whatever the runtime."""
+    def reports(self) -> dict[str, Any]:
+        """How what was compiled or recorded agreed with eager, by runtime and, where it is made here, by batch size."""
+        return {n: a.report["parity"] for n, a in self.found().items()} | {n: h.reports for n, h in self._here.items()}
+
+    def eager(self, with_directions: bool = False) -> GuidedStep:
+        """The step in eager, whatever the runtime; with the directions that its filter compares."""
         step = self.spec.step()
-        step.backend, step.mode, step.with_directions = self.backend, self.pullback, True
+        step.backend, step.mode, step.with_directions = self.backend, self.pullback, with_directions
+        step.together = together(self.spec.device)
         return step
 
     def part(self, batch: int) -> Callable[..., torch.Tensor]:
@@ -237,9 +242,7 @@ class StepRunner:
 
     def _open(self, runtime: str) -> AnyStep:
         if runtime == EAGER:
-            step = self.spec.step()
-            step.backend, step.mode = self.backend, self.pullback
-            return step
+            return self.eager()
         if registry.find(runtime).file:
             artefact = artefacts.build(self.spec, registry.find(runtime).format, self.store, say=self.say)
             run = artefacts.open_checked(artefact, self.spec, self.say)
@@ -263,6 +266,8 @@ def _median_time(run: Callable[..., Any], inputs: tuple[torch.Tensor, ...], seco
     cuda = inputs[0].is_cuda
     times: list[float] = []
     run(*inputs)
+    if cuda:
+        torch.cuda.synchronize()
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         started = time.perf_counter()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
-from ..guidance.step import Scale
+from ..guidance.step import CARRIED, Scale, carried_names
 from ..models.conditions import CONDITION, Condition, named, tensors
 from .spec import INPUTS
 
@@ -41,6 +41,7 @@ class CompiledStep:
         self.dtype = dtype
         self.expected = expected
         self.batches = batches
+        self.reused = tuple(kind for kind, names in CARRIED.items() if names[0] in expected)
         self._calls = 0
 
     def __call__(
@@ -56,6 +57,7 @@ class CompiledStep:
         class_scale: Scale,
         distance_scale: Scale,
         angle_deg: Scale,
+        carried: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
         """See `GuidedStep`."""
         scales = (guidance_scale, class_scale, distance_scale, angle_deg)
@@ -63,7 +65,7 @@ class CompiledStep:
         kinds = [self.expected[name][0] for name in named([CONDITION], len(held)) if name in self.expected]
         # A half-precision model's own are half.
         held = tuple(c.to(kind) for c, kind in zip(held, kinds, strict=True))
-        given = (z, timestep, timestep_prev, *held, image, target, *(_per_sample(s, z) for s in scales))
+        given = (z, timestep, timestep_prev, *held, image, target, *(_per_sample(s, z) for s in scales), *carried)
         self._check(given)
         out = tuple(self.run(*given))
         if self._calls < WATCHED:
@@ -76,8 +78,9 @@ class CompiledStep:
         if self.batches is not None and batch not in self.batches:
             known = ", ".join(map(str, self.batches))
             raise UsageError(f"{self.runtime}: built for batches of {known}, got {batch}; pad or build it for that too")
-        count = len(given) - len(INPUTS) + 1
-        for name, tensor in zip(named(INPUTS, count), given, strict=True):
+        carried = carried_names(self.reused)
+        count = len(given) - len(carried) - len(INPUTS) + 1
+        for name, tensor in zip([*named(INPUTS, count), *carried], given, strict=True):
             dtype, shape = self.expected[name]
             if tensor.dtype != dtype or tuple(tensor.shape) != (batch, *shape):
                 raise UsageError(

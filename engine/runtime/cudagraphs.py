@@ -6,6 +6,7 @@ Nothing is compiled, so recording takes seconds; what it saves is the host's tim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from counterlens.export.errors import ExportError
 
-from .here import Replay
+from .here import Replay, Turns
 from .registry import Runtime
 from .spec import Spec
 
@@ -21,13 +22,24 @@ RECORDED_SEED = 1 << 20
 WARMUPS = 2  # kernels are built and chosen before they are recorded
 
 
-def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Replay:
+@cache
+def _pool(device: torch.device) -> tuple[Any, Turns]:
+    """The memory that all graphs of a device share, and their turns: no two of them run at the same time, so what one
+    holds between its kernels may be another's. Inputs are outside of it, outputs are held and so are nobody else's.
+    """
+    return torch.cuda.graph_pool_handle(), Turns(device)
+
+
+def record(function: Callable[..., Any], inputs: Sequence[Tensor], name: str = "cudagraphs") -> Replay:
     """A function of tensors as one CUDA graph. Other threads may use the device meanwhile.
+
+    All graphs of a device share their memory and take turns; `name` is the runtime that asks, for messages.
 
     Raises:
         ExportError: the function cannot be recorded; most often an operation in it waits for the device.
     """
     held = [x.clone() for x in inputs]
+    pool, turns = _pool(held[0].device)
     graph = torch.cuda.CUDAGraph()
     current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     with torch.no_grad():
@@ -37,12 +49,13 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Replay:
                 function(*held)
         current.wait_stream(stream)
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Not during another's replay: capturing hands out memory that the replay uses.
+            with turns.turn(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 out = function(*held)
         except RuntimeError as error:
             why = str(error).strip().splitlines()[0]
-            raise ExportError(f"cudagraphs: cannot be recorded ({why}); use runtime eager or inductor") from error
-    return Replay(held, out if isinstance(out, (list, tuple)) else [out], graph.replay)
+            raise ExportError(f"{name}: cannot be recorded ({why}); use runtime eager") from error
+    return Replay(held, out if isinstance(out, (list, tuple)) else [out], graph.replay, turns)
 
 
 class CudaGraphs(Runtime):

@@ -11,33 +11,35 @@ import torch
 from torch import Tensor
 
 from .aoti import OPTIONS
+from .cudagraphs import RECORDED_SEED, record
 from .registry import Runtime
 from .spec import Spec
 
 
 class Inductor(Runtime):
-    """torch.compile; on a GPU as CUDA graphs, whose outputs are cloned, because the next replay overwrites them."""
+    """torch.compile; on a GPU recorded as a CUDA graph.
+
+    By ourselves: Inductor's own CUDA graphs belong to the thread that compiled them.
+    """
 
     name = "inductor"
 
     def prepare(self, spec: Spec, eager: Callable[..., Any]) -> Callable[[int], Callable[..., tuple[Tensor, ...]]]:
         from counterlens.export.tracing import trace
 
-        options: dict[str, Any] = dict(OPTIONS)
-        if spec.device.type == "cuda":
-            options["triton.cudagraphs"] = True
-        lock = Lock()  # on a GPU the buffers are those of every thread
+        lock = Lock()  # compiling at the first call is for one thread
         graph = cache(lambda: trace(spec.function(), spec.example(2)))
 
         def prepare(batch: int) -> Callable[..., tuple[Tensor, ...]]:
-            compiled = torch.compile(graph(), fullgraph=True, dynamic=False, options=options)
+            compiled = torch.compile(graph(), fullgraph=True, dynamic=False, options=dict(OPTIONS))
 
             def run(*inputs: Tensor) -> tuple[Tensor, ...]:
                 with lock, torch.no_grad():
                     out = compiled(*inputs)
-                    outputs = out if isinstance(out, (list, tuple)) else (out,)
-                    return tuple(t.clone() for t in outputs) if inputs[0].is_cuda else tuple(outputs)
+                    return tuple(out) if isinstance(out, (list, tuple)) else (out,)
 
+            if spec.device.type == "cuda":
+                return record(run, spec.example(batch, seed=RECORDED_SEED), self.name)
             return run
 
         return prepare

@@ -104,8 +104,12 @@ def load(path: Path, *, provider: str = "cpu", threads: int | None = None) -> Ca
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     chosen: list[Any] = [PROVIDERS[provider]]
     if provider != "cpu":
-        stream = str(torch.cuda.current_stream().cuda_stream)
-        options_there: dict[str, Any] = {"user_compute_stream": stream, "device_id": torch.cuda.current_device()}
+        if hasattr(onnxruntime, "preload_dlls"):  # CUDA's libraries that PyTorch brought: nobody else may know the way
+            onnxruntime.preload_dlls()
+        stream = torch.cuda.current_stream()
+        options_there: dict[str, Any] = {
+            "user_compute_stream": str(stream.cuda_stream), "device_id": torch.cuda.current_device()
+        }  # fmt: skip
         if provider == "cuda":
             options_there["use_tf32"] = 0  # float32 is float32
         chosen = [(PROVIDERS[provider], options_there)]
@@ -118,7 +122,7 @@ def load(path: Path, *, provider: str = "cpu", threads: int | None = None) -> Ca
     names = [i.name for i in session.get_inputs()]
     if provider == "cpu":
         return lambda *inputs: _run_cpu(session, names, inputs)
-    return lambda *inputs: _run_bound(session, names, inputs)
+    return lambda *inputs: _run_bound(session, names, inputs, stream)
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -138,8 +142,11 @@ def _run_cpu(session: Any, names: list[str], inputs: Sequence[Tensor]) -> tuple[
     return tuple(torch.from_numpy(out) for out in session.run(None, feed))
 
 
-def _run_bound(session: Any, names: list[str], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Inputs and outputs stay on the device and torch owns every buffer. Not yet run on a GPU."""
+def _run_bound(session: Any, names: list[str], inputs: Sequence[Tensor], stream: Any) -> tuple[Tensor, ...]:
+    """Inputs and outputs stay on the device and torch owns every buffer. Not yet run on a GPU.
+
+    The session runs on the `stream` that it was opened on; a caller on another one waits for it there, and it for them.
+    """
     binding = session.io_binding()
     kept = [tensor.detach().contiguous() for tensor in inputs]
     batch, device = kept[0].shape[0], kept[0].device
@@ -151,5 +158,7 @@ def _run_bound(session: Any, names: list[str], inputs: Sequence[Tensor]) -> tupl
         shape = [batch if isinstance(n, str) else n for n in output.shape]
         outputs.append(torch.empty(shape, device=device))
         binding.bind_output(output.name, "cuda", device.index or 0, np.float32, shape, outputs[-1].data_ptr())
+    stream.wait_stream(torch.cuda.current_stream())
     session.run_with_iobinding(binding)
+    torch.cuda.current_stream().wait_stream(stream)
     return tuple(outputs)

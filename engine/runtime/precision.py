@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,14 @@ class _CastDiffusion:
         # Not rounded here: another answer than noise is put together with the latents, and in half precision what is
         # left of the image where nearly all is noise would be lost.
         return self.inner.answer(z, timestep, floats_to(condition, self.dtype))  # type: ignore[attr-defined]
+
+    def answer_reusing(
+        self, z: Tensor, timestep: Tensor, condition: Condition, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        seen = z.to(self.dtype) if self.prediction == EPSILON else z
+        inner: Any = self.inner
+        said, deep = inner.answer_reusing(seen, timestep, floats_to(condition, self.dtype), deep)
+        return said.to(z.dtype), deep.to(z.dtype)
 
     def condition(self, targets: Tensor) -> Condition:
         return floats_to(self.inner.condition(targets), torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from counterlens.export.store import Store, weights_digest
 
 from ..config import Settings, StepOptions
 from ..errors import UsageError
+from ..guidance.jobs import reused_kinds
 from ..guidance.pullback import PullbackMode
 from ..models.conditions import Condition, tensors
 from ..models.protocols import Classifier, Diffusion
@@ -54,7 +56,7 @@ class Runners:
         self.pullback: PullbackMode = pullback
         # A few real images [N, 3, H, W], if there are any yet, on which what is compiled is held to eager.
         self.real_images: Tensor | None = None
-        self._steps: dict[StepOptions, StepRunner] = {}
+        self._steps: dict[tuple[StepOptions, tuple[str, ...]], StepRunner] = {}
         self._parts: dict[str, StepRunner] = {}
         self._pins: Mapping[str, Mapping[str, str]] = {}
         self._weights_hashes: dict[tuple[bool, int], str] = {}
@@ -103,14 +105,22 @@ class Runners:
             self._weights_hashes[key] = weights_digest(modules, self.hashes)
         return self._weights_hashes.get(key)
 
-    def step(self, settings: Settings) -> StepRunner:
-        """The runner of the guided step of these settings."""
-        key = settings.graph
+    def step(self, settings: Settings, reused: tuple[str, ...] = ()) -> StepRunner:
+        """The runner of the guided step of these settings that reuses this, see `GuidedStep.reused`."""
+        key = settings.graph, reused
         if key not in self._steps:
-            self._steps[key] = StepRunner(
-                self.spec(settings), self.runtime, self.store, self.backend, self.pullback, pins=self._pins.get(STEP)
-            )
+            spec, pins = self.spec(settings, reused=reused), self._pins.get(step_name(reused))
+            self._steps[key] = StepRunner(spec, self.runtime, self.store, self.backend, self.pullback, pins=pins)
         return self._steps[key]
+
+    def kinds(self, settings: Settings) -> list[tuple[str, ...]]:
+        """What the steps of a run with these settings reuse, beside those that compute everything."""
+        cycle = math.lcm(settings.reuse_features, settings.reuse_gradients)
+        return sorted({kind for kind in reused_kinds(settings, [True] * cycle) if kind})
+
+    def steps(self, settings: Settings) -> dict[str, StepRunner]:
+        """The runners of all guided steps of a run with these settings."""
+        return {step_name(kind): self.step(settings, kind) for kind in ((), *self.kinds(settings))}
 
     def parts(self, settings: Settings) -> dict[str, StepRunner]:
         """One runner for each part of the models that runs beside the steps; none where everything is eager."""
@@ -142,7 +152,7 @@ class Runners:
 
     def taken(self, settings: Settings, slots: Iterable[int]) -> dict[str, dict[str, str]]:
         """What runs the guided step and each part beside it, by slot count: `{"guided-step": {"1": "eager", ...}}`."""
-        runners = {STEP: self.step(settings), **self.parts(settings)}
+        runners = self.steps(settings) | self.parts(settings)
         return {what: {str(n): r.taken(n) for n in slots} for what, r in runners.items()}
 
     def parities(self, settings: Settings) -> dict[str, dict[str, Any]]:
@@ -168,7 +178,7 @@ class Runners:
         if fresh:
             self._steps, self._parts = {}, {}
         now = self.taken(settings, slots)
-        runners = {STEP: self.step(settings), **self.parts(settings)}
+        runners = self.steps(settings) | self.parts(settings)
         pins: dict[str, dict[str, str]] = {}
         for what, runner in runners.items() if self.runtime == AUTO else ():
             wanted = runtimes.get(what, dict.fromkeys(now[what], "eager"))
@@ -191,12 +201,18 @@ class Runners:
 
     def prepare(self, settings: Settings, slots: int, measure: bool | None) -> Choice:
         """Open or build what a slot count needs and run it once; `measure`: see `EngineCore.warmup`."""
-        runner = self.step(settings)
-        for r in (runner, *self.parts(settings).values()):
+        steps = self.steps(settings)
+        for r in (*steps.values(), *self.parts(settings).values()):
             missing = self.runtime == AUTO and str(slots) not in r.measurements() and r.ready()
             if missing if measure is None else measure:
                 r.measure(slots)
         self.functions(settings, slots)
         with torch.no_grad():
-            flat(runner.step(slots))(*runner.spec.example(slots))
-        return runner.choose(slots)
+            for runner in steps.values():
+                flat(runner.step(slots))(*runner.spec.example(slots))
+        return steps[STEP].choose(slots)
+
+
+def step_name(reused: tuple[str, ...]) -> str:
+    """What a guided step is called that reuses this."""
+    return "-".join((STEP, *(["reusing"] if reused else []), *reused))

@@ -21,7 +21,7 @@ from counterlens.export.store import sources_digest, weights_digest
 from .. import guidance, models
 from ..config import StepOptions
 from ..errors import UsageError
-from ..guidance.step import EXACT, GuidedStep
+from ..guidance.step import CARRIED, EXACT, GuidedStep, carried_names
 from ..models.conditions import CONDITION, floats_to, grouped, named, tensors
 from ..models.protocols import Classifier, Decoder, Diffusion
 from .fingerprint import fingerprint
@@ -70,7 +70,7 @@ class Spec:
     Args:
         diffusion, classifier: see `engine.models.protocols`.
         what: `guided-step`, `unet`, `vae-encoder`, `vae-decoder` or `classifier`.
-        options, chunk, decoder: see `GuidedStep`.
+        options, reused, chunk, decoder: see `GuidedStep`.
         dtype: of weights and activations, `fp32`, `fp16` or `bf16`; inputs, outputs and guidance stay float32.
         weights: hash of the models' weights where it is known already, such as a pack's manifest.
         images: [N, 3, H, W] in [0, 1], real ones to compare on where there are some; they are no part of the key.
@@ -80,6 +80,7 @@ class Spec:
     classifier: Classifier
     what: str = STEP
     options: StepOptions = EXACT
+    reused: tuple[str, ...] = ()
     chunk: int = 1
     dtype: str = "fp32"
     weights: str | None = None
@@ -96,13 +97,17 @@ class Spec:
     def inputs(self) -> tuple[str, ...]:
         """Names of the inputs, in order; a condition of several tensors is several inputs."""
         names = SIGNATURES[self.what][0]
-        return named(names, len(tensors(self.diffusion.null_condition(1)))) if CONDITION in names else names
+        if CONDITION in names:
+            names = named(names, len(tensors(self.diffusion.null_condition(1))))
+        return names + carried_names(self.reused)
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs, in order."""
-        more = ("guidance",) if self.what == STEP and self.options.with_guidance else ()
-        return SIGNATURES[self.what][1] + more
+        if self.what != STEP:
+            return SIGNATURES[self.what][1]
+        more = ("guidance",) if self.options.with_guidance else ()
+        return OUTPUTS + more + carried_names(kind for kind in self.options.reuses if kind not in self.reused)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -144,7 +149,7 @@ class Spec:
             "dtype": self.dtype,
         }
         if self.what == STEP:
-            key |= {"options": self.options.model_dump(), "chunk": self.chunk}
+            key |= {"options": self.options.model_dump(), "reused": list(self.reused), "chunk": self.chunk}
         return key
 
     def step(self) -> GuidedStep:
@@ -154,7 +159,7 @@ class Spec:
         if decoder is not None and self.dtype != "fp32":
             decoder = copy.deepcopy(decoder)
             decoder.module.to(DTYPES[self.dtype]).requires_grad_(False)
-        return GuidedStep(diffusion, classifier, self.options, chunk=self.chunk, decoder=decoder)
+        return GuidedStep(diffusion, classifier, self.options, chunk=self.chunk, reused=self.reused, decoder=decoder)
 
     def function(self) -> Callable[..., Any]:
         """What is compiled, as a function of `inputs`, all tensors."""
@@ -198,18 +203,38 @@ class Spec:
             "target": target,
             **{name: torch.full((batch,), value) for name, value in scales.items()},
         }
+        if self.reused:
+            given |= self._carried(z, timestep, steps // 20, condition, g)
         return tuple(given[name].to(self.device) for name in self.inputs)
+
+    def _carried(
+        self, z: Tensor, timestep: Tensor, earlier: int, condition: tuple[Tensor, ...], g: torch.Generator
+    ) -> dict[str, Tensor]:
+        """What a step would reuse: features of an earlier timestep, and random gradients."""
+        made = {name: torch.randn(z.shape, generator=g) for name in CARRIED["gradients"]}
+        if "features" in self.reused:
+            model: Any = self.diffusion
+            at = timestep.to(self.device) + earlier
+            asked = (model.null_condition(len(z)), grouped(condition))
+            for name, c in zip(CARRIED["features"], asked, strict=True):
+                made[name] = model.answer_reusing(z.to(self.device), at, floats_to(c, torch.float32))[1]
+        return made
 
 
 def flat(step: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
-    """A GuidedStep as a function of positional tensors: `INPUTS` in order, a condition's tensors one by one."""
+    """A GuidedStep as a function of positional tensors: `INPUTS` in order, a condition's tensors one by one, then what
+    it reuses.
+    """
     before, behind = INPUTS.index(CONDITION), len(INPUTS) - INPUTS.index(CONDITION) - 1
+    count = len(carried_names(getattr(step, "reused", ())))
 
     def guided_step(*inputs: Tensor) -> tuple[Tensor, ...]:
+        more: dict[str, Any] = {"carried": inputs[-count:]} if count else {}
+        inputs = inputs[: len(inputs) - count]
         last = len(inputs) - behind
         models, scales = inputs[last : len(inputs) - len(SCALES)], inputs[-len(SCALES) :]
         condition = grouped(inputs[before:last])
-        return step(*inputs[:before], condition, *models, **dict(zip(SCALES, scales, strict=True)))
+        return step(*inputs[:before], condition, *models, **dict(zip(SCALES, scales, strict=True)), **more)
 
     return guided_step
 

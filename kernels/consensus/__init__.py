@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from counterlens.kernels.dispatch import (
     FLOATING,
     choose_backend,
     compute_dtype,
+    constants,
     cpu_module,
     define_op,
     exporting,
@@ -96,19 +98,22 @@ def not_supported_reasons(
 def _filter(
     score: Tensor,
     reference: Tensor,
-    cos_limit: Tensor,
-    tan_limit: Tensor,
+    limits: Sequence[Tensor],
+    numbers: Sequence[float],
     mode: str,
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The compiled versions; arguments are checked."""
+    """The compiled versions; arguments are checked. Cosines and tangents [B], or two numbers."""
+    b, c, h, w = score.shape
     if backend == "triton":
         from counterlens.kernels.consensus import triton as _triton
 
+        # Made once and kept: filling two small tensors takes longer than the kernel.
+        cos_limit, tan_limit = limits or (constants((number,) * b, score.device) for number in numbers)
         return _triton.consensus_filter(score, reference, cos_limit, tan_limit, mode, chunk)
     compute = compute_dtype(score.dtype)
-    b, c, h, w = score.shape
+    cos_limit, tan_limit = limits or (torch.full((b,), number, dtype=compute) for number in numbers)
     s, r = score.to(compute).contiguous(), reference.to(compute).contiguous()
     filtered = torch.empty((b, c, h, w), dtype=compute)
     kept = torch.empty((b, h // chunk, w // chunk), dtype=torch.bool)
@@ -123,8 +128,8 @@ def _filter(
 def _fake(
     score: Tensor,
     reference: Tensor,
-    cos_limit: Tensor,
-    tan_limit: Tensor,
+    limits: Sequence[Tensor],
+    numbers: Sequence[float],
     mode: str,
     chunk: int,
     backend: str,
@@ -135,7 +140,7 @@ def _fake(
 
 
 define_op(
-    "consensus_filter(Tensor score, Tensor reference, Tensor cos_limit, Tensor tan_limit, str mode, int chunk, "
+    "consensus_filter(Tensor score, Tensor reference, Tensor[] limits, float[] numbers, str mode, int chunk, "
     "str backend) -> (Tensor, Tensor)",
     _filter,
     _fake,
@@ -191,13 +196,16 @@ def consensus_filter(
         "consensus_filter", backend, score, lambda name: not_supported_reasons(name, score, reference)
     )
     compute = compute_dtype(score.dtype)
-    cos_limit, tan_limit = angle_limits(angle_deg, b, compute, score.device, mode)
+    limits: Sequence[Tensor] = ()
+    numbers: Sequence[float] = ()
+    if isinstance(angle_deg, Tensor) or chosen == "reference":
+        limits = angle_limits(angle_deg, b, compute, score.device, mode)
+    else:
+        numbers = limit_numbers(angle_deg, mode)
     if score.numel() == 0:
         return torch.empty_like(score), torch.ones((b, h // chunk, w // chunk), dtype=torch.bool, device=score.device)
     if chosen == "reference":
-        filtered, kept = _reference.consensus_filter(
-            score.to(compute), reference.to(compute), cos_limit, tan_limit, mode, chunk
-        )
+        filtered, kept = _reference.consensus_filter(score.to(compute), reference.to(compute), *limits, mode, chunk)
         return filtered.to(score.dtype), kept
-    filtered, kept = torch.ops.counterlens.consensus_filter(score, reference, cos_limit, tan_limit, mode, chunk, chosen)
+    filtered, kept = torch.ops.counterlens.consensus_filter(score, reference, limits, numbers, mode, chunk, chosen)
     return filtered, kept

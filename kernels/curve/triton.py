@@ -21,6 +21,7 @@ def curve_kernel(
     """Program n: softmax at the target for both curves of sample n, then both trapezoids."""
     n = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + n)
+    known = (target >= 0) & (target < classes)  # nobody may have looked: memory of others is not read
     k = tl.arange(0, K_PAD)
     alpha = thresholds + n * K
     here = tl.load(alpha + k, mask=k < K, other=0.0)
@@ -50,9 +51,9 @@ def curve_kernel(
             valid = (k < K)[:, None] & (i < classes)
             x = tl.load(rows + i * stride_class, mask=valid, other=float("-inf")).to(tl.float32)
             total += tl.where(valid, tl.exp(tl.where(x == top, 0.0, x - top)), 0.0)
-        chosen = tl.load(rows + target * stride_class, mask=(k < K)[:, None], other=0.0).to(tl.float32)
+        chosen = tl.load(rows + target * stride_class, mask=(k < K)[:, None] & known, other=0.0).to(tl.float32)
         p = tl.exp(tl.where(chosen == top, 0.0, chosen - top)) / tl.sum(total, 1)[:, None]
-        p = tl.where(tl.max(nan, 1)[:, None] > 0, float("nan"), p)
+        p = tl.where((tl.max(nan, 1)[:, None] > 0) | (known == 0), float("nan"), p)
         tl.store(probability + (n * 2 + side) * K + k[:, None], p, mask=(k < K)[:, None])
         score = tl.sum(tl.sum(tl.where((k < K)[:, None], p * weight[:, None], 0.0), 1), 0)
         if side == 0:

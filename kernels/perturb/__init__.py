@@ -256,7 +256,8 @@ def perturb(
         mean, std: per channel; the result is (x - mean) / std.
         out_dtype: the result's dtype; the image's by default.
         out: where to write; every [H, W] plane contiguous.
-        trusted: saliency is known to hold no NaN, and rank to be in range: looking would wait for the device.
+        trusted: saliency is known to hold no NaN, rank to be in range, and thresholds on a GPU to be right: looking
+            would wait for the device. A NaN is then below every threshold.
         backend: `auto`, `triton`, `cpp` or `reference`. Only reference can be differentiated through.
 
     Returns:
@@ -283,7 +284,7 @@ def perturb(
         raise TypeError(f"saliency: expected a floating dtype, got {saliency.dtype}")
     planes = _planes("saliency", saliency, image)
     hidden = _expand_baseline(baseline, image)
-    levels = check_thresholds(thresholds, image.shape[0], image.device)
+    levels = check_thresholds(thresholds, image.shape[0], image.device, trusted)
     means, stds = _check_normalisation(mean, std, c)
     dtype = out_dtype or (image.dtype if out is None else out.dtype)
     if dtype not in FLOATING:
@@ -442,6 +443,7 @@ def soft_perturb(
     temperature: float,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    trusted: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Mix image and baseline by m = sigmoid((saliency - threshold) / temperature), and the other way round.
@@ -450,7 +452,7 @@ def soft_perturb(
     their size exists (the reference, plain torch, keeps them).
 
     Args:
-        image, baseline, saliency, thresholds, mean, std: as for `perturb`.
+        image, baseline, saliency, thresholds, mean, std, trusted: as for `perturb`; a NaN stays in its pixel.
         temperature: above 0; the smaller, the closer to `perturb`.
         backend: `auto`, `triton`, `cpp` (float32 and float64) or `reference`.
 
@@ -471,12 +473,12 @@ def soft_perturb(
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     planes = _planes("saliency", saliency, image)
     hidden = _expand_baseline(baseline, image)
-    levels = check_thresholds(thresholds, image.shape[0], image.device)
+    levels = check_thresholds(thresholds, image.shape[0], image.device, trusted)
     means, stds = _check_normalisation(mean, std, image.shape[1])
     chosen = choose_backend(
         "soft_perturb", backend, image, lambda name: soft_not_supported_reasons(name, image, planes, hidden)
     )
-    if chosen != "cpp":
+    if chosen != "cpp" and not trusted:
         _refuse_nan(planes)
     compute = torch.promote_types(compute_dtype(image.dtype), compute_dtype(saliency.dtype))
     levels = levels.to(compute).contiguous()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,8 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from counterlens.kernels.dispatch import constants
+
 BLOCK = 1024  # pixels a program handles; with four warps, a thread stores 16 bytes of half precision at a time
 BACKWARD_BLOCK = 512  # it holds more at a time, and must not spill
+WARPS, BACKWARD_WARPS = 4, 4
+# What `bench.kernels --tune` tries on a card, as (block, warps); all compile without a spill.
+CANDIDATES = ((256, 2), (512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))
 
 
 @triton.jit
@@ -142,13 +146,6 @@ def soft_backward_kernel(
     tl.store(grad_saliency + n * pixels + pixel, to_saliency.to(grad_saliency.dtype.element_ty), mask=valid)
 
 
-@functools.lru_cache(maxsize=64)
-def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A few numbers on a device, copied there once: a copy in every call would stall it, and cannot be captured."""
-    with torch.inference_mode(False):
-        return torch.tensor(values or (0.0,), dtype=torch.float32, device=device)
-
-
 def perturb(
     image: Tensor,  # [N, C, H, W]
     baseline: Tensor,  # [N, C, H, W]
@@ -167,7 +164,7 @@ def perturb(
     perturb_kernel[(n, triton.cdiv(h * w, block), c)](
         image, baseline, key, limits, constants(tuple(mean), image.device), constants(tuple(std), image.device), out,
         *image.stride(), *baseline.stride(), *key.stride(), out_n, out_side if above and below else 0, out_k, out_c,
-        w, h * w, limits.shape[1], NORMALISE=len(mean) > 0, ABOVE=above, BELOW=below, BLOCK=block, num_warps=4,
+        w, h * w, limits.shape[1], NORMALISE=len(mean) > 0, ABOVE=above, BELOW=below, BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -188,7 +185,7 @@ def soft_perturb(
         image, baseline, saliency, thresholds, constants(tuple(mean), image.device),
         constants(tuple(std), image.device), out, 1 / temperature, *image.stride(), *baseline.stride(),
         *saliency.stride(), *out.stride()[:4], w, h * w, thresholds.shape[1], NORMALISE=len(mean) > 0, BLOCK=block,
-        num_warps=4,
+        num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -212,6 +209,6 @@ def soft_perturb_backward(
     soft_backward_kernel[(n, triton.cdiv(h * w, block))](
         grad, image, baseline, saliency, thresholds, constants(tuple(std), image.device), grad_saliency, grad_image,
         1 / temperature, *image.stride(), *baseline.stride(), *saliency.stride(), *grad.stride()[:4], c, w, h * w,
-        thresholds.shape[1], NORMALISE=len(mean) > 0, IMAGE=image_wanted, BLOCK=block, num_warps=4,
+        thresholds.shape[1], NORMALISE=len(mean) > 0, IMAGE=image_wanted, BLOCK=block, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
     return grad_saliency, grad_image

@@ -252,5 +252,5 @@ def test_compiles_as_one_graph(backend: str, device: torch.device) -> None:
 def test_operator_is_registered_properly() -> None:
     score, reference = pair((2, 4, 6, 6))
     limits = torch.full((2,), 0.7)
-    arguments = (score, reference, limits, limits, "zero", 2, "cpp")
+    arguments = (score, reference, [limits, limits], [], "zero", 2, "cpp")
     torch.library.opcheck(torch.ops.counterlens.consensus_filter.default, arguments)

@@ -26,6 +26,7 @@ WRONG = {
     "guidance_scale": "-1", "class_scale": "-0.1", "distance_scale": "much", "noise": "none", "solver": "euler",
     "spacing": "even", "guidance_start": "1", "guidance_end": "0", "filter": "some", "gradient": "half",
     "guidance_decoder": "big", "denoiser": "new", "distance": "l2", "guidance_every": "0", "fit": "stretch",
+    "reuse_features": "0", "reuse_gradients": "two",
 }  # fmt: skip
 
 
