@@ -168,11 +168,11 @@ def resnet_flipping(device: str, count: int, steps: int, side: int, rounds: int,
     quantus = quantus_flipping(module, images, saliency, targets, per_step)
     if not isinstance(quantus, str):
         functions["quantus"] = quantus
-    seconds, values = median_seconds(functions, rounds)
-    found = "quantus" in seconds
+    times = measured(functions, rounds)
+    values, found = times.results, "quantus" in functions
     return {
-        "images": count, "steps": steps, "side": side, "batch_size": batch_size, "seconds": seconds,
-        "times_quantus": seconds["quantus"] / seconds["ours"] if found else quantus,
+        "images": count, "steps": steps, "side": side, "batch_size": batch_size, "seconds": times.median,
+        "times_quantus": times.ratio("quantus", "ours") if found else quantus,
         "largest_difference": (values["quantus"].cpu() - values["ours"].cpu()).abs().max().item() if found else None,
     }  # fmt: skip
 

@@ -130,7 +130,7 @@ def counterfactual_program(engine: EngineCore, settings: Settings, scales: bool 
     def guided_step(z: Tensor, i: Tensor, image: Tensor, target: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         batch = z.shape[0]
         condition, numbers = grouped(others[: len(said)]), others[len(said) :]
-        scale = dict(zip(given, numbers, strict=True))
+        scale: dict[str, Any] = dict(zip(given, numbers, strict=True))
         scale |= {name: z.new_full((1,), value).expand(batch) for name, value in own.items()}
         scale["angle_deg"] = scale.pop("angle")
         return step(z, times[i].expand(batch), times_prev[i].expand(batch), condition, image, target, **scale)

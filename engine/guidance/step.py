@@ -13,7 +13,7 @@ from ..config import StepOptions
 from ..models.conditions import Condition, cat
 from ..models.predictions import EPSILON, to_clean, to_noise
 from ..models.protocols import Classifier, Decoder, Diffusion
-from .pullback import PullbackMode, pullback
+from .pullback import Pull, PullbackMode, pullback
 from .spans import span
 
 Scale = float | Tensor  # a number or [B]
@@ -36,6 +36,11 @@ def unit_largest(v: Tensor) -> Tensor:
     """
     largest = v.abs().amax(dim=(1, 2, 3), keepdim=True)
     return v / torch.where(largest == 0, 1.0, largest)
+
+
+def of_first_half(pull: Pull) -> Pull:
+    """The pullback of a function whose values are the first half of a batch that `pull` goes through."""
+    return lambda g: pull(torch.cat([g, torch.zeros_like(g)]))
 
 
 class GuidedStep:
@@ -135,7 +140,7 @@ class GuidedStep:
 
         def ask(z: Tensor, timestep: Tensor, condition: Condition, *deep: Tensor) -> tuple[Tensor, Tensor]:
             if features:
-                return diffusion.answer_reusing(z, timestep, condition, *deep)  # type: ignore[attr-defined,no-any-return]
+                return diffusion.answer_reusing(z, timestep, condition, *deep)  # type: ignore[attr-defined]
             said = answer(z, timestep, condition)
             return said, said  # nobody asks for the second
 
@@ -159,9 +164,7 @@ class GuidedStep:
             with span("UNet, both"):
                 said, pull_both, held = pullback(ask_both, z, self.mode, aside=True)
             (said_u, said_c), (deep_u, deep_c) = said.chunk(2), held.chunk(2)
-
-            def pull_unet(g: Tensor) -> Tensor:
-                return pull_both(torch.cat([g, torch.zeros_like(g)]))
+            pull_unet = of_first_half(pull_both)
         elif exact:
             with span("UNet, conditional"):
                 said_c, deep_c = ask(z, timestep, condition, *deep[1:])

@@ -199,13 +199,15 @@ def consensus_filter(
     limits: Sequence[Tensor] = ()
     numbers: Sequence[float] = ()
     if isinstance(angle_deg, Tensor) or chosen == "reference":
-        limits = angle_limits(angle_deg, b, compute, score.device, mode)
+        cos_limit, tan_limit = limits = angle_limits(angle_deg, b, compute, score.device, mode)
     else:
         numbers = limit_numbers(angle_deg, mode)
     if score.numel() == 0:
         return torch.empty_like(score), torch.ones((b, h // chunk, w // chunk), dtype=torch.bool, device=score.device)
     if chosen == "reference":
-        filtered, kept = _reference.consensus_filter(score.to(compute), reference.to(compute), *limits, mode, chunk)
+        filtered, kept = _reference.consensus_filter(
+            score.to(compute), reference.to(compute), cos_limit, tan_limit, mode, chunk
+        )
         return filtered.to(score.dtype), kept
     filtered, kept = torch.ops.counterlens.consensus_filter(score, reference, limits, numbers, mode, chunk, chosen)
     return filtered, kept
