@@ -175,7 +175,9 @@ class Explainer:
                         if p.isfinite().all():
                             item.row.judges[name] = self.engine.labels[int(p.argmax())]
                         else:
-                            item.row.fail(f"judge {name}: NaN or infinity for this image")
+                            box = as_box(judge)
+                            why = box.why(item.pictures["counterfactual"]) if box is not None else ""
+                            item.row.fail(f"judge {name}: {why or 'NaN or infinity'} for this image")
         for row in (item.row for item in done if item.row.status != "failed"):
             row.transfer = all(said == row.target for said in row.judges.values())
 

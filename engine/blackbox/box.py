@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..errors import CounterlensError, UsageError
 from ..images.files import to_uint8
-from ..models.protocols import Classifier
 from .answers import Answers, key_of
 from .asking import Asker, Pixels
 from .options import BoxOptions
@@ -376,6 +375,6 @@ def open_box(
     return BlackBox(open_source(name, list(labels), image_size, chosen), labels, image_size, chosen)
 
 
-def as_box(classifier: Classifier | None) -> BlackBox | None:
+def as_box(classifier: object) -> BlackBox | None:
     """The classifier, if it is one that can only be called."""
     return classifier if isinstance(classifier, BlackBox) else None

@@ -104,8 +104,8 @@ def open_function(name: str, labels: Sequence[str], size: int, options: BoxOptio
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise UsageError(f"classifier: {name} cannot be imported ({error})") from error
+    except (ImportError, SyntaxError, *FAILURES) as error:
+        raise UsageError(f"classifier: {name} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise UsageError(f"classifier: {name} is a {type(found).__name__}, not a function of images")
     return of_function(found, options, name)

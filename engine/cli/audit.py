@@ -100,7 +100,8 @@ def audit(
     if overwrite and resume:
         raise UsageError("overwrite: not together with --resume")
     part = _shard(shard)
-    engine = open_engine(config, opening, box)
+    called = is_box(opening.classifier) or not any(map(is_box, judge or ()))
+    engine = open_engine(config, opening, box if called else BoxOptions())  # else it is of the judges alone
     auditor = open_auditor(
         engine, source, config, _judges(engine, judge, opening, box),
         target=target, counterfactuals=counterfactuals, saliency=saliency, insight=insight, limit=limit,
