@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .blackbox.box import as_box, open_box
-from .blackbox.kinds import is_box
+from .blackbox.box import as_box
+from .blackbox.kinds import is_box, may_convert
 from .blackbox.options import BoxOptions
 from .config import OFFICIAL_PROMPTS, PRESET_PROMPTS, Config
 from .core.core import EngineCore
@@ -96,14 +96,15 @@ class Engine(EngineCore):
 
         Args:
             model: folder in diffusers' layout, hub id (`owner/name`), or a pack (`digits`).
-            classifier: see `models.image_classifiers.open_classifier`; or your own module; or what can only be called
-                (`blackbox.box.open_box`), which makes predictions and maps, and guides nothing.
+            classifier: see `models.image_classifiers.open_classifier`; or your own module; or an ONNX file,
+                which guides where its gradient is shown to be right (`blackbox.opening.open_called`); or what can only
+                be called, which makes predictions and maps, and guides nothing.
             config: defaults for every call; without a preset or mode, the published ImageNet setting.
             labels: names of the logits, where the classifier does not bring its own.
             prompts: of a text-conditional model and of zero-shot classifiers: a name in
                 `models.stable_diffusion.PROMPTS`, a template with {label}, or one prompt per label.
             classes: of a class-conditional model, one per label, where names do not tell.
-            preprocessing: of your own module: arguments of `models.image_classifiers.wrap_classifier`.
+            preprocessing: of your own module or ONNX file: arguments of `models.image_classifiers.wrap_classifier`.
             head, weights: files, see `open_classifier`.
             image_size: for Stable Diffusion; its own without it.
             dtype: of the diffusion model's weights: float32, bfloat16 or float16. Guidance is summed in float32, and
@@ -114,13 +115,16 @@ class Engine(EngineCore):
         Raises:
             UsageError: parts or options do not fit. CounterlensError: files are missing or corrupt.
         """
+        from .blackbox.opening import open_called
         from .models.image_classifiers import open_classifier, wrap_classifier
         from .models.load import open_diffusion
 
         config = config or Config()
         if preprocessing is not None:
-            if not isinstance(classifier, nn.Module):
-                raise UsageError("preprocessing: for a module of your own; this classifier brings its own")
+            if not isinstance(classifier, nn.Module) and not may_convert(classifier):
+                raise UsageError(
+                    "preprocessing: for a module of your own or an ONNX file; this classifier brings its own"
+                )
             if not isinstance(preprocessing, Mapping):
                 raise UsageError(
                     f"preprocessing: expected a mapping such as {{'mean': ..., 'std': ...}}, got {preprocessing!r:.80}"
@@ -143,7 +147,7 @@ class Engine(EngineCore):
         function = callable(classifier) and not isinstance(classifier, nn.Module) and not hasattr(classifier, "logits")
         if function or (isinstance(classifier, str | Path) and is_box(classifier)):
             named_labels = labels or (diffusion.labels if pack is not None else [])
-            explained = open_box(classifier, named_labels, image_size=size, options=box)
+            explained = open_called(classifier, named_labels, image_size=size, options=box, preprocessing=preprocessing)
         elif isinstance(classifier, str | Path):
             explained = open_classifier(
                 classifier, image_size=size, labels=labels, prompts=said, head=head, weights=weights
@@ -199,6 +203,8 @@ class Engine(EngineCore):
         """
         from .surrogate.surrogate import is_surrogate
 
+        if may_convert(classifier):
+            options["box"] = (options.get("box") or BoxOptions()).model_copy(update={"convert": "never"})
         engine = cls.from_pretrained(model, classifier, config, **options)  # type: ignore[arg-type]
         if images is not None and isinstance(surrogate, str | Path) and not is_surrogate(surrogate):
             surrogate = engine.train_surrogate(images, surrogate, plan, on_stage)

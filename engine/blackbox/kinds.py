@@ -33,9 +33,14 @@ KINDS = {
         lambda name: name.startswith(("http://", "https://")), "http:Endpoint",
         ("template", "header", "mean", "std", "timeout", "retries", "insecure"),
     ),
-    "onnx": Kind(lambda name: name.lower().endswith(".onnx"), "onnx:OnnxFile", ("mean", "std")),
+    "onnx": Kind(lambda name: name.lower().endswith(".onnx"), "onnx:OnnxFile", ("mean", "std", "convert", "scores")),
 }  # fmt: skip
 OF_SOME = tuple(dict.fromkeys(use for kind in KINDS.values() for use in kind.uses))
+
+
+def may_convert(name: Any) -> bool:
+    """Whether this names a file that may be differentiated: see `opening.open_called`."""
+    return KINDS["onnx"].matches(str(name))
 
 
 def is_box(name: Any) -> bool:

@@ -75,8 +75,17 @@ class OnnxFile:
         self._fixed = batch if isinstance(batch, int) and batch > 0 else None
         self.batch = options.batch or 64
         self.identity: dict[str, Any] = {"onnx": file_digest(path), "mean": mean, "std": std}
-        scored = [i for i, o in enumerate(self._session.get_outputs()) if o.shape and o.shape[-1] == len(labels)]
-        self._output = scored[0] if scored else 0
+        self._output = self._choose(options.scores, len(labels), path)
+
+    def _choose(self, wanted: str | None, labels: int, path: Path) -> int:
+        outputs = self._session.get_outputs()
+        names = [o.name for o in outputs]
+        if wanted is not None:
+            if wanted not in names:
+                raise UsageError(f"classifier_scores: {path} has no output {wanted!r}; it has {', '.join(names)}")
+            return names.index(wanted)
+        scored = [i for i, o in enumerate(outputs) if o.shape and o.shape[-1] == labels]
+        return scored[0] if scored else 0
 
     @torch.no_grad()
     def ask(self, images: NDArray[np.uint8]) -> Any:

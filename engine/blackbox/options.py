@@ -20,6 +20,12 @@ class BoxOptions(Options):
     output: Literal["probabilities", "logits", "independent"] = Field(
         "probabilities", description="What it answers: probabilities, logits, or independent (no sum of 1)."
     )
+    convert: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="An ONNX file: differentiated where that is shown to be right (auto), or else an error (always), "
+        "or only called (never).",
+    )
+    scores: str | None = Field(None, description="An ONNX file's output with a score for each label, of several.")
     template: Path | None = Field(
         None, description="JSON file: the request, with $png, $pixels or $floats for an image, and the answer's path."
     )

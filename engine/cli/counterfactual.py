@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from ..errors import CounterlensError, UsageError
 from .generated import with_options
-from .opening import EngineOptions, RunOptions, open_engine
+from .opening import AskedBox, EngineOptions, RunOptions, open_engine
 from .options import (
     COUNTERFACTUAL_COLUMNS,
     ImagesArgument,
@@ -43,6 +43,7 @@ REGION = ".region.png"  # and that of a region that was found
 def counterfactual(
     config: RunOptions,
     opening: EngineOptions,
+    box: AskedBox,
     images: Annotated[list[Path] | None, ImagesArgument] = None,
     target: Annotated[
         str, typer.Option(help="Label, runner-up (second choice), opposite (of two) or neighbour (--neighbours).")
@@ -82,7 +83,7 @@ def counterfactual(
     created = not out.exists()
     out = make_folder(out)
     try:
-        engine = open_engine(config, opening)
+        engine = open_engine(config, opening, box, guides=True)
         for choice in dict.fromkeys(choices):
             engine.check_target(choice)
     except CounterlensError:

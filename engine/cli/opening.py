@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from ..blackbox.kinds import is_box
+from ..blackbox.kinds import is_box, may_convert
 from ..blackbox.options import BoxOptions
 from ..config import OFFICIAL_CHOICES, Config, Options
 from ..errors import UsageError
@@ -84,11 +84,14 @@ class EngineOptions(Options):
         return given
 
 
-def open_engine(config: Config, options: EngineOptions, box: BoxOptions | None = None) -> Engine:
+def open_engine(
+    config: Config, options: EngineOptions, box: BoxOptions | None = None, *, guides: bool = False
+) -> Engine:
     """The engine of a pack, or of --model and --classifier with what describes them; says what --match-official sets.
 
     Args:
-        box: how a black box is asked, of a command that can do without guidance.
+        box: how a black box is asked, of a command that takes one.
+        guides: the command needs a gradient, which an ONNX file may have.
 
     Raises:
         UsageError: an option has no use here, or does not fit.
@@ -97,8 +100,8 @@ def open_engine(config: Config, options: EngineOptions, box: BoxOptions | None =
 
     for choice in OFFICIAL_CHOICES if config.match_official else ():
         errors.print(f"note: match-official: {choice}")
-    check_box(options.classifier, box)
-    if box is not None and is_box(options.classifier):
+    box = check_box(options.classifier, box, guides=guides)
+    if box is not None:
         given = options.of_pretrained()
         if options.model is None and (unused := [name for name in given if name != "labels"]):
             raise UsageError(f"{unused[0]}: needs --model; the pack's models have their own")
@@ -120,21 +123,26 @@ def open_engine(config: Config, options: EngineOptions, box: BoxOptions | None =
     return engine
 
 
-def check_box(classifier: str | None, box: BoxOptions | None) -> None:
-    """Refuse a black box where a gradient is needed, and its options where there is none.
+def check_box(classifier: str | None, box: BoxOptions | None, *, guides: bool = False) -> BoxOptions | None:
+    """How a black box is asked, None of another classifier; refuses a box where a gradient is needed.
 
     Raises:
         UsageError: see above.
     """
     if is_box(classifier):
-        if box is None:
+        guides = guides or box is None
+        if guides and may_convert(classifier) and (box is None or box.convert != "never"):
+            return (box or BoxOptions()).model_copy(update={"convert": "always"})
+        if guides:
             from ..blackbox.box import no_gradient
 
             raise UsageError(f"classifier: {no_gradient(str(classifier))}")
-    elif box is not None and box.model_fields_set:
+        return box
+    if box is not None and box.model_fields_set:
         name = min(box.model_fields_set)
         option = name if name == "max_queries" else f"classifier_{name}"
         raise UsageError(f"{option}: for black boxes alone (model.onnx, python:module:function, https://...)")
+    return None
 
 
 def _lines(path: Path) -> list[str]:

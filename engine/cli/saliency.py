@@ -172,7 +172,7 @@ class Subject:
             explained.module.to(there)
             return Opened(opened, self.classifier, explained, 32)
         if is_box(self.classifier):
-            return self._open_box(opened, own, box)
+            return self._open_box(opened, own, box, device)
         if own is None:
             known = ", ".join(opened.classifier_names())
             raise UsageError(
@@ -185,18 +185,20 @@ class Subject:
         explained.module.to(there)
         return Opened(None, self.classifier, explained, size)
 
-    def _open_box(self, pack: Pack, own: Path | None, options: BoxOptions | None) -> Opened:
-        from ..blackbox.box import open_box
+    def _open_box(self, pack: Pack, own: Path | None, options: BoxOptions | None, device: str) -> Opened:
+        from ..blackbox.opening import open_called
         from ..images.collect import read_names
+        from ..models.placing import choose_device
 
-        check_box(self.classifier, options)
+        asked = check_box(self.classifier, options)
         size = self.image_size or (32 if own is None else 224)
         if self.labels is not None:
             labels = read_names(self.labels)
         else:
             labels = list(pack.classifier(pack.classifier_names()[0]).labels) if own is None else []
-        called = open_box(self.classifier, labels, image_size=size, options=options)
-        return Opened(pack if own is None else None, called.name, called, size)
+        called = open_called(self.classifier, labels, image_size=size, options=asked)
+        called.module.to(choose_device(device))
+        return Opened(pack if own is None else None, getattr(called, "name", self.classifier), called, size)
 
     def judge(self, name: str, own: Path | None, device: str, box: BoxOptions | None) -> Classifier:
         """Another classifier, opened alike."""

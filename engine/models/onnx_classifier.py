@@ -109,7 +109,7 @@ def open_onnx_classifier(
     image_size: int,
     labels: Sequence[str] | None = None,
     output: Output | None = None,
-    onnx_output: str | None = None,
+    scores: str | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     images: Tensor | None = None,
 ) -> ImageClassifier:
@@ -124,7 +124,7 @@ def open_onnx_classifier(
         image_size: side of the images that the diffusion model makes.
         labels: names of its scores; two for one score, that of the negative first.
         output: `softmax`, `sigmoid` or `binary`; without it, what the graph ends in, else softmax.
-        onnx_output: name of the output that holds the scores, where there are several.
+        scores: name of the output that holds the scores, where there are several.
         preprocessing: resize, crop, mean, std, interpolation, see `image_classifiers.wrap_classifier`.
         images: [B, 3, H, W] in [0, 1] to compare on; a few are enough. Without them, seeded ones like photographs.
 
@@ -134,7 +134,7 @@ def open_onnx_classifier(
     """
     if output is not None and output not in OUTPUTS:
         raise UsageError(f"output: expected one of {', '.join(OUTPUTS)}, got {output!r}")
-    file = read_onnx(path, output=onnx_output)
+    file = read_onnx(path, output=scores)
     if file.picture.dtype == "uint8":
         raise NoGradient(file.path, ["it takes 8-bit pixels, and rounding to them has no gradient"])
     graph = OnnxGraph(file).eval()

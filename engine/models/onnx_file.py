@@ -232,7 +232,7 @@ def _scores(path: Path, graph: Any, wanted: str | None) -> str:
     names = [value.name for value in graph.output]
     if wanted is not None:
         if wanted not in names:
-            raise UsageError(f"onnx_output: {path} has no output {wanted!r}; it has {', '.join(names)}")
+            raise UsageError(f"scores: {path} has no output {wanted!r}; it has {', '.join(names)}")
         return wanted
     scores = [v.name for v in graph.output if "float" in _type_name(v) or "double" in _type_name(v)]
     matrices = [v.name for v in graph.output if v.name in scores and len(_shape(v) or (0, 0)) == 2]
@@ -241,7 +241,7 @@ def _scores(path: Path, graph: Any, wanted: str | None) -> str:
         if len(found) == 1:
             return found[0]
     said = ", ".join(f"{v.name} {_type_name(v)} {_shape(v) or '[?]'}".replace("None", "?") for v in graph.output)
-    raise UsageError(f"onnx_output: {path} has the outputs {said}; say which holds a score for each label")
+    raise UsageError(f"scores: {path} has the outputs {said}; say which holds a score for each label")
 
 
 def to_feed(

@@ -207,11 +207,11 @@ def test_of_several_outputs_one_is_named(tmp_path: Path) -> None:
 
     path = export(Two(), tmp_path / "m.onnx", output_names=["one", "two"])
     options: Any = {"image_size": SIZE, "labels": LABELS}
-    with pytest.raises(UsageError, match=r"onnx_output: .* has the outputs one float32 \[.*\], two .*; say which"):
+    with pytest.raises(UsageError, match=r"scores: .* has the outputs one float32 \[.*\], two .*; say which"):
         open_onnx_classifier(path, **options)
     with pytest.raises(UsageError, match="has no output 'three'; it has one, two"):
-        open_onnx_classifier(path, onnx_output="three", **options)
-    classifier = open_onnx_classifier(path, onnx_output="two", **options)
+        open_onnx_classifier(path, scores="three", **options)
+    classifier = open_onnx_classifier(path, scores="two", **options)
     images = natural_images(SIZE, 2)
     assert torch.allclose(classifier.logits(images), Small()(-images), atol=1e-5)
 

@@ -1,0 +1,116 @@
+"""`--classifier model.onnx`: guides where its gradient is shown to be right, is asked where it is not."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from counterlens.engine import Engine
+from counterlens.engine.blackbox.box import as_box, open_box
+from counterlens.engine.blackbox.opening import open_called
+from counterlens.engine.blackbox.options import BoxOptions
+from counterlens.engine.errors import UsageError
+from counterlens.engine.models.onnx_classifier import conversion_of
+from counterlens.engine.packs import Pack
+from tests.engine.blackbox.conftest import LABELS
+from tests.engine.cli.test_cli import one_line_error, run
+
+
+def export(module: nn.Module, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, (torch.zeros(2, 3, 32, 32, dtype=dtype),), path, dynamo=False, input_names=["pixels"],
+            dynamic_axes={"pixels": {0: "batch"}},
+        )  # fmt: skip
+    return path
+
+
+class Bytes(nn.Module):
+    """Takes pixels of 8 bits and says probabilities."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.float() / 255).softmax(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pack's `clean` as a file, and as one that takes pixels of 8 bits."""
+    out = tmp_path_factory.mktemp("onnx")
+    clean = Pack("digits").classifier("clean").module
+    export(clean, out / "clean.onnx")
+    export(Bytes(clean), out / "bytes.onnx", torch.uint8)
+    return out
+
+
+def test_a_file_guides_as_the_module_that_it_was(folder: Path) -> None:
+    """A whole counterfactual through the file, and through the pack's own module."""
+    with pytest.warns(UserWarning, match=r"clean\.onnx: pixels are given to it in \[0, 1\].*its scores are logits"):
+        engine = Engine.from_pretrained("digits", folder / "clean.onnx")
+    assert as_box(engine.classifier) is None
+    own = Engine.from_pack("digits")
+    images = Pack("digits").samples("test", count=3).images
+    config = engine.config.model_copy(update={"speed": "fast"})
+    for mine, theirs in zip(
+        engine.counterfactual(images, config=config), own.counterfactual(images, config=config), strict=True
+    ):
+        assert (mine.target, mine.flipped) == (theirs.target, theirs.flipped)
+        assert (mine.image - theirs.image).abs().max() <= 2 / 255
+
+
+def test_what_has_no_gradient_is_asked_and_says_why(folder: Path) -> None:
+    with pytest.warns(UserWarning, match=r"bytes\.onnx is asked as a black box: it takes 8-bit pixels"):
+        opened = open_called(folder / "bytes.onnx", LABELS, image_size=32)
+    assert as_box(opened) is not None
+    with pytest.raises(UsageError, match=r"bytes\.onnx can only be called.* \(it takes 8-bit pixels"):
+        open_called(folder / "bytes.onnx", LABELS, image_size=32, options=BoxOptions(convert="always"))
+
+
+def test_a_file_is_a_box_where_one_is_asked_for(folder: Path) -> None:
+    options: dict[str, Any] = {"output": "logits"}
+    for more in ({"convert": "never"}, {"max_queries": 1000}):
+        asked = BoxOptions(**options, **more)
+        assert as_box(open_called(folder / "clean.onnx", LABELS, image_size=32, options=asked)) is not None
+    box = open_box(folder / "clean.onnx", LABELS, image_size=32, options=BoxOptions(**options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opened = open_called(folder / "clean.onnx", LABELS, image_size=32)
+    images = Pack("digits").samples("test", count=5).images
+    assert torch.allclose(opened.logits(images).softmax(1), box.logits(images).softmax(1), atol=1e-4)
+    assert conversion_of(box) is None
+
+
+def test_mean_and_std_are_of_the_pixels(folder: Path) -> None:
+    asked = BoxOptions(mean="0.1,0.2,0.3", std="0.5,0.5,0.5")
+    with pytest.warns(UserWarning) as warned:
+        opened = open_called(folder / "clean.onnx", LABELS, image_size=32, options=asked)
+    assert "pixels are given" not in str(warned[0].message)  # nothing is assumed of them
+    images = Pack("digits").samples("test", count=2).images
+    normal = (images - torch.tensor([0.1, 0.2, 0.3]).reshape(1, 3, 1, 1)) / 0.5
+    assert torch.allclose(opened.logits(images), Pack("digits").classifier("clean").module(normal), atol=1e-4)
+
+
+def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    assert run("samples", "--count", 2, "--out", tmp_path / "digits").returncode == 0
+    words = ["counterfactual", tmp_path / "digits", "--speed", "fast", "--out", tmp_path / "out", "--classifier"]
+    one_line_error(run(*words, folder / "none.onnx"), 1, "none.onnx", "no such file")
+    one_line_error(run(*words, folder / "bytes.onnx"), 2, "can only be called", "8-bit pixels", "surrogate")
+    one_line_error(run(*words, folder / "clean.onnx", "--labels", "a,b"), 2, "labels: 2 names for the 10")
+    one_line_error(run(*words, folder / "clean.onnx", "--classifier-convert", "never"), 2, "can only be called")
+    one_line_error(run(*words, folder / "clean.onnx", "--classifier-scores", "x"), 2, "no output 'x'")
+    assert not (tmp_path / "out").exists()
+    done = run(*words, folder / "clean.onnx")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["flipped"] for row in rows] == [True, True]
+    assert rows[0]["classifier"].endswith("clean.onnx")
