@@ -188,7 +188,7 @@ class BlackBox(nn.Module):
         keys = [key_of(image) for image in images]
         known = self._answers.get(list(dict.fromkeys(keys)))
         todo = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
-        self._answers.count(cached=len(keys) - len(todo))
+        self._answers.count(cached=len(known))
         known |= self._ask_all(list(todo.items()))
         nothing = np.full(len(self.labels), np.nan, np.float32)
         return np.stack([known.get(key, nothing) for key in keys]) if keys else np.zeros((0, len(self.labels)), "f4")

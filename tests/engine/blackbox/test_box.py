@@ -56,7 +56,7 @@ def test_an_image_is_asked_about_once_and_every_query_is_counted() -> None:
     of_images = [asked.asked[key_of(image)] for image in x]
     assert of_images == [1] * 5
     q = box.queries
-    assert (q.asked, q.cached, q.retried, q.failed) == (6 + 5, 2 + 5, 0, 0)
+    assert (q.asked, q.cached, q.retried, q.failed) == (6 + 5, 5, 0, 0)
     assert q.asked == sum(asked.asked.values())  # probes and all
 
 
