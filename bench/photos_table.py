@@ -2,9 +2,10 @@
 
     python -m bench.photos_table MODEL CLASSIFIER OUT/*/ [--encoder FOLDER]
 
-For each folder: flips, closeness (L1, L2), COUT; LPIPS where the package and its weights are there; with an encoder (a
-Hugging Face backbone, such as DINO) S3, FID and split FID over its features. And of photographs: how many restored ones
-still flip, and for how many files the classifier's own pipeline says another label.
+`counterlens quality` prints whole tables of papers, through the papers' own networks. This one takes any backbone, and
+says what only photographs have. For each folder: flips, closeness (L1, L2), COUT; LPIPS where the package and its
+weights are there; with an encoder (a Hugging Face backbone, such as DINO) S3, FID and split FID over its features. Of
+photographs: how many restored ones still flip, and for how many files the classifier's own pipeline says another label.
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image
 from torch import Tensor
 
-from counterlens.engine import Config, Engine
+from counterlens.engine import Engine
+from counterlens.engine.cli.made import Reader, read_results
 from counterlens.engine.errors import CounterlensError
-from counterlens.engine.images.files import as_pixels
 from counterlens.engine.metrics import counterfactual_quality, fid, sfid
 from counterlens.engine.models.preprocessing import from_processor
-from counterlens.engine.outputs import LOG
+from counterlens.engine.models.processors import padding_of
 
 from .record import say
 
@@ -44,32 +44,23 @@ def _encoder(folder: Path, size: int) -> Any:
     return features
 
 
-def _image(path: Path) -> Tensor:
-    with Image.open(path) as picture:
-        return torch.from_numpy(as_pixels(picture.convert("RGB"))).permute(2, 0, 1)
-
-
 def measure(engine: Engine, folder: Path, encoder: Any) -> dict[str, Any]:
     """One row of the table: the measures of a folder's finished counterfactuals, with 95 % intervals.
 
     Raises:
         CounterlensError: it holds none.
     """
-    lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    done = [line for line in lines if line["status"] == "done" and line["fit"] != "native"]
+    results = read_results(folder)
+    made = [m for m in results.made if m.line["fit"] != "native"]
+    done = [m.line for m in made]
     out: dict[str, Any] = {
-        "images": len(lines), "done": len(done), "failed": sum(line["status"] == "failed" for line in lines),
-        "own_label_differs": sum(
-            line["own_prediction"] != line["source"] for line in lines if "own_prediction" in line and "source" in line
-        ),
+        "done": len(done), "without": results.without,
+        "own_label_differs": sum(line["own_prediction"] != line["source"] for line in done if "own_prediction" in line),
     }  # fmt: skip
     if not done:
         raise CounterlensError(f"{folder}: no finished counterfactual of square images")
-    fits = [Config(fit=line["fit"]) for line in done]
-    before = torch.stack(
-        [engine.read(Path(d["image"]), config=fit, own=False).image for d, fit in zip(done, fits, strict=True)]
-    )
-    after = torch.stack([_image(Path(line["path"])) for line in done])
+    reader = Reader(results, colour=padding_of(engine.classifier))
+    before, after = (torch.stack(part) for part in zip(*map(reader.pair, made), strict=True))
     targets = [engine.labels.index(line["target"]) for line in done]
     lpips = "alex" if find_spec("lpips") and find_spec("torchvision") else None
     with engine.frozen():

@@ -41,6 +41,11 @@ class Made:
     line: dict[str, Any]
     saved: Path | None = None
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What two runs have in common where they answer the same question: the image, by its bytes, and the target."""
+        return self.line.get("input_sha256", self.image), self.line["target"]
+
 
 @dataclass(frozen=True)
 class Results:

@@ -82,6 +82,8 @@ def quality(
 
     chosen = find_protocol(protocol, over)  # type: ignore[arg-type]
     found = read_results(results)
+    if same := [folder for folder in run or [] if folder.resolve() == results.resolve()]:
+        raise UsageError(f"run: {same[0]} is the folder that is measured; give further runs of its images")
     others = [read_results(folder) for folder in run or []]
     device = choose_device(opening.device)
     opened = {name: open_encoder(name, path, device) for name, path in given.items()}
@@ -225,11 +227,11 @@ def _further(made: list[Made], others: list[Results]) -> list[list[Path]]:
         UsageError: a further run has none of the images.
     """
     out = [list(m.further) for m in made]
-    places = {m.line.get("input_sha256", m.image): i for i, m in enumerate(made)}
+    places = {m.key: i for i, m in enumerate(made)}
     for other in others:
-        hits = [(places[key], m) for m in other.made if (key := m.line.get("input_sha256", m.image)) in places]
+        hits = [(places[m.key], m) for m in other.made if m.key in places]
         if not hits:
-            raise UsageError(f"run: {other.folder} has no counterfactual of these images")
+            raise UsageError(f"run: {other.folder} has no counterfactual of these images with the same targets")
         for place, m in hits:
             out[place] += [m.counterfactual, *m.further]
     return out

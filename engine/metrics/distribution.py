@@ -39,7 +39,7 @@ def fid(
     Source: Heusel et al. (arXiv 1706.08500).
     """
     a, b = extract_features(real, features, batch_size), extract_features(fake, features, batch_size)
-    _warn_of_few(min(len(a), len(b)), a.shape[1], "FID")
+    warn_of_few(min(len(a), len(b)), a.shape[1], "FID")
     return frechet(a, b)
 
 
@@ -75,7 +75,7 @@ def sfid(
         )
     a = extract_features(images, features, batch_size)
     b = extract_features(counterfactuals, features, batch_size)
-    _warn_of_few(len(a) // 2, a.shape[1], "split FID")
+    warn_of_few(len(a) // 2, a.shape[1], "split FID")
     return split_frechet(a, b, splits=splits, kept=kept, groups=groups, seed=seed)
 
 
@@ -249,7 +249,8 @@ def encoded(
     return out.double().cpu()
 
 
-def _warn_of_few(images: int, features: int, name: str) -> None:
+def warn_of_few(images: int, features: int, name: str) -> None:
+    """Warn where covariances are singular, in which case a Fréchet distance says little."""
     if images <= features:
         warnings.warn(
             f"{name}: {images} images for {features} features; the covariances are singular and the distance is "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CounterlensError, UsageError
 from .attributes import Attributes, attributes_changed, correlation_difference
-from .distribution import encoded, frechet, split_frechet
+from .distribution import encoded, frechet, split_frechet, warn_of_few
 from .encoders import ENCODERS
 from .inputs import check_computed, check_images
 from .intervals import Interval, bootstrap
@@ -142,7 +142,9 @@ class Column:
 
 def _fid(m: Measured, rows: Tensor) -> float:
     before, after = m.features["inception"]
-    return frechet(before, after[rows])
+    distance = frechet(before, after[rows])
+    warn_of_few(int(rows.sum()), after.shape[1], "FID")
+    return distance
 
 
 def _sfid(m: Measured, rows: Tensor) -> float:

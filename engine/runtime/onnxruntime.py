@@ -126,12 +126,12 @@ def load(path: Path, *, provider: str = "cpu", threads: int | None = None) -> Ca
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises of a file that it cannot open, or inputs that it does not take."""
+    """What is raised of a file that ONNX Runtime cannot open, inputs that it does not take, outputs of no tensor."""
     from onnxruntime.capi import onnxruntime_pybind11_state as raised
 
     return (
-        RuntimeError, ValueError, raised.Fail, raised.InvalidArgument, raised.InvalidGraph, raised.InvalidProtobuf,
-        raised.NoSuchFile, raised.NotImplemented, raised.RuntimeException,
+        RuntimeError, ValueError, TypeError, raised.Fail, raised.InvalidArgument, raised.InvalidGraph,
+        raised.InvalidProtobuf, raised.NoSuchFile, raised.NotImplemented, raised.RuntimeException,
     )  # fmt: skip
 
 

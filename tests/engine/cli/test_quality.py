@@ -192,6 +192,7 @@ def test_what_is_refused(place: Path, tmp_path: Path) -> None:
     one_line_error(done, 1, "MNAC: oracle: expected probabilities")
     one_line_error(run("quality", made, "--query", "Smiling"), 2, "query: CD needs both")
     one_line_error(run("quality", made, "--run", place / "digits"), 2, "digits: holds what")
+    one_line_error(run("quality", made, "--run", made), 2, "again is the folder that is measured")
     one_line_error(run("quality", made, "--labels", "a,b"), 2, "labels: it describes --classifier")
     one_line_error(run("quality", made, "--classifier", "judge", "--labels", "a,b"), 2, "'judge' is neither a folder")
     one_line_error(run("quality", made, "--splits", 0), 2, "splits")
