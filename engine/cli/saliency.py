@@ -308,6 +308,12 @@ def _undefined(error: NotFinite, classifier: Classifier) -> str:
     return f"{error.what}: no answer, it {why}" if why else f"{error.what}: NaN or infinity for this image"
 
 
+def _check_asked(box: BoxOptions | None, *names: str | None) -> None:
+    """Refuse options of black boxes where none of these is one."""
+    if not any(map(is_box, names)):
+        check_box(names[0], box)
+
+
 def _check_layer(layer: str | None, chosen: Sequence[str]) -> None:
     """Refuse a layer that no chosen method reads.
 
@@ -346,6 +352,7 @@ def explain_images(
     from ..saliency.methods import check_callable
 
     _check_layer(how.layer, check_methods([method]))
+    _check_asked(box, subject.classifier)
     there = choose_device(how.device)
     items = open_images(images, how.recursive).samples
     opened = subject.open(images[0], how.device, box=box)
@@ -438,6 +445,7 @@ def evaluate_methods(
 
     chosen = check_methods([name.strip() for name in methods.split(",")])
     _check_layer(how.layer, chosen)
+    _check_asked(box, subject.classifier, judge)
     given = {"judge": judge, "masks": masks, "stability": True}
     measured = check_metrics([name.strip() for name in metrics.split(",")], [g for g, there in given.items() if there])
     for group in ("judge", "masks"):

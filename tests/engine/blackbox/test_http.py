@@ -146,7 +146,8 @@ box.answer(np.load({str(tmp_path / "digits.npy")!r}))
     of_probes = {key_of(image) for image in probes(32)}
     asked = sum(n for key, n in (server.asked - before).items() if key not in of_probes)
     assert asked == len(digits) - stored
-    assert box.queries_in_all.asked == sum(server.asked.values())  # also what the killed one asked last
+    # Counted before they were sent: also what the killed one asked last, and what it could not send any more.
+    assert 0 <= box.queries_in_all.asked - sum(server.asked.values()) <= 3 * 2
 
 
 def test_redirects_and_refusals_end_it_at_once(server: Endpoint) -> None:

@@ -96,6 +96,8 @@ def test_what_a_box_cannot_do_is_said_with_the_way(here: Path) -> None:
     asked = ["audit", "digits", *BOX, *NO_CHANGE, "--out", "o"]
     for command, said in (
         (["audit", "digits", *NO_CHANGE, "--out", "o", "--classifier-timeout", "3"], "classifier_timeout: for black"),
+        (["evaluate", "--judge", "judge", "--max-queries", "3", "--out", "o"], "max_queries: for black boxes alone"),
+        (["saliency", "digits", "--classifier-rate", "3", "--out", "o"], "classifier_rate: for black boxes alone"),
         ([*asked, "--classifier-template", "x"], "has no use for"),
         ([*asked, "--classifier-batch", "0"], "--classifier-batch"),
         ([*asked, "--dry-run"], "dry-run: times are measured"),
