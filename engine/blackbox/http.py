@@ -50,7 +50,8 @@ class Endpoint:
             import httpx
         except ImportError as error:
             raise CounterlensError(f"httpx cannot be imported ({error}); {install_hint('endpoints')}") from error
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log addresses with what is secret in them
+        for logger in ("httpx", "httpcore"):  # they would log addresses and headers with what is secret in them
+            logging.getLogger(logger).setLevel(logging.WARNING)
         self._httpx, self._address = httpx, address
         self._labels, self._timeout, self._retries = len(labels), options.timeout, options.retries
         self._check_address(options.insecure)
