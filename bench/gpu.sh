@@ -31,6 +31,7 @@ limit() { # PART
 run() { # PART COMMAND...
     local name=$1 seconds started=$SECONDS code
     seconds=$(limit "$name")
+    [ -n "$DRY" ] && seconds=600
     shift
     timeout "$seconds" "$@" >"$OUT/$name.log" 2>&1
     code=$?

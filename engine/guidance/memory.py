@@ -150,7 +150,7 @@ def largest_batch(
     """
     fixed = weight_bytes([*diffusion.modules(), classifier.module, *([] if decoder is None else [decoder.module])])
     one = step_bytes(diffusion, classifier, 1, settings, pullback, decoder, sides)
-    two = step_bytes(diffusion, classifier, 2, settings, pullback, decoder, sides) if budget > fixed + one else one
+    two = step_bytes(diffusion, classifier, 2, settings, pullback, decoder, sides) if budget >= fixed + one else one
     fitting = [s for s in slots if fixed + one + (s - 1) * (two - one) <= budget]
     if not fitting:
         raise UsageError(

@@ -21,7 +21,9 @@ def curve_kernel(
     """Program n: softmax at the target for both curves of sample n, then both trapezoids."""
     n = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + n)
-    known = (target >= 0) & (target < classes)  # nobody may have looked: memory of others is not read
+    # Nobody may have looked: of a target that is no class the scores are NaN, and no memory of others is read.
+    unknown = ((target < 0) | (target >= classes)).to(tl.int32)
+    target = tl.where(unknown == 0, target, 0)
     k = tl.arange(0, K_PAD)
     alpha = thresholds + n * K
     here = tl.load(alpha + k, mask=k < K, other=0.0)
@@ -37,7 +39,7 @@ def curve_kernel(
         rows = logits + k.to(tl.int64)[:, None] * stride_k
         logits += stride_side
         largest = tl.full([K_PAD, BLOCK], float("-inf"), tl.float32)
-        nan = tl.zeros([K_PAD, BLOCK], tl.int32)
+        nan = tl.zeros([K_PAD, BLOCK], tl.int32) + unknown
         for at in range(0, classes, BLOCK):
             i = (at + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
             valid = (k < K)[:, None] & (i < classes)
@@ -51,9 +53,9 @@ def curve_kernel(
             valid = (k < K)[:, None] & (i < classes)
             x = tl.load(rows + i * stride_class, mask=valid, other=float("-inf")).to(tl.float32)
             total += tl.where(valid, tl.exp(tl.where(x == top, 0.0, x - top)), 0.0)
-        chosen = tl.load(rows + target * stride_class, mask=(k < K)[:, None] & known, other=0.0).to(tl.float32)
+        chosen = tl.load(rows + target * stride_class, mask=(k < K)[:, None], other=0.0).to(tl.float32)
         p = tl.exp(tl.where(chosen == top, 0.0, chosen - top)) / tl.sum(total, 1)[:, None]
-        p = tl.where((tl.max(nan, 1)[:, None] > 0) | (known == 0), float("nan"), p)
+        p = tl.where(tl.max(nan, 1)[:, None] > 0, float("nan"), p)
         tl.store(probability + (n * 2 + side) * K + k[:, None], p, mask=(k < K)[:, None])
         score = tl.sum(tl.sum(tl.where((k < K)[:, None], p * weight[:, None], 0.0), 1), 0)
         if side == 0:
