@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.preprocessing import resampling_matrix
-from ..tables import Table
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Encoder:
         takes: what its file is given, [B, 3, h, w] float32. gives: what it returns.
         source: where its weights are.
         prepare: from images [B, 3, H, W] in [0, 1], RGB, to that.
-        images: how many inputs it has.
     """
 
     name: str
@@ -35,7 +33,6 @@ class Encoder:
     gives: str
     source: str
     prepare: Callable[[Tensor], Tensor]
-    images: int = 1
 
 
 def inception(images: Tensor) -> Tensor:
@@ -64,10 +61,9 @@ def signed(images: Tensor) -> Tensor:
     return 2 * images - 1
 
 
-ENCODERS = Table(
-    "counterlens.encoders",
-    Encoder,
-    [
+ENCODERS = {
+    encoder.name: encoder
+    for encoder in (
         Encoder(
             "inception", "FID's Inception-v3, last pooling", "299x299, [-1, 1]", "[B, 2048]",
             "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
@@ -91,7 +87,7 @@ ENCODERS = Table(
         ),
         Encoder(
             "lpips", "LPIPS with VGG-16", "two batches of the images' own size, [-1, 1]", "[B]",
-            "pip install lpips torchvision: lpips.LPIPS(net='vgg')", signed, images=2,
+            "pip install lpips torchvision: lpips.LPIPS(net='vgg')", signed,
         ),
-    ],
-)  # fmt: skip
+    )
+}  # fmt: skip

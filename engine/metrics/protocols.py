@@ -321,7 +321,7 @@ def protocol_table(
         UsageError: an argument does not fit; the message names it. NotFinite: a network gives NaN or infinity.
     """
     given = dict(encoders or {})
-    if unknown := given.keys() - ENCODERS.keys():
+    if unknown := given.keys() - ENCODERS.keys() - {need for column in protocol.columns for need in column.needs}:
         raise UsageError(f"encoder: expected some of {', '.join(ENCODERS)}, got {min(unknown)!r}")
     if splits < 1:
         raise UsageError(f"splits: expected at least 1, got {splits}")
@@ -359,12 +359,13 @@ def _missing(need: str) -> str:
     if need in ENCODERS:
         encoder = ENCODERS[need]
         return f"needs --encoder {need}=FILE.onnx: {encoder.about}; weights: {encoder.source}"
-    return {
+    others = {
         "classifier": "needs the classifier that they are of: --classifier, and what describes it",
         "attributes": "needs --attributes and --query: annotations of CelebA's training images (list_attr_celeba.csv, "
         "list_eval_partition.csv of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)",
         "further": "needs several counterfactuals of an image: a run with --count, or further runs (--run FOLDER)",
-    }[need]
+    }
+    return others.get(need, f"needs the encoder {need}")
 
 
 def _cell(column: Column, measured: Measured, rows: Tensor, seed: int) -> Cell:

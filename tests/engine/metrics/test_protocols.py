@@ -27,7 +27,9 @@ from counterlens.engine.metrics.protocols import (
     PROTOCOLS,
     Batch,
     Cell,
+    Column,
     Facts,
+    Protocol,
     check_classifier,
     find_protocol,
     protocol_table,
@@ -280,6 +282,17 @@ def test_a_classifier_that_is_not_the_runs() -> None:
     check_classifier(MODEL, replace(FACTS, flipped=says), Batch(BEFORE, AFTER))
     with pytest.raises(UsageError, match="otherwise than the results of 4 of the first 5"):
         check_classifier(MODEL, replace(FACTS, flipped=says ^ (torch.arange(N) != 2)), batches()[0])
+
+
+def test_a_column_of_ones_own() -> None:
+    column = Column(
+        "near", "near", True, lambda m, rows: m.cosine("mine")[rows], "cosine of my features", needs=("mine",)
+    )
+    protocol = Protocol("mine", "mine", (column,))
+    cell = protocol_table(protocol, FACTS, batches(), encoders={"mine": projected})[0]
+    expected = torch.cosine_similarity(projected(BEFORE).double(), projected(AFTER).double()).mean().item()
+    assert abs(cell.value - expected) < 1e-9
+    assert protocol_table(protocol, FACTS, batches())[0].missing == "needs the encoder mine"
 
 
 def projected_oracle(images: Tensor) -> Tensor:
