@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .blackbox.box import as_box
+from .blackbox.box import BlackBox, as_box
 from .blackbox.kinds import is_box, may_convert
 from .blackbox.options import BoxOptions
 from .config import OFFICIAL_PROMPTS, PRESET_PROMPTS, Config
@@ -25,7 +25,6 @@ from .runtime.runners import REAL_IMAGES
 
 if TYPE_CHECKING:
     from .audit.results import Results
-    from .blackbox.box import BlackBox
     from .core.regions import RegionLike
     from .core.result import Counterfactuals
     from .guidance.sampler import Observer
@@ -144,20 +143,21 @@ class Engine(EngineCore):
             said = OFFICIAL_PROMPTS.get(said, said)
         size = diffusion.image_size
         explained: Classifier
-        function = callable(classifier) and not isinstance(classifier, nn.Module) and not hasattr(classifier, "logits")
-        if function or (isinstance(classifier, str | Path) and is_box(classifier)):
+        what: Any = classifier
+        function = callable(what) and not isinstance(what, nn.Module) and not hasattr(what, "logits")
+        if function or (isinstance(what, str | Path) and is_box(what)):
             named_labels = labels or (diffusion.labels if pack is not None else [])
-            explained = open_called(classifier, named_labels, image_size=size, options=box, preprocessing=preprocessing)
+            explained = open_called(what, named_labels, image_size=size, options=box, preprocessing=preprocessing)
         elif isinstance(classifier, str | Path):
             explained = open_classifier(
                 classifier, image_size=size, labels=labels, prompts=said, head=head, weights=weights
             )
-        elif isinstance(classifier, nn.Module) and as_box(classifier) is None:
+        elif isinstance(what, nn.Module) and not isinstance(what, BlackBox):
             if labels is None:
                 raise UsageError("labels: a module has none; give one name per logit")
-            explained = wrap_classifier(classifier, labels, image_size=size, **(preprocessing or {}))
+            explained = wrap_classifier(what, labels, image_size=size, **(preprocessing or {}))
         else:
-            explained = classifier
+            explained = what
         if diffusion.conditioning == "text" and config.preset == "celeba-text" and prompts is None:
             raise UsageError("prompts: celeba-text has two attributes; say smile or age, or give two prompts")
         diffusion.describe(explained.labels, prompts=said, classes=classes)
@@ -205,7 +205,7 @@ class Engine(EngineCore):
 
         if may_convert(classifier):
             options["box"] = (options.get("box") or BoxOptions()).model_copy(update={"convert": "never"})
-        engine = cls.from_pretrained(model, classifier, config, **options)  # type: ignore[arg-type]
+        engine = cls.from_pretrained(model, classifier, config, **options)
         if images is not None and isinstance(surrogate, str | Path) and not is_surrogate(surrogate):
             surrogate = engine.train_surrogate(images, surrogate, plan, on_stage)
         return engine.with_surrogate(surrogate, queries_each=queries_each)
@@ -253,7 +253,7 @@ class Engine(EngineCore):
         trained.check(box)
         engine = self._guided_by(trained.classifier)
         engine.box, engine.queries_each = box, queries_each
-        engine.names |= {"surrogate": trained.digest}
+        engine.names |= {"surrogate": trained.digest, "black_box": box.identity}
         return engine
 
     def _called(self) -> BlackBox:

@@ -150,6 +150,7 @@ class Explainer:
                 l2=made.l2,
                 kept_fraction=made.kept_fraction[made.kept_fraction.isfinite()].mean().item(),
                 seconds=made.seconds,
+                **made.student,
                 **made.measures(),
                 **changes(item.pictures["image"], made.image),
             )

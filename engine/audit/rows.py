@@ -52,6 +52,10 @@ class Row:
     flipped: Annotated[bool | None, "The counterfactual's prediction is the target."] = None
     transfer: Annotated[bool | None, "All judges say the target too."] = None
     judges: Annotated[dict[str, str], "What each judge says of the counterfactual."] = field(default_factory=dict)
+    student_prediction: Annotated[str | None, "What a black box's surrogate says of the counterfactual."] = None
+    student_target_confidence: Annotated[float | None, "Its probability of the target."] = None
+    attempts: Annotated[int | None, "Candidates that were made of it, of a black box through its surrogate."] = None
+    queries: Annotated[int | None, "What the box was asked for it, the image itself included."] = None
     l1: Annotated[float | None, "Mean absolute change per pixel and channel, in [0, 1]."] = None
     l2: Annotated[float | None, "Root mean square change per pixel and channel, in [0, 1]."] = None
     changed_area: Annotated[float | None, f"Share of pixels that change by more than {CHANGED} on average."] = None

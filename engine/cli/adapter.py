@@ -175,7 +175,7 @@ app.command("explain")(
 
         Example: counterlens adapter explain four.png --classifier shortcut --out where
         """,
-        command="counterlens adapter explain", method="lax", layer=None, box=None,
+        command="counterlens adapter explain", method="lax", layer=None, box=None, surrogate=None,
     )
 )  # fmt: skip
 app.command("evaluate")(

@@ -26,6 +26,7 @@ from .options import (
     progress_bar,
     text_console,
 )
+from .saliency import asking
 
 if TYPE_CHECKING:
     from ..core.photos import Photo
@@ -69,6 +70,9 @@ def counterfactual(
 
     With --model, any classifier is explained by any diffusion model; --preset picks a published setting for them.
 
+    What can only be called is explained through --surrogate, a student of it. It judges every counterfactual itself;
+    what it does not confirm is tried again.
+
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
     from ..images.files import make_folder
@@ -108,6 +112,7 @@ def counterfactual(
             out, facts, sources=sources, endings=endings, further=further,
             inputs=[] if masks is None else masks.files, overwrite=overwrite, resume=resume, say=errors.print,
         ) as run,
+        asking(run, [engine.box], as_json),
     ):  # fmt: skip
         for record in _counterfactual_records(engine, items, choices, run, budget, restore, masks, progress):
             if record["status"] == "failed":

@@ -14,7 +14,7 @@ from counterlens.export.errors import ExportError
 
 from ..errors import CounterlensError, UsageError
 from ..terminal import StreamError, Terminated, safe_streams, stopping
-from . import adapter, audit, metrics
+from . import adapter, audit, metrics, surrogate
 from .counterfactual import counterfactual
 from .export import convert, export
 from .options import (
@@ -66,6 +66,7 @@ app.command("audit-merge")(audit.merge)
 app.command("audit-report")(audit.report)
 app.add_typer(metrics.app, name="metrics")
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(surrogate.app, name="surrogate")
 register_saliency(app)
 register_portable(app)
 

@@ -37,6 +37,12 @@ class EngineOptions(Options):
         description="What to explain: of the pack (clean); with --model a folder, hub id, torchvision:NAME; or a black "
         "box: model.onnx, python:module:function, https://...",
     )
+    surrogate: Path | None = Field(
+        None, description="Of a black box: the folder of its student, which guides (counterlens surrogate train)."
+    )
+    queries_each: int | None = Field(
+        None, ge=2, description="Of a black box, for one counterfactual through its surrogate; 4 without it."
+    )
     model: str | None = Field(None, description="Diffusion model instead of the pack's: a diffusers folder or hub id.")
     labels: str | None = Field(None, description="Names of the logits: a,b,c or a .txt file, one a line.")
     prompts: str | None = Field(
@@ -96,11 +102,17 @@ def open_engine(
     Raises:
         UsageError: an option has no use here, or does not fit.
     """
-    from ..engine import Engine
+    from ..engine import QUERIES_EACH, Engine
 
     for choice in OFFICIAL_CHOICES if config.match_official else ():
         errors.print(f"note: match-official: {choice}")
-    box = check_box(options.classifier, box, guides=guides)
+    if options.surrogate is not None and not is_box(options.classifier):
+        raise UsageError("surrogate: of a black box; name it (--classifier model.onnx, python:module:function, ...)")
+    if options.queries_each is not None and options.surrogate is None:
+        raise UsageError("queries_each: of counterfactuals through a surrogate; give --surrogate FOLDER")
+    if options.surrogate is not None:
+        box = only_called(options.classifier, box)
+    box = check_box(options.classifier, box, guides=guides and options.surrogate is None)
     if box is not None:
         given = options.of_pretrained()
         if options.model is None and (unused := [name for name in given if name != "labels"]):
@@ -120,7 +132,14 @@ def open_engine(
         )
     if options.tiny_decoder is not None and engine.settings(config).guidance_decoder != "tiny":
         raise UsageError("tiny_decoder: it is not used; add --guidance-decoder tiny")
+    if options.surrogate is not None:
+        engine = engine.with_surrogate(options.surrogate, queries_each=options.queries_each or QUERIES_EACH)
     return engine
+
+
+def only_called(classifier: str | None, box: BoxOptions | None) -> BoxOptions | None:
+    """How a black box is asked that is never differentiated, an ONNX file either."""
+    return (box or BoxOptions()).model_copy(update={"convert": "never"}) if may_convert(classifier) else box
 
 
 def check_box(classifier: str | None, box: BoxOptions | None, *, guides: bool = False) -> BoxOptions | None:

@@ -20,7 +20,7 @@ from ..metrics.table import GROUPS
 from ..saliency.table import METHODS, check_methods
 from .generated import with_options
 from .grouped import grouped
-from .opening import AskedBox, check_box
+from .opening import AskedBox, check_box, only_called
 from .options import (
     MAP_COLUMNS,
     METHOD_NAMES,
@@ -114,6 +114,9 @@ MasksOption = Annotated[
         "pack's images."
     ),
 ]
+SurrogateOption = Annotated[
+    Path | None, typer.Option(help="Of a black box: its student's folder, which lax and gradients look into.")
+]
 LayerOption = Annotated[str | None, typer.Option(help="Of gradcam; the last maps without it.")]
 EVALUATED = ("summary.json", "scores.parquet", "curves.png", "methods.png")
 SHOWN = 8  # images in the picture of methods
@@ -179,7 +182,12 @@ class Subject:
                 f"classifier: {self.classifier!r} is not in pack {self.pack!r} ({known}); another one needs {option}"
             )
         from ..models.image_classifiers import open_classifier
+        from ..surrogate.surrogate import is_surrogate, open_surrogate
 
+        if is_surrogate(self.classifier):
+            student = open_surrogate(self.classifier)
+            student.students.to(there)
+            return Opened(None, self.classifier, student.classifier, student.image_size)
         names, size = read_names(self.labels) if self.labels else None, self.image_size or 224
         explained = open_classifier(self.classifier, image_size=size, labels=names)
         explained.module.to(there)
@@ -314,6 +322,23 @@ def _check_asked(box: BoxOptions | None, *names: str | None) -> None:
         check_box(names[0], box)
 
 
+def _student(opened: Opened, surrogate: Path, method: str, there: Any) -> Opened:
+    """The student of a black box, for a method that looks inside a classifier; the box itself for any other."""
+    from ..blackbox.box import as_box
+    from ..surrogate.surrogate import open_surrogate
+
+    if (box := as_box(opened.classifier)) is None:
+        raise UsageError("surrogate: of a black box; name it (--classifier model.onnx, python:module:function, ...)")
+    trained = open_surrogate(surrogate)
+    trained.check(box)
+    if trained.image_size != opened.size:
+        raise UsageError(f"surrogate: it sees images of {trained.image_size} pixels; give --image-size that")
+    if not (METHODS[method].gradients or METHODS[method].adapter or METHODS[method].layer):
+        return opened
+    trained.students.to(there)
+    return replace(opened, classifier=trained.classifier)
+
+
 def _check_layer(layer: str | None, chosen: Sequence[str]) -> None:
     """Refuse a layer that no chosen method reads.
 
@@ -334,6 +359,7 @@ def explain_images(
     subject: Subject,
     how: Explaining,
     box: AskedBox | None,
+    surrogate: SurrogateOption = None,
     resume: ResumeFlag = False,
     command: str,
 ) -> None:
@@ -348,30 +374,36 @@ def explain_images(
     from ..metrics.quantities import make_quantity
     from ..models.placing import choose_device, computing_on
     from ..outputs import Source, open_run
+    from ..provenance import models_digest
     from ..saliency.explain import explain
-    from ..saliency.methods import check_callable
+    from ..saliency.methods import check_callable, predicted
 
     _check_layer(how.layer, check_methods([method]))
     _check_asked(box, subject.classifier)
     there = choose_device(how.device)
     items = open_images(images, how.recursive).samples
+    box = box if surrogate is None else only_called(subject.classifier, box)
     opened = subject.open(images[0], how.device, box=box)
-    check_callable(opened.classifier, [method])
-    question = make_quantity(opened.classifier, subject.quantity)
+    seen = opened if surrogate is None else _student(opened, surrogate, method, there)  # what the method looks at
+    check_callable(seen.classifier, [method])
+    question = make_quantity(seen.classifier, subject.quantity)
     wanted = None if target is None else find_label(target, opened.classifier.labels)
-    trained = subject.adapter_of([method], opened, how.adapter)
+    trained = subject.adapter_of([method], seen, how.adapter)
     facts = {
         "command": command, "method": method, "target_option": target, "alpha_min": how.alpha_min, "layer": how.layer,
+        **({} if surrogate is None else {"surrogate": models_digest([seen.classifier.module], seen.classifier.labels)}),
         **opened.facts(question.name, trained, how.seed, there),
     }  # fmt: skip
     rows, failed = [], 0
 
     def explain_one(item: Sample, name: str, folder: Path) -> dict[str, Any]:
+        image = item.load(opened.size)[None].to(there)
         with computing_on(there):
+            explained = predicted(opened.classifier, image) if wanted is None else wanted
             found = explain(
-                opened.classifier, item.load(opened.size)[None].to(there), method, wanted, pack=opened.pack,
-                quantity=question, adapter=trained, alpha_min=how.alpha_min, layer=how.layer, metrics=["main", "shape"],
-                seed=how.seed,
+                seen.classifier, image, method, explained, pack=opened.pack, quantity=question, adapter=trained,
+                alpha_min=how.alpha_min, layer=how.layer, metrics=["main", "shape"], seed=how.seed,
+                forward=None if surrogate is None else opened.classifier,
             )  # fmt: skip
         picture, arrays = folder / f"{name}.png", folder / f"{name}.safetensors"
         record = {"image": item.name, "status": "done", "input_sha256": item.sha256(), **found.record(0)}

@@ -297,7 +297,7 @@ def explain_by(
     if METHODS[method].adapter:
         found = find_adapter(adapter, engine.classifier, question, pack, engine.source.get("classifier", ""))
     wanted = None if explained is None else engine.resolve_targets(explained, engine.probabilities(images))
-    classifier = engine.classifier
+    classifier: Classifier = engine.classifier
     if engine.box is not None:  # which scores the maps of its student, and is asked itself where that is enough
         if wanted is None:
             p = engine.probabilities(images)

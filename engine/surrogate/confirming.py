@@ -237,7 +237,7 @@ def _result(engine: EngineCore, case: Case, facts: dict[str, Any]) -> Counterfac
         "sample": case.place,
     }  # fmt: skip
     if failed:
-        nothing = dict.fromkeys(("confidence", "target_confidence", "l1", "l2"), math.nan)
+        nothing: dict[str, Any] = dict.fromkeys(("confidence", "target_confidence", "l1", "l2"), math.nan)
         return Counterfactual(
             image=case.image, prediction=-1, flipped=False, kept_fraction=torch.empty(0), complete=False,
             **nothing, **common,

@@ -65,7 +65,7 @@ class Plan:
     queries: int = 3000
     rounds: int = 3
     hidden: float = 0.0
-    members: int = 3
+    members: int = 2
     width: int = 32
     steps: int = 500
     again: float = 0.7

@@ -1,0 +1,88 @@
+"""The commands: train a surrogate of what can only be called, look at it, explain and audit through it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from counterlens.engine.audit.results import Results
+from counterlens.engine.images.files import save_png
+from tests.engine.cli.test_cli import run
+
+BOX = """
+import torch
+from counterlens.engine.packs import Pack
+
+judge = Pack("digits").classifier("judge")
+
+
+def answer(images):
+    with torch.no_grad():
+        return judge.logits(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).softmax(1).numpy()
+
+
+def other(images):
+    return answer(images)[:, ::-1]
+"""
+SMALL = ("--queries", "80", "--rounds", "1", "--members", "1", "--fit-steps", "20")
+
+
+@pytest.mark.slow
+def test_a_surrogate_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_box_of_digits.py").write_text(BOX)
+    name = "python:a_box_of_digits:answer"
+    assert run("samples", "--split", "train", "--count", 40, "--out", "mine").returncode == 0
+    made = run("surrogate", "train", "mine", "--classifier", name, *SMALL, "--out", "s", "--json")
+    assert made.returncode == 0, made.stderr
+    said = json.loads(made.stdout)
+    assert sum(said["queries"].values()) <= 80
+    assert "the box confirms" in made.stderr
+    assert "images asked in" in made.stderr
+
+    shown = run("surrogate", "show", "s", "--classifier", name)
+    assert (shown.returncode, "answers as it did then" in shown.stdout) == (0, True), shown.stderr
+    changed = run("surrogate", "show", "s", "--classifier", "python:a_box_of_digits:other")
+    assert changed.returncode == 1
+    assert "is not what it was" in changed.stderr
+    twice = run("surrogate", "train", "mine", "--classifier", name, *SMALL, "--out", "s")
+    assert (twice.returncode, "holds a surrogate" in twice.stderr) == (2, True)
+
+    assert run("samples", "--count", 2, "--out", "digits").returncode == 0
+    asked = ("--classifier", name, "--surrogate", "s", "--speed", "fast")
+    done = run("counterfactual", "digits", *asked, "--queries-each", 3, "--out", "changed", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "changed" / "results.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["done", "done"]
+    assert all(2 <= row["queries"] <= 3 and row["classifier"] == name and row["student_prediction"] for row in rows)
+    assert json.loads((tmp_path / "changed" / "run.json").read_text())["queries"][0]["asked"] <= 6 + 2 * 3
+
+    audited = run(
+        "audit", "digits", *asked, "--judge", "judge", "--shortcuts", 0, "--saliency", "gradcam", "--no-report",
+        "--out", "audited",
+    )  # fmt: skip
+    assert audited.returncode == 0, audited.stderr
+    for row in Results.open(tmp_path / "audited").rows():
+        assert row["flipped"] == (row["counterfactual_prediction"] == row["target"])
+        assert row["transfer"] == row["flipped"]  # the judge is the box
+        assert row["queries"] >= 2
+        assert row["msi"] is not None
+
+
+def test_what_needs_a_box_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    save_png(torch.rand(3, 32, 32), tmp_path / "images" / "one.png")
+    for command, said in (
+        (("surrogate", "show", "nothing"), "surrogate: nothing holds none"),
+        (("surrogate", "train", "images", "--classifier", "clean"), "name what can only be called"),
+        (("counterfactual", "images", "--classifier", "clean", "--surrogate", "s"), "surrogate: of a black box"),
+        (("counterfactual", "images", "--queries-each", 3), "queries_each: of counterfactuals through a surrogate"),
+    ):
+        found = run(*command)
+        assert found.returncode == 2, found.stderr
+        assert said in found.stderr
+        assert not (tmp_path / "counterfactuals").exists()
