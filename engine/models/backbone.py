@@ -132,8 +132,13 @@ class Backbone:
             read_part(loaders[denoiser], folder / denoiser, dtype, taken=cls.takes),
             alphas_cumprod=levels.alphas_cumprod, **said,
         )  # fmt: skip
-        model.distilled = levels.distilled
+        model.distilled = levels.distilled or cls.few_steps(folder, configs[0])
         return model
+
+    @classmethod
+    def few_steps(cls, folder: Path, denoiser: Mapping[str, Any]) -> bool:
+        """Whether a folder, and its denoiser's config, say that it was distilled to a few steps; no scheduler does."""
+        return False
 
     @classmethod
     def own_size(cls, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ class Flux(Prompted):
                 "latents, which is not supported; expected FluxPipeline"
             )
         return super().more(folder, dtype)
+
+    @classmethod
+    def few_steps(cls, folder: Path, denoiser: Mapping[str, Any]) -> bool:
+        """Schnell, which is told no guidance."""
+        return not denoiser.get("guidance_embeds", False)
 
     def __init__(self, *parts: Any, guidance: float = GUIDANCE, **options: Any) -> None:
         self.guidance = guidance

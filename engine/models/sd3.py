@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,14 @@ class StableDiffusion3(Prompted):
                 f"image_size: {self.image_size} is more than the {most * factor} that the denoiser knows places for "
                 "(pos_embed_max_size)"
             )
+
+    @classmethod
+    def few_steps(cls, folder: Path, denoiser: Mapping[str, Any]) -> bool:
+        """Turbo: its files are those of the model that it was distilled from, and its name alone says so."""
+        names = [folder.name, str(pipeline_of(folder).get("_name_or_path", "")), str(denoiser.get("_name_or_path", ""))]
+        if folder.parent.name == "snapshots":  # of the hub's cache: models--owner--name/snapshots/commit
+            names.append(folder.parents[1].name)
+        return any("turbo" in name.rpartition("/")[2].lower() for name in names)
 
     @classmethod
     def more(cls, folder: Path, dtype: torch.dtype) -> dict[str, Any]:

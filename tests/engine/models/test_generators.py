@@ -528,6 +528,8 @@ def test_a_counterfactual_by_command_says_its_angle(folders: dict[str, Path], tm
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["target"] in LABELS
     settings = (tmp_path / "out" / "run.json").read_text()
+    assert '"strength_asked": 0.5' in settings  # of a flow, whose run begins at another share of its steps
+    assert '"strength": 0.5' not in settings
     assert f'"angle": {carried_over(PRESETS["imagenet-text"].angle, 16)}' in settings
 
 
@@ -570,6 +572,28 @@ def test_fast_is_four_steps_where_the_generator_is_distilled(folders: dict[str, 
         settings = engine.settings(Config.make(speed="fast"))
         assert settings.steps == (4 if diffusion.distilled else 7)
         assert settings.noise == ("random" if diffusion.distilled else "inversion")
+    made = engine.counterfactual(torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5), config=Config.make(speed="fast"))
+    assert made.errors == [None]
+
+
+def test_flows_that_are_distilled_are_known_by_their_config_or_their_name(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    hub = tmp_path / "models--stabilityai--stable-diffusion-3.5-large-turbo" / "snapshots"
+    hub.mkdir(parents=True)
+    (hub / "abc").symlink_to(folders["sd3.5"])
+    (tmp_path / "turbo").mkdir()  # of other folders the names say nothing
+    (tmp_path / "turbo" / "sd3.5").symlink_to(folders["sd3.5"])
+    for folder, distilled in (
+        (folders["flux"], False), (folders["flux-schnell"], True), (tmp_path / "turbo" / "sd3.5", False),
+        (hub / "abc", True),
+    ):  # fmt: skip
+        assert open_diffusion(folder, image_size=IMAGE_SIZE).distilled == distilled
+    diffusion = open_diffusion(hub / "abc", image_size=IMAGE_SIZE)
+    diffusion.describe(LABELS)
+    engine = Engine(diffusion, classifiers(folders, torch.float32)["softmax"])
+    settings = engine.settings(Config.make(speed="fast"))
+    assert (settings.steps, settings.noise) == (4, "random")
     made = engine.counterfactual(torch.full((1, 3, IMAGE_SIZE, IMAGE_SIZE), 0.5), config=Config.make(speed="fast"))
     assert made.errors == [None]
 
