@@ -228,27 +228,38 @@ def _against(quantus: float | str, plain: float) -> list[str]:
 
 
 def detector_table() -> str:
-    """Planted causes: what the disagreement map finds."""
+    """Planted causes: what the search for shortcuts finds, and false alarms."""
     if not (RESULTS / "audit-detector.json").exists():
         return "Not recorded yet: `python -m bench.audit detector`."
     result = load("audit-detector")
     rows = []
     for name, row in result["rows"].items():
-        first = row["places"][0] if row["places"] else None
-        where = (
-            f"rows {first['box'][0]}-{first['box'][2]}, columns {first['box'][1]}-{first['box'][3]}" if first else ""
-        )
-        times = f"{first['ratio']:.1f}" if first else ""
+        found = [
+            f"rows {box[0]}-{box[2]}, columns {box[1]}-{box[3]} ({place['ratio']:.1f})"
+            for place in row["places"][:1]
+            for box in [place["box"]]
+        ]
+        found += [
+            f"{s['name']} ({s['push'] / max(s['evidence'], 1e-12):.1f})"
+            for s in row.get("statistics", ())  # records before there were any
+            if s["found"]
+        ]
         power = ", ".join(f"{100 * p:.0f} % of {n}" for n, p in row["power"].items())
         follows = f"{100 * row['reliance']['matching']:.0f} %, {100 * row['reliance']['conflicting']:.0f} %"
         same = rate(row["redrawn"]["same_answer"])
-        rows.append([name, follows, f"{row['smallest_p']:.3f}", where, times, power, same])
+        rows.append([name, follows, f"{row['smallest_p']:.3f}", ", ".join(found[:3]), power, same])
     header = [
-        "cause, classifier", "right side of 5 with the cause, against it", "smallest p", "first place (pixels)",
-        "push over evidence", "found in random subsets", "same answer when redrawn",
+        "cause, classifier", "right side of 5 with the cause, against it", "smallest p",
+        "what stands out (push over evidence)", "found in random subsets", "same answer when redrawn",
     ]  # fmt: skip
-    n = result["images"]
-    return f"{table(header, rows)}\n\n{n} {result['split']} digits. {provenance(result, 'audit-detector')}"
+    text = f"{result['images']} {result['split']} digits."
+    if nulls := result.get("nulls"):
+        text += (
+            f" Of {nulls['nulls']} sets of {nulls['images_each']} digits, markers and colours drawn anew for each, "
+            f"{nulls['alarms']} raised a false alarm about the honest classifier; of as many random sets of 240 "
+            f"among them, {nulls['alarms_of_240']}."
+        )
+    return f"{table(header, rows)}\n\n{text} {provenance(result, 'audit-detector')}"
 
 
 def audits_table() -> str:
