@@ -122,6 +122,8 @@ def test_a_sample_that_fails_is_left_out(tiny) -> None:
     assert seen.push == pytest.approx(whole.push[good])
     with pytest.raises(CounterlensError, match="disagreement: no two counterfactuals of 2"):
         observe(engine, broken[:2], targets[:2], engine.config)
+    with pytest.raises(CounterlensError, match=r"disagreement: no two counterfactuals of 2 to look at: .*NaN"):
+        find(engine, broken[:2], ["a", "b"], engine.config)
 
 
 def maps(n: int, seed: int, planted: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

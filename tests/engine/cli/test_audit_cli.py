@@ -112,8 +112,8 @@ def test_enough_images_say_what_was_looked_for(samples: int) -> None:
 def test_enough_is_what_was_measured() -> None:
     rows = json.loads((Path(__file__).parents[3] / "bench/results/audit-detector.json").read_text())["rows"]
     power = rows["marker, planted"]["power"]
-    assert power[str(ENOUGH)] == 1.0
-    assert 0.4 < power["32"] < 1.0
+    assert power[str(ENOUGH)] > 0.9
+    assert 0.4 < power["32"] < 0.72
 
 
 def test_a_small_audit_ends_with_its_verdict(digits: Path, tmp_path: Path) -> None:
