@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,8 @@ from .options import (
 from .saliency import asking
 
 if TYPE_CHECKING:
+    import torch
+
     from ..core.photos import Photo
     from ..core.result import Counterfactual
     from ..engine import Engine
@@ -56,6 +58,9 @@ def counterfactual(
     restore: Annotated[
         bool, typer.Option("--restore", help="The change also laid over the photo, at its own size.")
     ] = False,
+    lpips: Annotated[
+        Path | None, typer.Option(help="LPIPS as an ONNX file: how far apart the answers of --count look.")
+    ] = None,
     overwrite: OverwriteFlag = False,
     resume: ResumeFlag = False,
     as_json: JsonFlag = False,
@@ -75,6 +80,8 @@ def counterfactual(
 
     Example: counterlens counterfactual four.png --target 9 --out changed
     """
+    from counterlens.export.hashing import file_digest
+
     from ..images.files import make_folder
     from ..images.masks import AUTO, Masks
     from ..outputs import Source, open_run
@@ -82,6 +89,13 @@ def counterfactual(
     items = open_images(images or [], recursive, manifest, targets=True).samples
     if budget is not None and not budget > 0:
         raise UsageError(f"budget: expected seconds above 0, got {budget:g}")
+    if lpips is not None and config.count == 1:
+        raise UsageError("lpips: it is measured between several counterfactuals of an image; add --count")
+    distance = None
+    if lpips is not None:
+        from ..runtime.encoders import open_encoder
+
+        distance = open_encoder("lpips", lpips)
     masks = None if config.region is None else Masks(config.region)
     choices: list[str | int] = [item.target or target for item in items]
     created = not out.exists()
@@ -100,6 +114,7 @@ def counterfactual(
     facts = {
         "command": "counterlens counterfactual", **engine.facts(config), "target": target, "budget_s": budget,
         **({"restore": True} if restore else {}),
+        **({} if lpips is None else {"lpips": [str(lpips), file_digest(lpips)]}),
         **({} if masks is None else masks.facts()),
     }  # fmt: skip
     endings = (".png", *((RESTORED,) if restore else ()), *((REGION,) if masks and masks.text == AUTO else ()))
@@ -114,7 +129,7 @@ def counterfactual(
         ) as run,
         asking(run, [engine.box], as_json),
     ):  # fmt: skip
-        for record in _counterfactual_records(engine, items, choices, run, budget, restore, masks, progress):
+        for record in _counterfactual_records(engine, items, choices, run, budget, restore, masks, distance, progress):
             if record["status"] == "failed":
                 failed.add(record.get("answer_of", record["name"]))
             kept += record.get("restored_flipped", False)
@@ -136,6 +151,7 @@ def _counterfactual_records(
     budget_s: float | None,
     restore: bool,
     masks: Masks | None,
+    distance: Callable[..., torch.Tensor] | None,
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Yield the lines of each image in order, batch by batch, as written; what cannot be read or written is one too.
@@ -144,7 +160,7 @@ def _counterfactual_records(
     """
     import torch
 
-    from ..core.answers import diversity, features_of
+    from ..core.answers import diversity, features_of, lpips_between
     from ..runtime.spec import SLOTS
 
     task = progress.task_ids[0]
@@ -191,6 +207,8 @@ def _counterfactual_records(
                 apart = diversity(answers, features)
                 said = {"answers": len(answers), "diversity": round(apart, 6) if len(answers) > 1 else None}
                 said["diversity_by"] = features.name
+                if distance is not None:
+                    said["diversity_lpips"] = round(lpips_between(answers, distance), 6) if len(answers) > 1 else None
             lines = [] if answers else [run.line(run.names[i], records[i] | label)]
             for n, result in enumerate(answers, 1):
                 record = records[i] | result.record() | {"runtime": result.provenance["runtime"]}

@@ -98,6 +98,14 @@ def features_of(classifier: Classifier, pack: str | None) -> Features:
     return Features(classifier, "classifier")
 
 
+def lpips_between(answers: Sequence[Counterfactual], distance: Callable[..., Tensor]) -> float:
+    """Mean LPIPS between an image's answers, two by two; NaN with fewer than two."""
+    from ..metrics.protocols import mean_apart  # with all of the metrics behind it, which most runs do without
+
+    made = [as_saved(answer.image) for answer in answers if answer.error is None]
+    return mean_apart(torch.stack(made), distance) if made else math.nan
+
+
 def diversity(answers: Sequence[Counterfactual], features: Callable[[Tensor], Tensor]) -> float:
     """Mean distance of the features of an image's answers, pair by pair; NaN with fewer than two."""
     made = [as_saved(answer.image) for answer in answers if answer.error is None]

@@ -429,21 +429,37 @@ def _measure(
 
 
 def _apart_in(batch: Batch, distance: Callable[..., Tensor]) -> Tensor:
-    """Mean distance between the counterfactuals of each image, two by two: [B]; NaN where there is one."""
-    out = torch.full((len(batch.images),), math.nan, dtype=torch.float64)
-    for i, (first, others) in enumerate(zip(batch.counterfactuals, batch.further, strict=True)):
-        made = [first, *others]
-        pairs = list(combinations(range(len(made)), 2))
-        if not pairs:
-            continue
-        a, b = (torch.stack([made[pair[k]] for pair in pairs]) for k in (0, 1))
-        found = distance(a, b)
-        if not isinstance(found, Tensor) or found.numel() != len(pairs):
-            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise UsageError(f"encoder lpips: expected [{len(pairs)}] of two batches {list(a.shape)}, got {got}")
-        check_computed("encoder lpips", found.double().reshape(-1))
-        out[i] = found.double().mean().cpu()
-    return out
+    """`mean_apart` of each image's counterfactuals: [B]."""
+    found = [
+        mean_apart(torch.cat([first[None], others]), distance)
+        for first, others in zip(batch.counterfactuals, batch.further, strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def mean_apart(
+    images: Tensor,  # [K, C, H, W] in [0, 1]
+    distance: Callable[..., Tensor],
+) -> float:
+    """Mean distance between images, two by two; NaN of one.
+
+    Args:
+        distance: from two batches [P, C, H, W] to [P]: LPIPS.
+
+    Raises:
+        UsageError: it returns something else. NotFinite: NaN or infinity.
+    """
+    pairs = list(combinations(range(len(images)), 2))
+    if not pairs:
+        return math.nan
+    a, b = (torch.stack([images[pair[k]] for pair in pairs]) for k in (0, 1))
+    found = distance(a, b)
+    if not isinstance(found, Tensor) or found.numel() != len(pairs):
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise UsageError(f"encoder lpips: expected [{len(pairs)}] of two batches {list(a.shape)}, got {got}")
+    values = found.double().reshape(-1)
+    check_computed("encoder lpips", values)
+    return values.mean().item()
 
 
 def _device_of(classifier: Any) -> torch.device:

@@ -55,13 +55,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quick = ("--speed", "turbo", "--runtime", "eager")
     assert run("samples", "--count", 6, "--out", root / "digits").returncode == 0
     table = root / "digits" / "labels.csv"
-    assert run("counterfactual", table, "--count", 2, "--out", root / "made", *quick).returncode == 0
+    several = ("--count", 2, "--lpips", write(root / "lpips.onnx", 1, inputs=2))
+    assert run("counterfactual", table, *several, "--out", root / "made", *quick).returncode == 0
     few, other = sorted((root / "digits").glob("*.png"))[:3], ("--seed", 1, "--noise", "random")
     assert run("counterfactual", *few, *other, "--out", root / "again", *quick).returncode == 0
     for name in ("inception", "vggface2", "simsiam"):
         write(root / f"{name}.onnx", 2)
     write(root / "oracle.onnx", len(NAMES), sigmoid=True)
-    write(root / "lpips.onnx", 1, inputs=2)
     g = torch.Generator().manual_seed(0)
     values = (torch.rand(40, len(NAMES), generator=g) > 0.5).int() * 2 - 1
     rows = [f"{i}.jpg,{','.join(map(str, row.tolist()))}" for i, row in enumerate(values)]
@@ -107,7 +107,9 @@ def test_every_column_of_every_protocol(place: Path) -> None:
         assert not [column for column in columns.values() if "missing" in column]
         assert columns["flip_rate"]["value"] == flipped.double().mean()
     assert 0 <= columns["fva"]["value"] <= 1
+    apart = [line["diversity_lpips"] for line in own]
     assert columns["diversity"]["value"] > 0
+    assert abs(columns["diversity"]["value"] - sum(apart) / len(apart)) < 1e-6
     assert found["encoders"]["oracle"][0] == str(place / "oracle.onnx")
 
     def features(images: Tensor) -> Tensor:
@@ -190,6 +192,8 @@ def test_what_is_refused(place: Path, tmp_path: Path) -> None:
     logits = write(tmp_path / "logits.onnx", 3)
     done = run("quality", made, "--protocol", "celeba", "--encoder", f"oracle={logits}")
     one_line_error(done, 1, "MNAC: oracle: expected probabilities")
+    alone = run("counterfactual", place / "digits", "--lpips", place / "lpips.onnx", "--out", tmp_path / "out")
+    one_line_error(alone, 2, "lpips: it is measured between several", "--count")
     one_line_error(run("quality", made, "--query", "Smiling"), 2, "query: CD needs both")
     one_line_error(run("quality", made, "--run", place / "digits"), 2, "digits: holds what")
     one_line_error(run("quality", made, "--run", made), 2, "again is the folder that is measured")
