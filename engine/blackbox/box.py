@@ -285,7 +285,7 @@ class BlackBox(nn.Module):
 
         def ask(batch: Sequence[tuple[bytes, Pixels]]) -> None:
             said = self._asker.ask(batch, stop, keep)
-            lost = {key: why for key, why in said.items() if isinstance(why, str)}
+            lost = {key: why for key, why in said.items() if isinstance(why, str) and not stop.is_set()}
             with self._lock:
                 self._reasons |= lost
                 self._last = next(iter(lost.values()), self._last)

@@ -201,8 +201,8 @@ class Endpoint:
     def hide(self, text: str) -> str:
         """A text without what variables hold."""
         for name in VARIABLE.findall(" ".join([*self._headers.values(), urlsplit(self._address).query])):
-            if value := os.environ.get(name):
-                for said in (value, quote(value, safe=""), json.dumps(value)[1:-1]):
+            if value := os.environ.get(name, "").strip():
+                for said in (value, quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]):
                     text = text.replace(said, f"${name}")
         return text
 
@@ -293,7 +293,7 @@ def _expand(text: str) -> str:
     """
 
     def value(match: re.Match[str]) -> str:
-        if not (found := os.environ.get(match[1])):
+        if not (found := os.environ.get(match[1], "").strip()):
             raise UsageError(f"classifier_header: the environment has no {match[1]}")
         if not found.isprintable() or not found.isascii():
             raise UsageError(f"classifier_header: {match[1]} holds what no header can")
