@@ -422,6 +422,20 @@ def coverage_table() -> str:
     )
 
 
+def converted_table() -> str:
+    """ONNX files of torch's exporters as differentiable modules, against the modules that they were."""
+    result = load("onnx-classifiers")
+    made: dict[str, dict[str, str]] = {}
+    for row in result["rows"]:
+        said = f"{row['gradient']:.0e}" if row["converted"] else row["reason"]
+        made.setdefault(row["architecture"], {})[row["exporter"]] = said
+    rows = [[name, *(by.get(exporter, "") for exporter in ("dynamo", "torchscript"))] for name, by in made.items()]
+    refused = "; ".join(f"{r['model']}: {r['said']}" for r in result["refused"])
+    header = ["architecture, random weights", "gradient off by, `dynamo=True`", "`dynamo=False`"]
+    said = "Relative to the largest entry of the original module's gradient."
+    return f"{table(header, rows)}\n\n{said} Refused: {refused}. {provenance(result, 'onnx-classifiers')}"
+
+
 def generators_table() -> str:
     """What a guided step of each published generator costs on paper."""
     result = load("generators")
@@ -451,6 +465,7 @@ TABLES = {
     "onefile": one_file_table,
     "startup": startup_table,
     "coverage": coverage_table,
+    "converted": converted_table,
     "metrics": metrics_table,
     "pointing": pointing_table,
     "faithfulness": faithfulness_table,

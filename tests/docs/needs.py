@@ -119,6 +119,13 @@ def own_python(block: Block, namespace: dict[str, Any]) -> None:
     assert load_image(Path("opposite/0000.png"), tiny.IMAGE_SIZE).shape == (3, 16, 16)
 
 
+def onnx_file(block: Block, namespace: dict[str, Any]) -> None:
+    """A counterfactual of a file: one that flips it."""
+    record = json.loads(Path("by-file/results.jsonl").read_text().splitlines()[0])
+    assert record["flipped"]
+    assert record["classifier"] == "model.onnx"
+
+
 def own_cli(block: Block, namespace: dict[str, Any]) -> None:
     """One's own classifier by command: one picture, of the model's size."""
     records = [json.loads(line) for line in Path("own/results.jsonl").read_text().splitlines()]

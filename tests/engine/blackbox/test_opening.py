@@ -92,7 +92,7 @@ def test_a_file_is_a_box_where_one_is_asked_for(folder: Path) -> None:
 
 def test_mean_and_std_are_of_the_pixels(folder: Path) -> None:
     asked = BoxOptions(mean="0.1,0.2,0.3", std="0.5,0.5,0.5")
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="its scores are logits") as warned:
         opened = open_called(folder / "clean.onnx", LABELS, image_size=32, options=asked)
     assert "pixels are given" not in str(warned[0].message)  # nothing is assumed of them
     images = Pack("digits").samples("test", count=2).images
