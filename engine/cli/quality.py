@@ -28,7 +28,9 @@ ClassifierOptions = Annotated[EngineOptions, only("classifier", "labels", "promp
 def quality(
     opening: ClassifierOptions,
     box: AskedBox,
-    results: Annotated[Path, typer.Argument(help="Folder that counterlens counterfactual or audit wrote.")],
+    results: Annotated[
+        Path, typer.Argument(help="Folder that counterlens counterfactual or audit wrote.", metavar="FOLDER")
+    ],
     protocol: Annotated[str, typer.Option(help="ldce, ace or celeba: whose table.")] = "ldce",
     encoder: Annotated[
         list[str] | None,
