@@ -112,9 +112,7 @@ def users_images(pack: Pack, count: int) -> Tensor:
     return torch.cat(drawn)[order][:count]
 
 
-def opened(
-    pack: Pack, function: Callable[[Any], Any], name: str, config: Config, queries: int = QUERIES, **plan: Any
-) -> Engine:
+def opened(pack: Pack, function: Callable[[Any], Any], name: str, config: Config, queries: int, **plan: Any) -> Engine:
     """An engine of a box through its surrogate, trained into build/bench-surrogates unless it is there."""
     folder = KEPT / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +136,7 @@ def opened(
     return engine
 
 
-def facts(engine: Engine, name: str) -> dict[str, Any]:
+def facts(name: str) -> dict[str, Any]:
     """Queries of the training, rounds and agreement."""
     training = open_surrogate(KEPT / name).training
     return {"queries": sum(training["queries"].values()), **{k: training[k] for k in ("rounds", "agreement")}}
@@ -149,13 +147,13 @@ def at_once(made: Counterfactuals) -> Tensor:
     return made.flipped.double() * torch.tensor([float(student.get("queries") == 2) for student in made.students])
 
 
-def confirmed_figures(pack: Pack, count: int | None, boxes: list[str], speed: str) -> dict[str, Any]:
+def confirmed_figures(pack: Pack, count: int | None, boxes: list[str], speed: str, asked: int) -> dict[str, Any]:
     """Runner-up targets: confirmed through the student, and by guidance by `clean`, once and as often."""
     x = pack.samples("test", marker="random", count=count).images
     config = Config.make(speed=speed)
     out: dict[str, Any] = {}
     for name in boxes:
-        engine = opened(pack, answering(pack, name), name, config)
+        engine = opened(pack, answering(pack, name), f"{name}-{asked}", config, asked)
         made = engine.counterfactual(x)
         ours = made.flipped.double()
         used = torch.tensor([float(s.get("queries", 1)) for s in made.students])
@@ -171,7 +169,7 @@ def confirmed_figures(pack: Pack, count: int | None, boxes: list[str], speed: st
         clean.box, clean.queries_each = engine.box, EACH
         again = clean.counterfactual(x, made.target).flipped.double()
         out[name] = {
-            **facts(engine, name),
+            **facts(f"{name}-{asked}"),
             "confirmed": interval(ours), "confirmed_at_once": interval(first),
             "queries_each": {"mean": used.mean().item(), "most": used.max().item()},
             "l1": interval(made.l1.nan_to_num().double()),
@@ -183,13 +181,13 @@ def confirmed_figures(pack: Pack, count: int | None, boxes: list[str], speed: st
     return out
 
 
-def shortcut_figures(pack: Pack, count: int | None, speed: str) -> dict[str, Any]:
+def shortcut_figures(pack: Pack, count: int | None, speed: str, asked: int) -> dict[str, Any]:
     """Matching markers, targets across "5 or more", mode audit: is the marker touched?"""
     samples = pack.samples("test", marker="matching", count=count)
     x, config = samples.images, Config.make(mode="audit", speed=speed)
-    engine = opened(pack, of_pack(pack, "shortcut"), "shortcut", config)
+    engine = opened(pack, of_pack(pack, "shortcut"), f"shortcut-{asked}", config, asked)
     targets = targets_across(engine, x)
-    rows: dict[str, Any] = {"surrogate": facts(engine, "shortcut")}
+    rows: dict[str, Any] = {"surrogate": facts(f"shortcut-{asked}")}
     white = Engine.from_pack("digits", "shortcut", config, runtime="eager", device="cpu")
     clean = Engine.from_pack("digits", "clean", config, runtime="eager", device="cpu")
     for name, one in (("student", engine), ("white box", white), ("clean", clean)):
@@ -205,22 +203,28 @@ def shortcut_figures(pack: Pack, count: int | None, speed: str) -> dict[str, Any
     return rows
 
 
-def lax_figures(pack: Pack, count: int | None, steps: int) -> dict[str, Any]:
+def lax_figures(pack: Pack, count: int | None, steps: int, asked: int) -> dict[str, Any]:
     """`shortcut` as a box: MSI of labels, pointing of "5 or more"; adapters through the student and the white box."""
     config = Config(mode="audit", speed="fast")
-    engine = opened(pack, of_pack(pack, "shortcut"), "shortcut-hidden", config, hidden=HIDDEN)
+    engine = opened(pack, of_pack(pack, "shortcut"), f"shortcut-hidden-{asked}", config, asked, hidden=HIDDEN)
     box, white = engine.box, pack.classifier("shortcut")
     assert box is not None
     plain = pack.samples("test", marker="random", count=count)
     marked = pack.samples("test", marker="matching", count=count)
     inside = marker_boxes(marked.markers)
-    trained = facts(engine, "shortcut-hidden")
+    trained = facts(f"shortcut-hidden-{asked}")
     each = -(-trained["queries"] // len(plain.images))  # queries for each image that is explained
     out: dict[str, Any] = {"surrogate": trained, "steps": steps, "queries_each": each}
     for name, guide in (("student", engine.classifier), ("white box", white)):
         row: dict[str, Any] = {}
         for quantity in ("class", HALVES):
-            adapter = trained_adapter(pack, guide, f"{name.replace(' ', '-')}-{quantity[:5]}", quantity, steps)
+            adapter = trained_adapter(
+                pack,
+                guide,
+                f"{name.replace(' ', '-')}-{quantity[:5].replace(',', '')}-{asked}-{steps}",
+                quantity,
+                steps,
+            )
             if quantity == "class":
                 with torch.no_grad():
                     wanted = probabilities(white, plain.images).argmax(1)
@@ -295,6 +299,7 @@ def main(
     boxes: Annotated[str, typer.Option(help=f"Of confirmed and curve: {', '.join(BOXES)}.")] = ",".join(BOXES),
     queries: Annotated[str, typer.Option(help="Of curve.")] = ",".join(map(str, CURVE)),
     speed: Annotated[str, typer.Option(help="Of the counterfactuals.")] = "balanced",
+    asked: Annotated[int, typer.Option(help="Queries of the other trainings, at most 3,000.")] = QUERIES,
     steps: Annotated[int, typer.Option(help="Of LAX.")] = LAX_STEPS,
     record: Annotated[bool, typer.Option(help="Write bench/results/surrogate.json and the plot.")] = False,
 ) -> None:
@@ -307,9 +312,9 @@ def main(
     payload: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     payload.pop("environment", None)
     ran: dict[str, Callable[[], dict[str, Any]]] = {
-        "confirmed": lambda: confirmed_figures(pack, count, named, speed),
-        "shortcut": lambda: shortcut_figures(pack, count, speed),
-        "lax": lambda: lax_figures(pack, count, steps),
+        "confirmed": lambda: confirmed_figures(pack, count, named, speed, asked),
+        "shortcut": lambda: shortcut_figures(pack, count, speed, asked),
+        "lax": lambda: lax_figures(pack, count, steps, asked),
         "curve": lambda: curve_figures(pack, count, named, [int(q) for q in queries.split(",")], speed),
     }
     for section in chosen:
