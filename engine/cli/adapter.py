@@ -10,7 +10,7 @@ import typer
 
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
-from .grouped import grouped
+from .generated import with_options
 from .options import (
     DeviceOption,
     JsonFlag,
@@ -21,7 +21,16 @@ from .options import (
     progress_bar,
     text_console,
 )
-from .saliency import AdapterOption, AlphaOption, ImagesOption, Subject, evaluate_methods, explain_images, load
+from .saliency import (
+    AdapterOption,
+    AlphaOption,
+    FitOption,
+    ImagesOption,
+    Subject,
+    evaluate_methods,
+    explain_images,
+    load,
+)
 
 COMPILED = ("adapter.onnx", "curve.onnx")
 
@@ -33,6 +42,7 @@ def train(
     images: ImagesOption = None,
     validation: Annotated[Path | None, typer.Option(help="Images that training does not see, like --images.")] = None,
     recursive: RecursiveOption = False,
+    fit: FitOption = "auto",
     taps: Annotated[
         str | None, typer.Option(help="Names of modules, a,b,c; pixels: none. Without it, one for each resolution.")
     ] = None,
@@ -78,7 +88,7 @@ def train(
             raise UsageError(
                 "validation: needed beside --images; early stopping looks at images that training does not"
             )
-        (_, shown, failed), (_, held, more) = (load(path, opened.size, recursive) for path in (images, validation))
+        (_, shown, failed), (_, held, more) = (load(path, opened, recursive, fit) for path in (images, validation))
         failed += more
         colour = shown.mean((0, 2, 3))
     else:
@@ -167,9 +177,9 @@ def export(
 
 
 for name, run in (("train", train), ("export", export)):
-    app.command(name)(grouped(run))
+    app.command(name)(with_options(run))
 app.command("explain")(
-    grouped(
+    with_options(
         explain_images,
         """Explain images with a trained adapter, in one pass of the classifier and a little more.
 
@@ -179,7 +189,7 @@ app.command("explain")(
     )
 )  # fmt: skip
 app.command("evaluate")(
-    grouped(
+    with_options(
         evaluate_methods,
         """Score a trained adapter alone, as `counterlens evaluate` scores methods.
 

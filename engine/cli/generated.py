@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -56,8 +56,15 @@ def prefixed(prefix: str, *plain: str) -> Choice:
     return Choice((), False, prefix, plain)
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_options(command: Callable[..., None], about: str | None = None, /, **fixed: Any) -> Callable[..., None]:
     """The command with an option for each field of the models among its parameters; it is called with the models.
+
+    A dataclass among them stands for the options that its fields are, for several commands to share.
+
+    Args:
+        command: does the work.
+        about: its help; its docstring without it.
+        fixed: parameters, and options of a group, that are given here, so that a person cannot give them.
 
     Raises:
         TypeError: two models bring the same option, or `only` or `without` names no field.
@@ -65,11 +72,18 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(command, include_extras=True)
     parameters: dict[str, inspect.Parameter] = {}
     models: dict[str, tuple[type[BaseModel], dict[str, str]]] = {}
+    groups: dict[str, tuple[Any, list[str]]] = {}
     for name, parameter in inspect.signature(command).parameters.items():
+        if name in fixed:
+            continue
         model, chosen = _model_of(hints[name])
         if model is not None:
             models[name] = model, chosen
             made = [_option(model, field, option) for field, option in chosen.items()]
+        elif is_dataclass(hints[name]):
+            of_group = inspect.signature(hints[name], eval_str=True).parameters.values()
+            made = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in of_group]
+            groups[name] = hints[name], [p.name for p in made]
         else:
             made = [parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)]
         if twice := parameters.keys() & {p.name for p in made}:
@@ -78,14 +92,19 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
+        given |= fixed
+        for name, (group, held) in groups.items():
+            given[name] = group(**{field: given.pop(field) for field in held})
         for name, (model, chosen) in models.items():
             values = {field: given.pop(option) for field, option in chosen.items()}
             defaults = {field: model.model_fields[field].default for field in chosen}
             given[name] = model(**{field: value for field, value in values.items() if value != defaults[field]})
         command(**given)
 
-    run.__signature__ = inspect.Signature([*parameters.values()])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters.values()}
+    shown = [p for p in parameters.values() if p.name not in fixed]
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in shown}
+    run.__doc__ = about or command.__doc__
     return run
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,7 +19,6 @@ from ..labels import find_label
 from ..metrics.table import GROUPS
 from ..saliency.table import METHODS, check_methods
 from .generated import with_options
-from .grouped import grouped
 from .opening import AskedBox, check_box, only_called
 from .options import (
     MAP_COLUMNS,
@@ -117,6 +116,10 @@ MasksOption = Annotated[
 SurrogateOption = Annotated[
     Path | None, typer.Option(help="Of a black box: its student's folder, which lax and gradients look into.")
 ]
+FitOption = Annotated[
+    Literal["auto", "crop", "pad", "squash"],
+    typer.Option(help="Of pictures that are not square; auto: what the classifier's own processor does."),
+]
 LayerOption = Annotated[str | None, typer.Option(help="Of gradcam; the last maps without it.")]
 EVALUATED = ("summary.json", "scores.parquet", "curves.png", "methods.png")
 SHOWN = 8  # images in the picture of methods
@@ -130,6 +133,12 @@ class Opened:
     name: str
     classifier: Classifier
     size: int
+
+    def read(self, sample: Sample, fit: str) -> Tensor:
+        """A sample's image as the classifier sees it: [3, size, size] in [0, 1]; see `photos.seen_by`."""
+        from ..core.photos import seen_by
+
+        return seen_by(self.classifier, self.size, sample.file(), sample.name, fit)
 
     def facts(self, quantity: str, adapter: LAX | None, seed: int, there: Any = None) -> dict[str, Any]:
         """What makes maps of this classifier, and the session."""
@@ -238,17 +247,18 @@ class Explaining:
     alpha_min: AlphaOption = 0.5
     layer: LayerOption = None
     recursive: RecursiveOption = False
+    fit: FitOption = "auto"
     device: DeviceOption = "auto"
     overwrite: OverwriteFlag = False
     seed: SeedOption = 0
     as_json: JsonFlag = False
 
 
-def load(source: Path, size: int, recursive: bool) -> tuple[list[str], Tensor, int]:
+def load(source: Path, opened: Opened, recursive: bool, fit: str) -> tuple[list[str], Tensor, int]:
     """Names and images [N, 3, size, size] of a source, and how many could not be read, which is said."""
     import torch
 
-    names, images, failed = load_all(open_images([source], recursive).samples, lambda sample: sample.load(size))
+    names, images, failed = load_all(open_images([source], recursive).samples, lambda sample: opened.read(sample, fit))
     return names, torch.stack(images), failed
 
 
@@ -392,12 +402,13 @@ def explain_images(
     facts = {
         "command": command, "method": method, "target_option": target, "alpha_min": how.alpha_min, "layer": how.layer,
         **({} if surrogate is None else {"surrogate": models_digest([seen.classifier.module], seen.classifier.labels)}),
+        "fit": how.fit,
         **opened.facts(question.name, trained, how.seed, there),
     }  # fmt: skip
     rows, failed = [], 0
 
     def explain_one(item: Sample, name: str, folder: Path) -> dict[str, Any]:
-        image = item.load(opened.size)[None].to(there)
+        image = opened.read(item, how.fit)[None].to(there)
         with computing_on(there):
             explained = predicted(opened.classifier, image) if wanted is None else wanted
             found = explain(
@@ -488,7 +499,7 @@ def evaluate_methods(
     opened = subject.open(images, how.device, box=box)
     check_callable(opened.classifier, chosen)
     if images is not None:
-        names, shown, failed = load(images, opened.size, how.recursive)
+        names, shown, failed = load(images, opened, how.recursive, how.fit)
     else:
         assert opened.pack is not None  # any other classifier comes with images
         failed, drawn = 0, opened.pack.samples(split, count=count, marker=marker)
@@ -500,7 +511,8 @@ def evaluate_methods(
     forward = forward_by(runtime, opened.classifier, opened.size, shown)
     facts = {
         "command": command, "methods": chosen, "images": None if images is None else str(images), "split": split,
-        "count": count, "marker": marker, "shown": len(shown), "alpha_min": how.alpha_min, "layer": how.layer,
+        "count": count, "marker": marker, "fit": how.fit, "shown": len(shown),
+        "alpha_min": how.alpha_min, "layer": how.layer,
         "metrics": measured, "judge": judge, "masks": masks, "runtime_option": runtime,
         **opened.facts(subject.quantity, trained, how.seed, there), "runtime": runtime,
     }  # fmt: skip
@@ -579,5 +591,5 @@ def _show_evaluation(
 
 def register(parent: typer.Typer) -> None:
     """Add `saliency` and `evaluate` to the command line."""
-    parent.command("saliency")(with_options(grouped(explain_images, command="counterlens saliency")))
-    parent.command("evaluate")(with_options(grouped(evaluate_methods, command="counterlens evaluate")))
+    parent.command("saliency")(with_options(explain_images, command="counterlens saliency"))
+    parent.command("evaluate")(with_options(evaluate_methods, command="counterlens evaluate"))

@@ -100,7 +100,7 @@ def read(engine: Models, file: Path | BytesIO, name: str | None, config: Config,
         picture, plain = open_both(file, path, managed)
     fit: str = config.fit_name
     if fit == "auto":
-        fit = own_fit(engine, square=picture.width == picture.height)
+        fit = own_fit(engine.classifier, square=picture.width == picture.height)
     factor, most = 1, math.inf
     if fit == "native":
         factor = check_native(engine)
@@ -118,13 +118,33 @@ def read(engine: Models, file: Path | BytesIO, name: str | None, config: Config,
     return Photo(image.contiguous(), made, None if process is None or plain is None else process(plain))
 
 
-def own_fit(engine: Models, square: bool = False) -> str:
+def seen_by(classifier: Classifier, size: int, file: Path | BytesIO, name: str | None, fit: str) -> Tensor:
+    """A file as a classifier alone sees it, without a generator: [3, size, size] in [0, 1].
+
+    Args:
+        classifier: whose own pipeline `auto` follows.
+        size: side of the square.
+        file, name: see `images.files.load_image`.
+        fit: auto, crop, pad or squash.
+
+    Raises:
+        UsageError, CounterlensError: see `read`.
+    """
+    path = name or file
+    picture = open_picture(file, path)
+    if fit == "auto":
+        fit = own_fit(classifier, square=picture.width == picture.height)
+    made = take(picture, framed(fit, picture, path, size), colour=padding_of(classifier))
+    return torch.from_numpy(as_pixels(made)).permute(2, 0, 1).contiguous()
+
+
+def own_fit(classifier: Classifier, square: bool = False) -> str:
     """The fit that shows a square model what the classifier's own pipeline shows it; of square pictures any does.
 
     Raises:
         UsageError: there is none.
     """
-    geometry = geometry_of(engine.classifier)
+    geometry = geometry_of(classifier)
     if geometry in (None, "whole"):
         if square:
             return "squash"
@@ -215,7 +235,7 @@ def restored(
     process = find_processor(engine.classifier)
     if process is not None:
         return out, say(engine, [process(out)])[0]
-    fit = own_fit(engine, square=out.width == out.height)
+    fit = own_fit(engine.classifier, square=out.width == out.height)
     seen = take(out, framed(fit, out, path, engine.image_size), config.interpolation, padding_of(engine.classifier))
     p = engine.probabilities(torch.from_numpy(as_pixels(seen)).permute(2, 0, 1)[None])[0]
     return out, Said(engine.labels[int(p.argmax())], p.max().item(), p)

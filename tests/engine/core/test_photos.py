@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from counterlens.engine import Config, Engine
+from counterlens.engine.cli.main import app
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.models.image_classifiers import open_classifier
 from counterlens.engine.models.preprocessing import from_processor
@@ -271,6 +273,18 @@ def test_an_audit_says_it_in_its_rows(engine: Engine, photos: Path, tmp_path: Pa
         assert rows["port.png"]["own_prediction"] in tiny.LABELS
         with Image.open(tmp_path / fit / rows["port.png"]["image"]) as image:
             assert image.size == ((16, 16) if fit == "auto" else (8, 24))
+
+
+def test_a_map_is_of_what_the_classifier_sees_of_a_photo(models: Path, photos: Path, tmp_path: Path) -> None:
+    """Its own processor crops; what is squashed gets another answer."""
+    said = {}
+    for fit in ("auto", "crop", "squash"):
+        options = ["--classifier", models / "resnet", "--image-size", 24, "--method", "gradxinput", "--json"]
+        asked = ["saliency", photos / "land.png", *options, "--fit", fit, "--out", tmp_path / fit]
+        result = CliRunner().invoke(app, [str(part) for part in asked])
+        assert result.exit_code == 0, result.output
+        said[fit] = json.loads(result.stdout)["probability"]
+    assert said["auto"] == said["crop"] != said["squash"]
 
 
 def test_unknown_geometry_is_refused_by_name(models: Path, photos: Path) -> None:
