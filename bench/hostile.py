@@ -164,26 +164,26 @@ def raw(url: str, data: bytes, pause_s: float = 0.0, wait_s: float = 5.0) -> byt
 
 def raws() -> dict[str, bytes]:
     """Requests as bytes."""
-    post = b"POST /v1/predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    post = b"POST /v1/predictions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return {
-        "headers of 64 KiB": b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 65536 + b"\r\n\r\n",
-        "thousand headers": b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 1000 + b"\r\n",
+        "headers of 64 KiB": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 65536 + b"\r\n\r\n",
+        "thousand headers": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: b\r\n" * 1000 + b"\r\n",
         "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
         "cut off": post + b"Content-Length: 1000\r\n\r\n{",
         "negative length": post + b"Content-Length: -5\r\n\r\n{}",
         "two lengths": post + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n{}",
         "bad chunk": post + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n{}\r\n",
         "length said": post + b"Content-Length: 99999999999\r\n\r\n",
-        "odd key": b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n\r\n",
-        "odd id": b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\x01b\r\n\r\n",
-        "long path": b"GET /" + b"a" * 20000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        "odd key": b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\xfe\r\n\r\n",
+        "odd id": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\x01b\r\n\r\n",
+        "long path": b"GET /" + b"a" * 20000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
     }  # fmt: skip
 
 
 def slow(url: str, connections: int = 100, hold_s: float = 5.0, closed_s: float = 40.0) -> list[str]:
     """Connections that send half of their headers, or of a body, and then nothing; all at once: those left open."""
     there = urlsplit(url)
-    post = b"POST /v1/predictions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 90\r\n"
+    post = b"POST /v1/predictions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 90\r\n"
     held = [socket.create_connection((there.hostname or "", there.port or 80)) for _ in range(connections)]
     for i, one in enumerate(held):
         one.sendall(post[:40] if i % 2 else post + b"\r\n{")
@@ -211,7 +211,7 @@ def keys(url: str, key: str) -> list[str]:
     for path in ("/v1/models", "/openapi.json", "/v2/models/digits", "/v1/counterfactuals/x"):
         for said in (None, *wrong, f"bearer {key}"):
             header = b"" if said is None else b"Authorization: " + said.encode("latin-1") + b"\r\n"
-            answer = raw(url, f"GET {path} HTTP/1.1\r\nHost: x\r\n".encode() + header + b"\r\n").decode("latin-1")
+            answer = raw(url, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n".encode() + header + b"\r\n").decode("latin-1")
             right = said == f"bearer {key}"
             if (answer[9:12] == "401") == right or answer[9:10] not in "24":
                 bad.append(f"{path}: {said!r:.60} gets {answer[:60]!r}")
