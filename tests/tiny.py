@@ -12,6 +12,9 @@ from torch import nn
 
 LABELS = [f"thing {i}" for i in range(10)]
 IMAGE_SIZE = 16  # of every tiny model; latents are 4x4
+TOKENS = {"vocab_size": 128, "max_position_embeddings": 48, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+WORDS = ["thing", "photo", "of"]
 
 
 def spread(module: nn.Module, gain: float = 2.0) -> None:
@@ -63,6 +66,20 @@ def save_tokenizer(folder: Path, words: list[str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def save_clip_text(folder: Path, suffix: str = "", projected: bool = False, *, seed: int) -> None:
+    """A CLIP text tower and its tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    save_tokenizer(folder / f"tokenizer{suffix}", WORDS)
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(**TOWER, **TOKENS, projection_dim=TOWER["hidden_size"])
+    text = (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+    for name, parameter in text.named_parameters():
+        if "token_embedding" in name:
+            nn.init.normal_(parameter, std=1.0)
+    text.save_pretrained(folder / f"text_encoder{suffix}")
+
+
 def save_scheduler(folder: Path, prediction: str = "epsilon", schedule: str = "scaled_linear") -> None:
     """The scheduler's configuration, as diffusers writes it."""
     start, end = (0.00085, 0.012) if schedule == "scaled_linear" else (1e-4, 0.02)
@@ -73,28 +90,7 @@ def save_scheduler(folder: Path, prediction: str = "epsilon", schedule: str = "s
 
 def save_stable_diffusion(folder: Path, prediction: str = "epsilon") -> Path:
     """A Stable Diffusion folder: CLIP text encoder and tokenizer, UNet2DConditionModel, AutoencoderKL."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(1)
-    save_tokenizer(folder / "tokenizer", ["thing", "photo", "of"])
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=128,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=48,
-            projection_dim=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    )
-    for name, parameter in text.named_parameters():
-        if "token_embedding" in name:
-            nn.init.normal_(parameter, std=1.0)
-    text.save_pretrained(folder / "text_encoder")
+    save_clip_text(folder, seed=1)
     tiny_kl().save_pretrained(folder / "vae")
     tiny_unet(4, 16).save_pretrained(folder / "unet")
     save_scheduler(folder, prediction)
@@ -175,8 +171,6 @@ def save_dit(folder: Path) -> Path:
 
 
 CLASSIFIER_SIZE = 24  # unlike the diffusion models' images, so that every preprocessing resizes
-TOKENS = {"vocab_size": 128, "max_position_embeddings": 48, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 NAMES = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -253,7 +247,7 @@ def save_clip(folder: Path) -> Path:
     nn.init.constant_(model.logit_scale, 4.6052)
     wider(model.vision_model)
     model.save_pretrained(folder)
-    save_tokenizer(folder, ["thing", "photo", "of"])
+    save_tokenizer(folder, WORDS)
     size = {"height": CLASSIFIER_SIZE, "width": CLASSIFIER_SIZE}
     save_processor(
         folder, "CLIPImageProcessor", size={"shortest_edge": CLASSIFIER_SIZE}, crop_size=size, do_center_crop=True,
@@ -273,7 +267,7 @@ def save_siglip(folder: Path) -> Path:
     nn.init.constant_(model.logit_scale, 2.0)
     nn.init.constant_(model.logit_bias, -1.0)
     model.save_pretrained(folder)
-    save_tokenizer(folder, ["thing", "photo", "of"])
+    save_tokenizer(folder, WORDS)
     save_processor(
         folder, "SiglipImageProcessor", size={"height": CLASSIFIER_SIZE, "width": CLASSIFIER_SIZE}, resample=3
     )

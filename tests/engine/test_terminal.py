@@ -247,8 +247,10 @@ def test_seeds_beyond_64_bits_in_python(seed: int) -> None:
 def test_json_goes_to_stdout_beside_a_progress_bar(digit: Path, tmp_path: Path) -> None:
     """With a terminal on stderr and a pipe on stdout, rich would print stdout's lines on the terminal."""
     script = f"""
-import pty, subprocess, sys, os
+import pty, subprocess, sys, os, threading
 main, slave = pty.openpty()
+# A terminal that nobody reads is full once a slow run has drawn its bar often enough, and then the run waits for ever.
+threading.Thread(target=lambda: [os.read(main, 65536) for _ in iter(int, 1)], daemon=True).start()
 command = [sys.executable, "-c", "from counterlens.engine.cli.main import main; main()"]
 child = subprocess.Popen(
     [*command, "counterfactual", {str(digit)!r}, "--json", "--out", "o"], stdout=subprocess.PIPE, stderr=slave

@@ -168,6 +168,11 @@ def test_the_packs_own_models_through_the_public_door_give_the_same_pictures() -
     torch.testing.assert_close(result.images, expected.images, rtol=1e-4, atol=1e-4)
 
 
+def test_labels_alone_are_no_model_to_export(tmp_path: Path) -> None:
+    one_line_error(run("export", "--labels", "a,b", "--store", tmp_path), 2, "needs --model")
+
+
+@pytest.mark.slow
 def test_a_part_of_a_model_from_disk_is_exported(folder: Path, tmp_path: Path) -> None:
     models = ["--model", folder / "ldm", "--classifier", folder / "resnet", "--what", "unet"]
     done = run("export", *models, "--store", tmp_path / "store", "--out", tmp_path / "out", "--json")
@@ -176,4 +181,3 @@ def test_a_part_of_a_model_from_disk_is_exported(folder: Path, tmp_path: Path) -
     assert report["what"] == "unet"
     assert report["parity"]["worst"] <= 1e-4
     assert (tmp_path / "out" / "model.onnx").is_file()
-    one_line_error(run("export", "--labels", "a,b", "--store", tmp_path), 2, "needs --model")

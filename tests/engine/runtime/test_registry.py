@@ -90,6 +90,7 @@ def test_a_runtime_that_is_none() -> None:
             registry.of_format(format)
 
 
+@pytest.mark.slow
 def test_one_that_is_registered_runs_is_checked_and_chosen(dummy: Any, tiny: Any, tmp_path: Path) -> None:
     def engine(runtime: str) -> Engine:
         return Engine(*tiny, Config(), pack_settings=SETTINGS, store=tmp_path, runtime=runtime)

@@ -161,6 +161,7 @@ def test_a_damaged_artefact_is_refused(spec: Spec, artefact: Any, tiny: Any, tmp
         engine(tiny, copy, runtime="onnxruntime").warmup([1])
 
 
+@pytest.mark.slow
 def test_under_auto_what_is_damaged_is_built_again_with_a_warning(
     spec: Spec, artefact: Any, tiny: Any, tmp_path: Path
 ) -> None:
@@ -174,6 +175,15 @@ def test_under_auto_what_is_damaged_is_built_again_with_a_warning(
     (entry.folder / "artefact.json").write_text("{")
     with pytest.warns(UserWarning, match=r"artefact\.json: damaged .*: built again"):
         engine(tiny, copy).warmup([1])
+
+
+def test_under_auto_measurements_that_are_damaged_are_taken_again_with_a_warning(
+    spec: Spec, artefact: Any, tiny: Any, tmp_path: Path
+) -> None:
+    copy = Store(tmp_path)
+    copy.get(artefacts.key_of(spec, "onnx"), lambda folder: _copy(artefact, folder))
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    engine(tiny, copy).warmup([1])
     (path,) = (copy.folder / "measured").glob("*.json")
     for damaged in ("", "[1]", '{"1": {"eager": "x"}}', '{"1": 3}', "\0"):
         path.write_text(damaged)
@@ -250,10 +260,21 @@ def test_a_wrong_artefact_from_elsewhere_is_never_used(spec: Spec, artefact: Any
     assert choice.runtime == "eager"
 
 
-def test_a_step_is_never_that_of_another_noise_schedule(tiny: Any, tmp_path: Path) -> None:
-    diffusion, classifier = tiny
+def _with_another_noise_schedule(diffusion: Any) -> Any:
     other = copy_module.deepcopy(diffusion)
     other.alphas_cumprod = torch.linspace(0.999, 0.02, len(diffusion.alphas_cumprod), dtype=torch.float64)
+    return other
+
+
+def test_steps_of_two_noise_schedules_have_two_keys(spec: Spec, tiny: Any) -> None:
+    other = Spec(_with_another_noise_schedule(tiny[0]), tiny[1])
+    assert artefacts.key_of(other, "onnx") != artefacts.key_of(spec, "onnx") == artefacts.key_of(Spec(*tiny), "onnx")
+
+
+@pytest.mark.slow
+def test_a_step_is_never_that_of_another_noise_schedule(tiny: Any, tmp_path: Path) -> None:
+    diffusion, classifier = tiny
+    other = _with_another_noise_schedule(diffusion)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     runs = {}
     for name, model in (("first", diffusion), ("other", other)):
