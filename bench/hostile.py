@@ -183,7 +183,8 @@ def raws() -> dict[str, bytes]:
 def slow(url: str, connections: int = 100, hold_s: float = 5.0, closed_s: float = 40.0) -> list[str]:
     """Connections that send half of their headers, or of a body, and then nothing; all at once: those left open."""
     there = urlsplit(url)
-    post = b"POST /v1/predictions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 90\r\n"
+    post = b"POST /v1/predictions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    post += b"Content-Length: 90\r\n"
     held = [socket.create_connection((there.hostname or "", there.port or 80)) for _ in range(connections)]
     for i, one in enumerate(held):
         one.sendall(post[:40] if i % 2 else post + b"\r\n{")
@@ -211,7 +212,8 @@ def keys(url: str, key: str) -> list[str]:
     for path in ("/v1/models", "/openapi.json", "/v2/models/digits", "/v1/counterfactuals/x"):
         for said in (None, *wrong, f"bearer {key}"):
             header = b"" if said is None else b"Authorization: " + said.encode("latin-1") + b"\r\n"
-            answer = raw(url, f"GET {path} HTTP/1.1\r\nHost: localhost\r\n".encode() + header + b"\r\n").decode("latin-1")
+            asked = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n".encode() + header + b"\r\n"
+            answer = raw(url, asked).decode("latin-1")
             right = said == f"bearer {key}"
             if (answer[9:12] == "401") == right or answer[9:10] not in "24":
                 bad.append(f"{path}: {said!r:.60} gets {answer[:60]!r}")
