@@ -27,6 +27,8 @@ from counterlens.engine.guidance.memory import PeakMemory
 from counterlens.engine.images.files import write_png
 from counterlens.engine.images.maps import draw_methods
 from counterlens.engine.metrics import load_alpha_min
+from counterlens.engine.metrics.msi_score import msi
+from counterlens.engine.metrics.quantities import make_quantity
 from counterlens.engine.metrics.robust import brittle
 from counterlens.engine.metrics.table import METRICS, check_metrics, compared
 from counterlens.engine.models.freezing import frozen
@@ -86,11 +88,23 @@ def pointing(scores: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
 def truth_figures(pack: Pack, count: int | None, methods: list[str], known: dict[str, Any]) -> dict[str, Any]:
     """Do maps of "5 or more, or not" point at the marker: for the classifier that reads it, and for the other?
 
-    Rows of methods that are not run again are kept from `known`.
+    And what is the MSI of the marker itself as a map, beside LAX? Rows of methods that are not run again are kept from
+    `known`.
     """
     samples = pack.samples("test", marker="matching", count=count)
     inside = marker_boxes(samples.markers)
     out: dict[str, Any] = {"chance": MARKER_SIZE**2 / 32**2}
+    shortcut = pack.classifier("shortcut")
+    maps = pack_adapter(pack, "shortcut", shortcut, HALVES).explain(samples.images)
+    out["msi"] = {
+        name: interval(
+            msi(
+                shortcut, samples.images, saliency, maps.target, quantity=make_quantity(shortcut, HALVES),
+                baseline=pack.mean_colour,
+            ).score
+        )
+        for name, saliency in (("marker", inside.float()), ("lax", maps.saliency))
+    }  # fmt: skip
     for name in CLASSIFIERS:
         classifier = pack.classifier(name)
         adapter = pack_adapter(pack, name, classifier, HALVES)

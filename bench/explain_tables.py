@@ -16,7 +16,14 @@ def pointing_table() -> str:
     ]
     header = ["method", "`shortcut`: points at it", "top pixels in it", "`clean`: points at it", "top pixels in it"]
     n = truth["clean"]["lax"]["pointing"]["n"]
-    return f"{table(header, rows)}\n\n{n} test digits with a matching marker. {provenance(result, 'explain', 'truth')}"
+    text = f"{n} test digits with a matching marker."
+    if "msi" in truth:
+        box, lax = (number(truth["msi"][name], 2) for name in ("marker", "lax"))
+        text += (
+            f" MSI cannot rank these maps: for `shortcut`, the marker's box itself has {box}, LAX {lax}. Shown alone "
+            "the marker is enough, but with it hidden the digit still tells the half."
+        )
+    return f"{table(header, rows)}\n\n{text} {provenance(result, 'explain', 'truth')}"
 
 
 def faithfulness_table() -> str:

@@ -30,7 +30,6 @@ from .lax import LAX, VERSION
 
 LARGEST = math.log(1e6)  # -log(1 - p) with 1 - p clamped at 1e-6
 BASELINES = ("mean", "blur", "colour", "noise", "image")
-IMPUTED = (0.08, 0.5)  # shares of the pixels; beyond that, hardly any answer survives
 IMPUTED_TOLERANCE = 1e-3
 EDGE = 0.02  # share of the pixels on either side of a level that `ranks` hides softly, mostly from 0.88 to 0.12
 SMOOTHED = 0.4  # share of the maps that are smoothed
@@ -60,8 +59,9 @@ class Schedule:
             dense near 0: what insertion and deletion look at. 0 leaves it out.
         rank_temperature: the least softness of its masks, in deviations of the scores, from the first step to the last.
         rank_thresholds: its shares in a step.
-        imputed: weight of -log(1 - p) of the image without its most salient pixels, a share from `IMPUTED`, filled in
-            from their neighbours as in ROAD: what can be guessed from around it was not removed. 0 leaves it out.
+        imputed: weight of -log(1 - p) of the image without its most salient pixels, filled in from their neighbours as
+            in ROAD: what can be guessed from around it was not removed. 0 leaves it out.
+        imputed_shares: of the pixels, the least and the most; beyond a half, hardly any answer survives.
         others: share of images whose target is a random label and not the prediction.
         baselines: what hides pixels, drawn for each image: `mean` (colour), `blur`, `colour` (random), `noise`,
             `image` (another one of the batch).
@@ -88,6 +88,7 @@ class Schedule:
     rank_temperature: tuple[float, float] = (0.3, 0.05)
     rank_thresholds: int = 3
     imputed: float = 0.0
+    imputed_shares: tuple[float, float] = (0.08, 0.5)
     others: float = 0.0
     baselines: tuple[str, ...] = ("mean",)
     learning_rate: float = 4e-3
@@ -102,6 +103,8 @@ class Schedule:
                 raise UsageError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 <= self.alpha_min < 1:
             raise UsageError(f"alpha_min: expected a number in [0, 1) to train with, got {self.alpha_min}")
+        if not 0 <= self.imputed_shares[0] <= self.imputed_shares[1] <= 1:
+            raise UsageError(f"imputed_shares: expected two ascending numbers in [0, 1], got {self.imputed_shares}")
         if min(*self.temperature, *self.rank_temperature) <= 0:
             raise UsageError(f"temperature: expected numbers above 0, got {self.temperature}, {self.rank_temperature}")
         if unknown := set(self.baselines) - set(BASELINES) or (not self.baselines and {"none"}):
@@ -244,7 +247,7 @@ def training_loss(
     if schedule.ranks:
         loss = loss + schedule.ranks * _by_ranks(adapter, images, baseline, flat, target, softness, schedule, g)
     if schedule.imputed:
-        marked = soft_ranks(flat, _draw(b, 1, *IMPUTED, g), softness)[:, 0].view_as(saliency)
+        marked = soft_ranks(flat, _draw(b, 1, *schedule.imputed_shares, g), softness)[:, 0].view_as(saliency)
         hidden = impute(images, marked.detach() >= 0.5, tolerance=IMPUTED_TOLERANCE)
         odds = adapter.quantity.log_odds(adapter.classifier.logits(images.lerp(hidden, marked[:, None])), target)
         loss = loss + schedule.imputed * F.softplus(odds).clamp(max=LARGEST).mean()

@@ -220,12 +220,13 @@ def test_the_expectation_is_the_formula_whatever_the_forward_batch(classifier, i
         assert torch.allclose(got, gradient, rtol=1e-5, atol=1e-9)
 
 
-def test_removal_with_imputation_is_the_formula(classifier, images, monkeypatch) -> None:
-    monkeypatch.setattr(training, "IMPUTED", (0.25, 0.25))
+def test_removal_with_imputation_is_the_formula(classifier, images) -> None:
     adapter, grey, tau = new_adapter(classifier, SIZE), torch.full((3,), 0.5), 0.5
     x, losses = images[:4], []
     for weight in (0.0, 2.0):
-        schedule = dataclasses.replace(QUICK, steps=1, imputed=weight, moved=0.0, rank_temperature=(tau, tau))
+        schedule = dataclasses.replace(
+            QUICK, steps=1, imputed=weight, imputed_shares=(0.25, 0.25), moved=0.0, rank_temperature=(tau, tau)
+        )
         losses.append(training_loss(adapter, x, grey, 0, schedule, torch.Generator().manual_seed(3)).detach())
     maps = adapter.explain(x)
     flat = maps.scores.flatten(1)
