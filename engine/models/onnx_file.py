@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import CounterlensError, UsageError, install_hint
 
 LARGEST = 2**31 - 1  # bytes that protobuf can hold
+LONGEST = 8192  # pixels of a side
 DYNAMIC_BATCH = 64  # images in one run, where the file leaves it open
 # Of pictures; what else an input may be is refused.
 PIXELS = {"float32": np.float32, "float16": np.float16, "float64": np.float64, "uint8": np.uint8}
@@ -114,6 +115,11 @@ def tensors(model: Any) -> Iterator[Any]:
 
 
 def _check_order(path: Path, graph: Any) -> None:
+    words = [word for n in graph.node for word in (n.name, n.op_type, n.domain, *n.input, *n.output)]
+    words += [attribute.name for node in graph.node for attribute in node.attribute]
+    words += [part.name for part in (*graph.input, *graph.output, *graph.initializer)]
+    if not all(isinstance(word, str) for word in words):  # protobuf leaves as bytes what is no UTF-8
+        raise CounterlensError(f"classifier: {path}: not a valid ONNX file: a name in it is no text")
     made = {"", *(v.name for v in graph.input), *(t.name for t in graph.initializer)}
     made |= {sparse.values.name for sparse in graph.sparse_initializer}
     for node in graph.node:
@@ -133,6 +139,8 @@ def _check_tensor(path: Path, proto: Any) -> None:
     if proto.data_type == onnx.TensorProto.STRING:
         return
     try:
+        if proto.data_type == onnx.TensorProto.UNDEFINED:
+            raise KeyError(proto.data_type)
         width = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)).itemsize
     except (KeyError, TypeError) as error:
         raise CounterlensError(f"{where} is of an unknown type ({proto.data_type})") from error
@@ -224,6 +232,8 @@ def _picture(path: Path, graph: Any) -> Picture:
     if (height is None) != (width is None):
         raise UsageError(f"classifier: {path}: its input is {said}, with one of height and width open")
     size = None if height is None or width is None else (height, width)
+    if size is not None and max(size) > LONGEST:
+        raise UsageError(f"classifier: {path}: its input is {said}, more than {LONGEST} pixels high or wide")
     return Picture(inputs[0].name, dtype, last, channels or 3, size, batch)
 
 

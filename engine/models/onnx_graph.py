@@ -29,6 +29,7 @@ FLAT = {
     "ArgMax", "ArgMin", "BitShift", "Ceil", "Floor", "Hardmax", "NonMaxSuppression", "NonZero", "OneHot", "Round",
     "Sign", "TopK",
 }  # fmt: skip
+UNREAD = {0, 4, 5, 9, 10, 11, 12, 13, 14}  # types of attributes: none, empty tensors, graphs, sparse, types
 PASSING = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze"}  # may stand behind a softmax without changing a value
 ENDINGS = {"Softmax": "softmax", "LogSoftmax": "log-softmax", "Sigmoid": "sigmoid"}
 
@@ -289,6 +290,8 @@ class _Builder:
 
     def _cast(self, value: np.ndarray) -> np.ndarray:
         """Half precision as float32, and all of one precision: gradients of log p fall below what float16 holds."""
+        if value.dtype.kind in "OSU":
+            raise NoGradient(self.file.path, ["it computes with texts"])
         if value.dtype.kind == "f" or value.dtype.name == "bfloat16":
             self.halved |= value.dtype.itemsize == 2
             return value.astype(np.float64 if self.wide else np.float32, copy=False)
@@ -299,10 +302,15 @@ class _Builder:
 
         given: dict[str, Any] = {}
         for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
+            if attribute.type == onnx.AttributeProto.TENSOR and attribute.t.data_type != onnx.TensorProto.UNDEFINED:
                 given[attribute.name] = self._cast(self.file.tensor(attribute.t))
-            elif attribute.type not in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
-                value = onnx.helper.get_attribute_value(attribute)
+            elif attribute.type not in UNREAD:
+                try:
+                    value = onnx.helper.get_attribute_value(attribute)
+                except ValueError as error:
+                    raise CounterlensError(
+                        f"classifier: {self.file.path}: not a valid ONNX file: {attribute.name} of {node.op_type}"
+                    ) from error
                 given[attribute.name] = value.decode(errors="replace") if isinstance(value, bytes) else value
         return Attributes(given, self.opset, outputs)
 
@@ -313,6 +321,8 @@ class _Builder:
             return False
         if kind == "Constant":
             value = next((v for k, v in a.items() if k.startswith("value")), None)
+            if value is None:
+                raise CounterlensError(f"classifier: {self.file.path}: not a valid ONNX file: a constant has no value")
             self.constants[outputs[0]] = self._cast(np.asarray(value))
             return True
         if kind not in CAN and kind not in NUMPY:

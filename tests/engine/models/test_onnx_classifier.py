@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,46 @@ def test_files_that_nobody_should_trust(change: Any, said: str, tmp_path: Path) 
         open_onnx_classifier(path, image_size=SIZE, labels=LABELS)
     assert not isinstance(caught.value, NoGradient)
     assert "\n" not in str(caught.value)
+
+
+def damaged(whole: bytes, seed: int) -> bytes:
+    """A file with a few bytes changed, or with one thing in its graph that makes no sense."""
+    chance = random.Random(seed)
+    if seed % 2:
+        content = bytearray(whole)
+        for _ in range(chance.choice([1, 2, 8])):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        return bytes(content)
+    model = onnx.load_from_string(whole)
+    node, weight = chance.choice(model.graph.node), chance.choice(model.graph.initializer)
+    match chance.randrange(6):
+        case 0:
+            node.op_type = chance.choice(["Relu", "Conv", "Split", "Slice", "Loop", "Foo", "TopK", "Pad", "Constant"])
+        case 1 if node.input:
+            node.input.remove(chance.choice(node.input))
+        case 2 if node.attribute:
+            del node.attribute[0]
+        case 3 if node.attribute and node.attribute[0].ints:
+            node.attribute[0].ints[0] = chance.choice([-1, 0, 7, 2**40])
+        case 4:
+            weight.dims[0] = chance.choice([0, 1, -1, 2**50])
+        case _:
+            size = model.graph.input[0].type.tensor_type.shape.dim[chance.randrange(4)]
+            size.dim_value = chance.choice([1, 3, 7, 2**31])
+    return model.SerializeToString()
+
+
+def test_damaged_files_open_or_are_refused_in_one_line(tmp_path: Path) -> None:
+    whole = export(Small(), tmp_path / "m.onnx").read_bytes()
+    path, refused = tmp_path / "damaged.onnx", list[str]()
+    for seed in range(40):
+        path.write_bytes(damaged(whole, seed))
+        try:
+            open_onnx_classifier(path, image_size=SIZE, labels=LABELS)
+        except CounterlensError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert not [said for said in refused if "\n" in said]
 
 
 def test_files_that_are_no_onnx(tmp_path: Path) -> None:
