@@ -123,12 +123,12 @@ class Tinted(torch.nn.Module):
 def test_a_planted_tint_is_found_in_the_digits() -> None:
     """Counterfactuals of real models; the honest classifier on the same images raises no alarm."""
     pack = Pack("digits")
-    images = pack.samples("validation", count=32, seed=3).images
+    images = pack.samples("validation", count=20, seed=3).images
     for module, planted in ((Tinted(), True), (pack.classifier("clean").module, False)):
         classifier = SoftmaxClassifier(module, pack.classifier("clean").labels)
         settings = pack.manifest["settings"]
         engine = Engine(pack.diffusion(), classifier, Config(), pack_settings=settings, runtime="eager")
-        facts, _ = find(engine, images, [str(i) for i in range(32)], engine.config)
+        facts, _ = find(engine, images, [str(i) for i in range(20)], engine.config)
         assert (alarms(facts) != []) == planted, facts["all"]["statistics"]
         if planted:
             assert facts["all"]["statistics"][0]["name"] == "colour red-blue"  # what stands out most
