@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import CounterlensError
 from .onnx_file import OnnxFile
-from .onnx_operators import CAN, KNOWN, NUMPY, Attributes, NoGradient, TooLarge, Unfit, of_numbers
+from .onnx_numbers import NUMPY, of_numbers
+from .onnx_operators import CAN, KNOWN, Attributes, NoGradient, TooLarge, Unfit
 
 OWN = ("", "ai.onnx")
 CONTROL = {"If", "Loop", "Scan", "SequenceMap"}
