@@ -266,3 +266,21 @@ def test_the_packs_adapters_fit_their_classifiers(digits: Path) -> None:
         open_adapter(pack.folder / "adapters" / "clean", pack.classifier("shortcut"))
     with pytest.raises(UsageError, match="has none for 'judge'"):
         pack_adapter(pack, "judge", pack.classifier("judge"))
+
+
+@needs_adapters
+def test_the_planted_cause_is_what_one_sees() -> None:
+    pack = Pack("digits")
+    samples = pack.samples("test", marker="matching", count=40)
+    inside = torch.zeros(40, 32, 32)
+    for box, marker in zip(inside, samples.markers, strict=True):
+        assert marker is not None
+        box[marker.box] = 1
+    near = torch.nn.functional.max_pool2d(inside, 5, 1, 2)  # two pixels around
+    shares = {}
+    for name in ("shortcut", "clean"):
+        saliency = pack_adapter(pack, name, pack.classifier(name), HALVES).explain(samples.images).saliency
+        marked = (saliency >= 0.5).float()
+        shares[name] = ((marked * near).sum((1, 2)) / marked.sum((1, 2)).clamp(min=1)).mean().item()
+    assert shares["shortcut"] > 0.9  # no bands along the border, and no second corner
+    assert shares["clean"] < 0.05
