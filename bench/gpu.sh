@@ -122,7 +122,8 @@ serve() {
 }
 
 models() {
-    gpu models --rounds 3 && [ -z "$DRY" ] || return
+    gpu models --rounds 3 || return
+    [ -n "$DRY" ] && return
     for model in stable-diffusion-1.x cin256-v2; do
         python3 -m bench.real_models --model $model --dtype fp16 --batch 8 --record || return
     done

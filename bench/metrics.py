@@ -369,7 +369,7 @@ def main(
     """
     keep_memory()
     if dry_run:
-        print(json.dumps(resnet_flipping(device, count=1, steps=2, side=32, rounds=1, batch_size=4), indent=1))
+        print(json.dumps(resnet_flipping(device, count=1, steps=6, side=32, rounds=1, batch_size=4), indent=1))
         return
     pack = Pack("digits")
     result = {
