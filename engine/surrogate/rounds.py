@@ -103,12 +103,19 @@ class Trainer:
     agreement: dict[str, Any] = field(default_factory=dict)
 
     def ask(self, kind: str, images: Tensor, *, keep: bool = True) -> Tensor:
-        """The box's answers [N, labels] to images [N, 3, H, W] in [0, 1], as 8 bits; remembered to learn from."""
+        """The box's answers [N, labels] to images [N, 3, H, W] in [0, 1], as 8 bits; remembered to learn from.
+
+        What it does not answer is left out.
+        """
         saved = to_uint8(images)
         said = torch.from_numpy(self.box.answer(saved.permute(0, 2, 3, 1).contiguous().numpy())).float()
         self.queries[kind] = self.queries.get(kind, 0) + len(images)
         if keep:
             good = said.isfinite().all(dim=1)
+            if not good.any():
+                raise CounterlensError(
+                    f"classifier: {self.box.name} answered none of {len(images)} images: {self.box.why()}"
+                )
             self.images.append(saved[good])
             self.answers.append(said[good])
         return said

@@ -187,3 +187,30 @@ def test_misuse_is_named(trained: tuple[Path, Surrogate, int], engine: Any, imag
     other = open_box(brightness, [f"no {label}" for label in LABELS], image_size=16)
     with pytest.raises(UsageError, match="its labels were"):
         trained[1].check(other)
+
+
+def test_what_the_box_does_not_answer_is_left_out(engine: Any, images: torch.Tensor) -> None:
+    def picky(some: np.ndarray) -> np.ndarray:
+        if (some.mean(axis=(1, 2, 3)) > 200).any():
+            raise ValueError("too bright")
+        return brightness(some)
+
+    box = boxed(picky)
+    surrogate = engine(box).train_surrogate(images, None, PLAN)
+    assert 0 < len(surrogate.images) < sum(surrogate.training["queries"].values()) - 9
+    assert surrogate.answers.isfinite().all()
+    explained = engine(box).with_surrogate(surrogate, queries_each=2)
+    made = explained.counterfactual(images[[0, 31]])
+    assert made.errors[0] is None
+    assert "gives no answer for the image (raised ValueError: too bright)" in str(made.errors[1])
+    alive = [True]
+
+    def mortal(some: np.ndarray) -> np.ndarray:
+        if not alive:
+            raise RuntimeError("gone")
+        return brightness(some)
+
+    box = boxed(mortal)
+    alive.clear()
+    with pytest.raises(CounterlensError, match=r"answered none of \d+ images: raised RuntimeError: gone"):
+        engine(box).train_surrogate(images, None, PLAN)
