@@ -183,7 +183,7 @@ def _preprocessing(
     file: OnnxFile, image_size: int, given: Mapping[str, Any] | None
 ) -> tuple[Preprocessing, Callable[[Any], Tensor] | None, list[str]]:
     """What stands between an image and the file, its function of a picture where it has one, and what was assumed."""
-    beside = file.path.parent / "preprocessor_config.json"
+    beside = _beside(file, "preprocessor_config.json")
     size = file.picture.size
     process: Callable[[Any], Tensor] | None = None
     assumed: list[str] = []
@@ -212,6 +212,12 @@ def _preprocessing(
             f"{made.size[0]}x{made.size[1]}"
         )
     return made, process, assumed
+
+
+def _beside(file: OnnxFile, name: str) -> Path:
+    """A file beside the model's, or above a folder called onnx, as hubs lay them out."""
+    folder = file.path.parent
+    return (folder.parent if folder.name == "onnx" and not (folder / name).is_file() else folder) / name
 
 
 def _count(file: OnnxFile, graph: OnnxGraph, size: tuple[int, int]) -> int:
@@ -273,7 +279,7 @@ def _own_labels(file: OnnxFile) -> list[str]:
             value = [value[k] for k in sorted(value, key=lambda k: int(k) if str(k).isdigit() else 0)]
         if isinstance(value, list) and value and all(isinstance(n, str | int) for n in value):
             return [str(n).strip() for n in value]
-    beside = file.path.parent / "config.json"
+    beside = _beside(file, "config.json")
     return (id2label_names(read_json(beside).get("id2label")) or []) if beside.is_file() else []
 
 

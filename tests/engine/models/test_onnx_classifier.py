@@ -193,6 +193,9 @@ def test_labels_are_in_the_file_or_beside_it(tmp_path: Path) -> None:
         open_onnx_classifier(path, image_size=SIZE, labels=["a", "b"])
     (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "x", "1": "y", "2": "z"}}))
     assert open_onnx_classifier(path, image_size=SIZE).labels == ["x", "y", "z"]
+    (tmp_path / "onnx").mkdir()
+    below = export(Small(), tmp_path / "onnx" / "m.onnx")
+    assert open_onnx_classifier(below, image_size=SIZE).labels == ["x", "y", "z"]
     model = onnx.load(path)
     for text in ("{0: 'a', 1: 'b', 2: 'c'}", '["a", "b", "c"]', "a, b, c", "a\nb\nc", '{"2": "c", "0": "a", "1": "b"}'):
         del model.metadata_props[:]
