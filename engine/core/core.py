@@ -154,8 +154,7 @@ class EngineCore:
         self.memory_budget = memory_budget
         self._bytes: dict[tuple[StepOptions, tuple[int, int]], int] = {}
         self._slots: dict[tuple[int, int], tuple[int, ...]] = {}  # of images of other sizes, by height and width
-        if memory_budget is not None:
-            _ = self.slots  # or nothing fits, which is said now
+        _ = self.slots if memory_budget is not None else ()  # or nothing fits, which is said now
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -236,9 +235,7 @@ class EngineCore:
         """
         if self.is_own_size(sides) or (self.memory_budget is None and self.device.type == "cpu"):
             return self.slots
-        if sides not in self._slots:
-            self._slots[sides] = self._fitting_slots(sides)
-        return self._slots[sides]
+        return self._slots.get(sides) or self._slots.setdefault(sides, self._fitting_slots(sides))
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
@@ -247,8 +244,7 @@ class EngineCore:
 
     def _fitting_slots(self, sides: tuple[int, int] | None = None) -> tuple[int, ...]:
         slots = slots_on(self.device, self.runtime)
-        budget = self.memory_budget or memory_of(self.device, weight_bytes(self.modules()))
-        if budget is None:
+        if (budget := self.memory_budget or memory_of(self.device, weight_bytes(self.modules()))) is None:
             return slots
         settings = self.settings(self.config)
         with computing_on(self.device), self._prepared():
@@ -379,8 +375,7 @@ class EngineCore:
                 "guidance_decoder: this engine has no tiny decoder; give Engine(guidance_decoder=...) the folder or "
                 "hub id of an AutoencoderTiny for this model's VAE"
             )
-        guided = self.runners.guided(settings)  # or there is none
-        if settings.reuse_features > 1 and (why := no_deep_features(guided)):
+        if (why := no_deep_features(self.runners.guided(settings))) and settings.reuse_features > 1:
             raise UsageError(f"reuse_features: {why}; leave it out")
         return settings
 
@@ -483,8 +478,7 @@ class EngineCore:
             seeds: one per image; without them each image's own pixels and `config.seed` decide, so that an image has
                 the same noise wherever it stands.
             config: instead of the engine's; one for all, or one per image. Those of one call must agree on what decides
-                the step's graph: filter, gradient, guidance_decoder, distance and whether guidance_every and what is
-                reused are 1.
+                the step's graph: filter, gradient, guidance_decoder, distance, and what steps reuse.
             progress: called with (step, total, x0) after every step; x0 is the clean estimate [b, 3, H, W] in [0, 1] of
                 the samples in the slots. Decoding it costs a decoder pass each step.
             on_step: called with (step, total) after every step, at no cost.
