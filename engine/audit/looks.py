@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import json
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,12 @@ from ..files import write_atomically
 
 FOLDER = "disagreement"
 VERSION = 1
+# What NumPy and zipfile raise of a file that is cut short or has bytes turned.
+DAMAGED = (
+    OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, SyntaxError, RuntimeError, zlib.error,
+    zipfile.BadZipFile, tokenize.TokenError,
+)  # fmt: skip
+AGAIN = "remove it, and it is made again"
 
 
 @dataclass
@@ -63,22 +71,33 @@ def write_look(folder: Path, batch: int, look: Look, hint: str) -> None:
     write_atomically(look_path(folder, batch), look.data(), hint=hint, folders=True)
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file.
+
+    Raises:
+        CounterlensError: it cannot be read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except DAMAGED as error:
+        raise CounterlensError(f"{path}: cannot be read ({error}); {AGAIN}") from error
+
+
 def read_look(path: Path) -> Look:
     """Read a batch.
 
     Raises:
         CounterlensError: it cannot be read, or a newer counterlens wrote it.
     """
-    again = "remove it, and it is made again"
+    arrays = read_arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
         facts = json.loads(arrays.pop("facts").tobytes())
         version = facts["version"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise CounterlensError(f"{path}: cannot be read ({error}); {again}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CounterlensError(f"{path}: cannot be read ({error}); {AGAIN}") from error
     if version != VERSION:
-        raise CounterlensError(f"{path}: of version {version} of its format, this is {VERSION}; {again}")
+        raise CounterlensError(f"{path}: of version {version} of its format, this is {VERSION}; {AGAIN}")
     named = {
         kind: {k.partition(" ")[2]: v for k, v in arrays.items() if k.startswith(kind)} for kind in ("each", "sum")
     }

@@ -104,9 +104,12 @@ def _merge_looks(opened: Sequence[Results], out: Path, say: Callable[[str], None
                 f"{path}: of a search among {facts['asked']} samples, {first} of one among {said['asked']}; run all "
                 "shards with the same --shortcuts"
             )
+    for path in look_files(out):  # of an earlier merge
+        if read_look(path).facts["asked"] != said["asked"]:
+            path.unlink()
     for name, path in found.items():
         write_atomically(out / LOOKS / name, _read(path), hint=GOES_ON, folders=True)
-    if (missing := said["batches"] - len(found)) > 0:
+    if (missing := said["batches"] - len(look_files(out))) > 0:
         say(f"shortcuts: {missing} of {said['batches']} batches are missing; run all shards with the same --shortcuts")
         return
     conclude_folder(out)

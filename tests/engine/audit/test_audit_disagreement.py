@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from counterlens.engine.audit.disagreement import excess_test, find, judge, read_maps, regions, unlikely_labels
+from counterlens.engine.audit.disagreement import (
+    excess_test,
+    find,
+    judge,
+    read_maps,
+    regions,
+    sign_test,
+    unlikely_labels,
+)
 from counterlens.engine.audit.statistics import STATISTICS
 from counterlens.engine.audit.watching import Observer, observe, shares
 from counterlens.engine.config import Config, StepOptions
@@ -145,6 +153,17 @@ def test_the_test_keeps_its_level_and_has_power() -> None:
     found = [excess_test(*maps(40, s, planted=0.15), draws=200, seed=s) for s in range(50)]
     assert sum(t.p[0] < 0.05 for t in found) >= 48
     assert all(int(t.excess.argmax()) == 0 for t in found)
+
+
+def test_ties_are_no_rarity() -> None:
+    """Four samples of 300 differ at all: a sixteenth of all draws give what was seen, whatever rounding says."""
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        d = np.zeros((300, 40))
+        d[rng.choice(300, 4, replace=False), 0] = rng.uniform(0.001, 0.03, 4)
+        assert sign_test(d, draws=400).p[0] == pytest.approx(1 / 16, abs=0.04)
+    alike = sign_test(np.full((4, 40), 0.02), draws=400)
+    assert alike.p == pytest.approx(1 / 16, abs=0.04)
 
 
 def test_places_are_connected_cells() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -170,6 +171,15 @@ def test_shards_resumed_and_merged_are_one_run(tiny, source: Path, tmp_path: Pat
     said: list[str] = []
     merge(shards[:1] * 1 + shards[1:], tmp_path / "merged", said.append)
     assert facts_of(tmp_path / "merged") == facts_of(whole.folder)
+    # Fewer samples, into the same folder.
+    fewer = run(make_engine(tiny), source, tmp_path / "fewer", shortcuts=4)
+    for k, folder in enumerate(shards):
+        run(make_engine(tiny), source, folder, shortcuts=4, shard=(k + 1, 2))
+    merge(shards, tmp_path / "merged", said.append)
+    assert said == []
+    assert facts_of(tmp_path / "merged") == facts_of(fewer.folder)
+    for k, folder in enumerate(shards):
+        run(make_engine(tiny), source, folder, shortcuts=9, shard=(k + 1, 2))
     # A batch is lost: it alone is made again.
     kept = [p.stat().st_mtime_ns for p in look_files(whole.folder)]
     before = facts_of(whole.folder)
@@ -198,6 +208,10 @@ def test_another_number_of_samples_is_another_search(tiny, source: Path, single:
     facts = read_facts(tmp_path / "out")
     assert facts is not None
     assert facts["asked"] == facts["all"]["samples"] == 4
+    before = facts_of(tmp_path / "out")
+    (tmp_path / "out" / MAPS).unlink()  # as a message about a damaged one says
+    run(make_engine(tiny), source, tmp_path / "out", shortcuts=4)
+    assert facts_of(tmp_path / "out") == before
 
 
 def test_older_audits_open_and_say_what_they_lack(tiny, source: Path, single: Results, tmp_path: Path) -> None:  # noqa: F811
@@ -224,6 +238,17 @@ def test_batches_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     assert joined([look, look])[0]["push"].shape == (4, 1)
     assert joined([look, look])[1]["lost"].mean() == 0.5
     path = look_files(tmp_path)[0]
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(CounterlensError, match=r"000003.npz: cannot be read .*made again"):
-        read_look(path)
+    whole = path.read_bytes()
+    for damaged in (
+        whole[:40],
+        b"",
+        b"text",
+        *(whole[:k] + bytes([whole[k] ^ 16]) + whole[k + 1 :] for k in range(300)),
+    ):
+        path.write_bytes(damaged)
+        try:
+            read_look(path)  # of some bytes nothing depends
+        except CounterlensError as error:
+            assert re.search(r"000003.npz: .*made again", str(error))  # noqa: PT017
+        else:
+            assert len(damaged) == len(whole)
