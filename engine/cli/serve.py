@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 import queue
+import re
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..serve.worker import Worker
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+MOST = 1000  # connections
 AT_ONCE_S = 1.0  # that answers of 503 have after a second signal
 PANEL = "Server"
 
@@ -52,7 +54,7 @@ def serve(
     max_bytes: Annotated[int, _option("Of a request's body.", min=1024)] = 32_000_000,
     api_key_file: Annotated[Path | None, _option("Bearer keys, one a line; read again on SIGHUP.")] = None,
     per_key: Annotated[int, _option("Requests of one key at once; 0: any number.", min=0)] = 0,
-    max_connections: Annotated[int, _option("Open at once; health probes of a few more are answered.", min=1)] = 1000,
+    max_connections: Annotated[int, _option("Open at once; health probes of a few more are answered.", min=1)] = MOST,
     allow_host: Annotated[
         list[str] | None,
         _option("Name in requests' Host that is this server, beside localhost (a proxy's); may be repeated."),
@@ -89,17 +91,22 @@ def serve(
     try:
         import uvicorn  # noqa: F401
 
-        from ..serve.guard import Keys, Limits
+        from ..serve.guard import Keys, Limits, host_name
     except ImportError as error:
         raise CounterlensError(f"serve: {error.name} cannot be imported; {install_hint('serve')}") from error
     keys = Keys(api_key_file)
-    hosts = [name.lower() for name in allow_host or ()]
+    hosts = [host_name(name) for name in allow_host or ()]
+    for name, told in zip(hosts, allow_host or (), strict=True):
+        if not re.fullmatch(r"[\w.-]+|\[[\da-f:.]+\]", name) or "/" in told:
+            raise UsageError(f"allow-host: expected a name such as lens.example, or [2001:db8::1], got {told!r}")
     if hosts or host in LOCAL:  # whoever asks by another name has been led here by a page of another site
         hosts += ["127.0.0.1", "localhost", "[::1]"]
     limits = Limits(body_bytes=max_bytes, pixels=max_pixels, per_key=per_key, hosts=tuple(hosts))
     said = config.model_dump(exclude_unset=True)
     if ray is None and (replicas != "1..4" or replica_cpus or replica_gpus is not None):
         raise UsageError("ray: --replicas, --replica-cpus and --replica-gpus are for replicas on Ray; give --ray too")
+    if ray is not None and max_connections != MOST:
+        raise UsageError("max-connections: has no use with --ray, whose proxies hold the connections")
     if config.region not in (None, "auto"):
         raise UsageError(
             f"region: {config.region} lies in one picture, and uploads are many; requests say their own, a server auto"
@@ -156,8 +163,11 @@ def _run(
     most: int, warm: Callable[[], None] = lambda: None, said: str = "",
 ) -> None:  # fmt: skip
     """Serve in this process until SIGTERM or Ctrl-C."""
-    from ..serve.connection import http_server
+    from ..serve.connection import http_server, room_for
 
+    if (fits := room_for(most)) < most:
+        errors.print(f"connections: {fits} at once and not {most}; this process may open no more files (ulimit -n)")
+        most = fits
     server = http_server(app, grace, most=most)
     place = f"http://{host}:{listening.getsockname()[1]} ({said}interface: /docs; Ctrl-C stops)"
     asyncio.run(_serve(server, listening, place, worker, keys, grace, warm))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import resource
 from typing import Any, ClassVar
 
 import h11
@@ -16,6 +17,7 @@ from .wire import Problem
 
 HEADER_BYTES = 32_768
 SPARE = 64  # connections beyond the limit whose requests hear of it, and over which probes are answered
+FILES = 128  # that the process may need beside connections: models, uploads, answers kept
 
 
 class Connection(H11Protocol):
@@ -76,6 +78,17 @@ def crowded(app: Any) -> Any:
         await app(scope, receive, send)
 
     return marked
+
+
+def room_for(most: int) -> int:
+    """Let this process hold so many connections beside its files, or as many as the system allows; at least one."""
+    needed = most + SPARE + FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return max(1, needed - SPARE - FILES)
 
 
 def http_server(

@@ -40,8 +40,8 @@ class Limits:
         body_seconds: until a body has to be there.
         pixels: of an image, before it is decoded.
         per_key: requests of one key at once, those that run on after a 202 included; 0: any number.
-        hosts: that a request's Host header may name, in small letters and without the port; empty: any. A page of
-            another site can have its own name resolve to this machine, and its browser then takes us for its server.
+        hosts: that a request's Host header may name, as `host_name` has them; empty: any. A page of another site can
+            have its own name resolve to this machine, and its browser then takes us for its server.
     """
 
     body_bytes: int = 32_000_000
@@ -49,6 +49,12 @@ class Limits:
     pixels: int = 64_000_000
     per_key: int = 0
     hosts: tuple[str, ...] = ()
+
+
+def host_name(said: str) -> str:
+    """The name in a Host header: in small letters, without port and last dot; an IPv6 address in its brackets."""
+    said = said.strip().lower()
+    return said[: said.find("]") + 1] if said.startswith("[") else said.partition(":")[0].rstrip(".")
 
 
 class Keys:
@@ -145,9 +151,10 @@ class Guard:
         key: bytes | None = None
         asks = False
         try:
-            if crowded and scope["path"] not in PROBES:
-                raise Problem(503, "connections: too many are open; try again", None, {"Retry-After": "1"})
-            self._check_host(headers.get(b"host"))
+            if scope["path"] not in PROBES:  # which orchestrators ask by a container's address
+                if crowded:
+                    raise Problem(503, "connections: too many are open; try again", None, {"Retry-After": "1"})
+                self._check_host(headers.get(b"host"))
             if scope["path"] not in OPEN:
                 key = self.keys.check(headers.get(b"authorization", b""))
                 # What is only asked about or given up costs nothing: whoever has as many as it may still comes back.
@@ -186,9 +193,8 @@ class Guard:
         """
         if not self.limits.hosts or header is None:  # HTTP/1.0 has none, and browsers do not speak it
             return
-        said = header.decode("latin-1").strip().lower()
-        name = said[: said.find("]") + 1] if said.startswith("[") else said.partition(":")[0].rstrip(".")
-        if name not in self.limits.hosts:
+        said = header.decode("latin-1")
+        if host_name(said) not in self.limits.hosts:
             raise Problem(
                 400,
                 f"host: {said[:60]!r} is not this server; --allow-host takes the name that a proxy passes on",

@@ -68,6 +68,9 @@ def test_it_answers_and_finishes_what_runs_when_it_is_stopped(tmp_path: Path) ->
         (["--api-key-file", "nowhere"], "api-key-file: nowhere cannot be read"),
         (["--preload-speeds", "warp"], "speed"),
         (["--max-queue", "0"], "max-queue"),
+        (["--allow-host", "https://lens.example/"], "allow-host: expected a name such as lens.example"),
+        (["--allow-host", "*"], "allow-host: expected a name"),
+        (["--ray", "local", "--max-connections", "50"], "max-connections: has no use with --ray"),
     ],
 )
 def test_what_it_does_not_take(options: list[str], word: str) -> None:

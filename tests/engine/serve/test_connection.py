@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import pytest
 from bench import hostile
 from counterlens.engine.core.core import EngineCore
 from counterlens.engine.serve.app import make_app
-from counterlens.engine.serve.connection import HEADER_BYTES, Connection, http_server
+from counterlens.engine.serve.connection import FILES, HEADER_BYTES, SPARE, Connection, http_server
 from counterlens.engine.serve.guard import Keys, Limits
 from counterlens.engine.serve.worker import Worker
 from tests.engine.serve.test_http import picture
@@ -162,6 +164,19 @@ def test_connections_beyond_the_limit_are_told_and_probes_are_answered(
         with httpx.Client(base_url=f"http://127.0.0.1:{there}") as client:
             assert [client.get("/v1/models").status_code for _ in range(2)] == [200, 200]
         held.pop().close()
+
+
+def test_the_limit_on_open_files_makes_room_for_connections() -> None:
+    """As far as the hard one goes, which a child is given."""
+    said = []
+    for soft, hard in ((512, 2048), (512, 700), (100, 100)):
+        code = (
+            f"import resource as r; r.setrlimit(r.RLIMIT_NOFILE, ({soft}, {hard}));"
+            "from counterlens.engine.serve.connection import room_for; print(room_for(1000), r.getrlimit(7)[0])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        said.append(tuple(map(int, done.stdout.split())))
+    assert said == [(1000, 1000 + SPARE + FILES), (700 - SPARE - FILES, 700), (1, 100)]
 
 
 def test_a_key_runs_so_many_requests_at_once_and_one_that_leaves_makes_room(

@@ -28,7 +28,7 @@ from counterlens.engine.errors import CounterlensError
 from counterlens.engine.images.files import to_uint8
 from counterlens.engine.models.protocols import SoftmaxClassifier
 from counterlens.engine.serve.app import make_app
-from counterlens.engine.serve.guard import Keys, Limits
+from counterlens.engine.serve.guard import PROBES, Keys, Limits
 from counterlens.engine.serve.wire import MAX_DEPTH, parse_json, png
 from counterlens.engine.serve.worker import Worker
 from tests import tiny as saved
@@ -223,6 +223,8 @@ def test_requests_that_are_meant_for_another_server_are_refused(engine: EngineCo
             assert refused.status_code == 400, host
             assert refused.json()["field"] == "host"
             assert client.get("/", headers={"Host": host}).status_code == 400
+            for probe in PROBES:  # a kubelet and Prometheus ask by the container's address
+                assert client.get(probe, headers={"Host": host}).status_code == 200
 
 
 BAD: list[tuple[str, dict[str, Any], int, str]] = [
