@@ -10,8 +10,8 @@ import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,29 @@ class Answers:
 
     def put(self, rows: Iterable[tuple[bytes, NDArray[np.float32]]]) -> None:
         """Keep answers, all of these or none."""
-        with self._lock:
-            self._run("BEGIN")
+        with self._writing():
             for key, answer in rows:
                 self._run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?)", self.box, key, answer.tobytes())
-            self._run("COMMIT")
+
+    def spend(self, images: int, most: int | None) -> int:
+        """Count a request of so many images, or of those that `most` in all leaves, also to other processes."""
+        with self._writing():
+            allowed = images if most is None else max(0, min(images, most - self.counts()["asked"]))
+            if allowed:
+                self.count(asked=allowed, requests=1)
+        return allowed
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """All of what is written here or none, while no other process writes."""
+        with self._lock:
+            self._run("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._run("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.rollback()
 
     def count(self, **more: int) -> None:
         """Add to the counts."""

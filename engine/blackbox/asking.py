@@ -18,6 +18,7 @@ from .sources import Source
 Pixels = NDArray[np.uint8]  # [N, H, W, 3]
 
 IN_A_ROW = 20  # images without any answer after which a server is taken for gone
+LONGEST_REASON = 300  # characters
 FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds before a request is made again, doubled each time
 
 
@@ -65,7 +66,10 @@ class Asker:
             alone = attempt == tries > 0
             groups = [[key] for key in left] if alone else [list(left)]
             wait = 0.0
-            while groups and not stop.is_set():
+            while groups:
+                self._pace(stop)
+                if stop.is_set():
+                    break
                 group = groups.pop(0)
                 allowed = self.spend(group, sent)
                 try:
@@ -74,12 +78,12 @@ class Asker:
                     wait = max(wait, failure.after)
                     if not self.source.remote and len(allowed) > 1:
                         groups += [[key] for key in allowed]
-                    reasons |= dict.fromkeys(allowed, self.source.hide(str(failure)))
+                    reasons |= dict.fromkeys(allowed, self._shown(failure))
                 except Refused as refusal:
                     if len(allowed) > 1:
                         groups += [[key] for key in allowed]
                     else:
-                        found[allowed[0]] = self.source.hide(str(refusal))
+                        found[allowed[0]] = self._shown(refusal)
                         del left[allowed[0]]
                 else:
                     good = {key: row for key, row in zip(allowed, rows, strict=True) if not isinstance(row, str)}
@@ -108,20 +112,27 @@ class Asker:
                 )
         return found | {key: reasons.get(key, "was stopped") for key in left}
 
-    def _request(self, images: Sequence[Pixels]) -> list[Row | str]:
-        """One request: probabilities of each image, or what is wrong with its answer."""
+    def _pace(self, stop: threading.Event) -> None:
+        """Wait until a request may be made."""
         if self.options.rate is not None:
             with self._lock:
                 now = time.monotonic()
                 start = max(now, self._next)
                 self._next = start + 1 / self.options.rate
-            time.sleep(start - now)
+            stop.wait(start - now)
+
+    def _shown(self, why: object) -> str:
+        """A reason for people: secrets are hidden before it is cut, so that no half of one is left."""
+        return self.source.hide(str(why))[:LONGEST_REASON]
+
+    def _request(self, images: Sequence[Pixels]) -> list[Row | str]:
+        """One request: probabilities of each image, or what is wrong with its answer."""
         said = plain(self.source.ask(np.stack(images)), len(images))
         rows: list[Row | str] = []
         for one in said:
             row = read(one, self.labels, self.options.output)
             if isinstance(row, str):
-                rows.append(self.source.hide(row))
+                rows.append(self._shown(row))
                 continue
             if self.hard is None:
                 self.hard = row[1]

@@ -119,7 +119,7 @@ class BlackBox(nn.Module):
         object.__setattr__(self, "module", self)  # as classifiers have it; no child of itself
         self.name = source.name
         self.link: Literal["softmax", "sigmoid"] = "sigmoid" if options.output == "independent" else "softmax"
-        deciding = {**source.identity, "labels": self.labels, "output": options.output}
+        deciding = {**source.identity, "labels": self.labels, "output": options.output, "size": image_size}
         self.identity = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
         self._answers = Answers(None, self.identity, self.name)
         self._lock = threading.RLock()
@@ -223,6 +223,8 @@ class BlackBox(nn.Module):
             CounterlensError: the file cannot be used, or the box is not what it was when these answers were kept.
         """
         with self._lock:
+            if self._answers.path is not None and path.exists() and self._answers.path.samefile(path):
+                return
             kept = Answers(path, self.identity, self.name)
             if (record := kept.fingerprint) is None:
                 kept.fingerprint = self._print.record()
@@ -309,11 +311,9 @@ class BlackBox(nn.Module):
     def _spend(self, group: Sequence[Any], sent: set[Any]) -> list[Any]:
         """Those of a request's images that the budget allows, counted before they are sent."""
         with self._lock:
-            left = self.left
-            allowed = [*group] if left is None else [*group][:left]
-            if allowed:
-                again = sum(key in sent for key in allowed)
-                self._answers.count(asked=len(allowed), retried=again, requests=1)
+            allowed = [*group][: self._answers.spend(len(group), self.options.max_queries)]
+            if again := sum(key in sent for key in allowed):
+                self._answers.count(retried=again)
             sent.update(allowed)
         return allowed
 

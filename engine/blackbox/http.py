@@ -26,7 +26,7 @@ Pixels = NDArray[np.uint8]
 
 LOCAL = re.compile(r"localhost|127(\.\d+){3}|::1")
 VARIABLE = re.compile(r"\$\{?([A-Za-z_][A-Za-z0-9_]*)\}?")
-SECRET = re.compile(r"key|token|secret|password|passwd|auth|sig", re.I)
+SECRET = re.compile(r"key|token|secret|pass|pwd|auth|cred|jwt|sig|^code$", re.I)
 LARGEST = 64 * 2**20  # bytes of an answer
 LONGEST_PAUSE = 60.0  # seconds that a server may ask for
 WAITS = (408, 425, 429, 500, 502, 503, 504)  # may be answered another time
@@ -63,6 +63,7 @@ class Endpoint:
         self._client = httpx.Client(
             timeout=options.timeout, limits=httpx.Limits(max_connections=self.concurrency), follow_redirects=False
         )
+        self._fixed: int | None = None  # images that each request has to hold
         path = urlsplit(address).path.rstrip("/")
         self._make: Callable[[Pixels], Any]
         self._take: Callable[[Any, int], Any]
@@ -83,7 +84,9 @@ class Endpoint:
             wanted, answer = described["request"], str(described["answer"])
             self._make = lambda images: fill(wanted, images, self._value)
             self._take = lambda said, count: find(said, answer, count)
-        self.batch = options.batch or (8 if many else 1)
+        self.batch = options.batch or self._fixed or (8 if many else 1)
+        if self._fixed and self.batch > self._fixed:
+            raise UsageError(f"classifier_batch: {address} takes {self._fixed} images in a request, by its metadata")
         if self.batch > 1 and not many:
             raise UsageError("classifier_batch: the template's request has no list of one image, so it holds one image")
         self.identity: dict[str, Any] = {
@@ -131,8 +134,12 @@ class Endpoint:
         last, unbatched = shape[-1] == 3, len(shape) == 3  # Triton leaves the batch out where it batches itself
         if not unbatched and len(shape) != 4:
             raise UsageError(f"classifier: {self._address}: input {name} has shape {shape}, expected [N, 3, H, W]")
+        if not unbatched and shape[0] > 0:
+            self._fixed = shape[0]
 
         def make(images: Pixels) -> Any:
+            if self._fixed:
+                images = np.concatenate([images, images[:1].repeat(self._fixed - len(images), 0)])
             array = self._floats(images) if V2_TYPES[kind] == "float" else images
             array = array if last else array.transpose(0, 3, 1, 2)
             data = (
@@ -146,9 +153,10 @@ class Endpoint:
         def take(said: Any, count: int) -> Any:
             try:
                 (output,) = [o for o in said["outputs"] if o["name"] == outputs[0]]
-                rows = np.asarray(output["data"], dtype=object).reshape(output["shape"])
+                rows = list(np.asarray(output["data"], dtype=object).reshape(output["shape"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise Unanswered(f"answers without an output {outputs[0]!r} of scores") from error
+            rows = rows[:count] if self._fixed == len(rows) else rows
             return [row.tolist() if hasattr(row, "tolist") else row for row in rows]
 
         self._make, self._take = make, take
@@ -169,14 +177,17 @@ class Endpoint:
     # The request
 
     def _check_address(self, insecure: bool) -> None:
-        parts = urlsplit(self._address)
-        if not parts.hostname:
-            raise UsageError(f"classifier: {self._address!r} names no host")
+        try:
+            parts = urlsplit(self._address)
+        except ValueError as error:
+            raise UsageError(f"classifier: {self._address!r} is no address ({error})") from error
         if parts.username or parts.password:
             raise UsageError(
                 "classifier: no user and password in an address, it is written into files; give a header of a "
                 "variable, --classifier-header 'Authorization: Basic $LOGIN'"
             )
+        if not parts.hostname or re.search(r"\s", self._address):
+            raise UsageError(f"classifier: {self._address!r} names no host")
         for pair in filter(None, parts.query.split("&")):
             name, _, value = pair.partition("=")
             if SECRET.search(name) and not VARIABLE.search(value):
@@ -193,7 +204,7 @@ class Endpoint:
         """The address to ask, variables put in."""
         parts = urlsplit(self._address)
         wanted = path or getattr(self, "_infer", None) or parts.path
-        return parts._replace(path=wanted, query=_expand(parts.query)).geturl()
+        return parts._replace(path=wanted, query=_expand(parts.query, in_query=True)).geturl()
 
     def _expanded(self) -> dict[str, str]:
         return {name: _expand(value) for name, value in self._headers.items()}
@@ -261,7 +272,7 @@ class Endpoint:
             raise Unusable(f"classifier: {host} answers with {status} ({start})")
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             what = "HTML" if text.lstrip()[:1] == "<" else "no JSON"
             raise Unanswered(f"answers with {what} ({start[:60]})") from error
 
@@ -285,8 +296,8 @@ def _headers(text: str | None) -> dict[str, str]:
     return found
 
 
-def _expand(text: str) -> str:
-    """A text with the values of its variables.
+def _expand(text: str, *, in_query: bool = False) -> str:
+    """A text with the values of its variables; in an address, + and / in them are no signs of its own.
 
     Raises:
         UsageError: one is not set.
@@ -297,7 +308,7 @@ def _expand(text: str) -> str:
             raise UsageError(f"classifier_header: the environment has no {match[1]}")
         if not found.isprintable() or not found.isascii():
             raise UsageError(f"classifier_header: {match[1]} holds what no header can")
-        return found
+        return quote(found, safe="") if in_query else found
 
     return VARIABLE.sub(value, text)
 

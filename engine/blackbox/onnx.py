@@ -74,8 +74,10 @@ class OnnxFile:
         batch = shape[0]
         self._fixed = batch if isinstance(batch, int) and batch > 0 else None
         self.batch = options.batch or 64
-        self.identity: dict[str, Any] = {"onnx": file_digest(path), "mean": mean, "std": std}
         self._output = self._choose(options.scores, len(labels), path)
+        self.identity: dict[str, Any] = {
+            "onnx": file_digest(path), "mean": mean, "std": std, "scores": self._output,
+        }  # fmt: skip
 
     def _choose(self, wanted: str | None, labels: int, path: Path) -> int:
         outputs = self._session.get_outputs()

@@ -14,6 +14,7 @@ from ..models.protocols import Classifier
 from .box import no_gradient, open_box
 from .kinds import may_convert
 from .options import BoxOptions, numbers
+from .sources import check_kind
 
 # Who bounds or counts queries means a box.
 COUNTED = {"max_queries", "rate", "concurrency", "batch"}
@@ -43,6 +44,7 @@ def open_called(
     wanted = chosen.convert != "never" and (chosen.convert == "always" or not COUNTED & chosen.model_fields_set)
     if callable(name) or not may_convert(name) or not wanted:
         return open_box(name, labels, image_size=image_size, options=chosen)
+    check_kind(name, chosen)
     if chosen.mean or chosen.std:
         own = {"mean": numbers("mean", chosen.mean, 0.0), "std": numbers("std", chosen.std, 1.0)}
         preprocessing = {**(preprocessing or {}), **own}

@@ -64,7 +64,7 @@ def read(answer: Any, labels: Sequence[str], output: str) -> tuple[Row, bool] | 
         answer = answer.item()
     if isinstance(answer, list) and answer and all(isinstance(a, Mapping) for a in answer):
         pairs = [(a.get("label"), a.get("score", a.get("probability"))) for a in answer]
-        answer = dict(pairs)
+        answer = {str(name): score for name, score in pairs}
         if len(answer) != len(pairs):
             return "says one label twice"
     try:
@@ -74,12 +74,12 @@ def read(answer: Any, labels: Sequence[str], output: str) -> tuple[Row, bool] | 
                 return f"says {len(places)} of the {len(labels)} labels; all are needed"
             answer = [places[i] for i in range(len(labels))]
         if isinstance(answer, str) or (isinstance(answer, int) and not isinstance(answer, bool)):
-            return np.eye(len(labels), dtype=np.float32)[find_label(str(answer)[:80], labels, "answers")], True
-    except UsageError as error:
+            return np.eye(len(labels), dtype=np.float32)[find_label(str(answer), labels, "answers")], True
+    except (UsageError, ValueError) as error:  # a number of thousands of digits
         return str(error)
     try:
         scores = np.atleast_1d(np.asarray(answer, dtype=np.float64))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return f"answers with {_kind(answer)}, not with scores or a label"
     if scores.shape == (1,) and len(labels) == 2 and output != "logits":
         scores = np.array([1 - scores[0], scores[0]])
@@ -107,9 +107,5 @@ _HINT = "; where that is meant, say --classifier-output logits or independent"
 
 
 def _kind(value: Any) -> str:
-    shown = _short(value) if isinstance(value, str | int | float | bool | None) else ""
-    return f"a {type(value).__name__}{shown and f' ({shown})'}"
-
-
-def _short(value: Any) -> str:
-    return f"{str(value)[:40]!r}"
+    shown = f" ({str(value)!r})" if isinstance(value, str | int | float | bool | None) else ""
+    return f"a {type(value).__name__}{shown}"

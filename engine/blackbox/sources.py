@@ -17,12 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
-from .kinds import KINDS, OF_SOME
+from .kinds import KINDS, OF_SOME, Kind
 from .options import BoxOptions
 from .reading import Refused
-
-# What a function of somebody's may raise for an image; anything else is a mistake of ours.
-FAILURES = (RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError, AttributeError, OSError)
 
 
 class Source(Protocol):
@@ -75,7 +72,7 @@ class Function:
         """Call it."""
         try:
             return self.function(images)
-        except FAILURES as error:
+        except Exception as error:  # theirs: vendors' clients have exceptions of their own
             raise Refused(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
     def hide(self, text: str) -> str:
@@ -104,7 +101,7 @@ def open_function(name: str, labels: Sequence[str], size: int, options: BoxOptio
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, SyntaxError, *FAILURES) as error:
+    except Exception as error:  # theirs
         raise UsageError(f"classifier: {name} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise UsageError(f"classifier: {name} is a {type(found).__name__}, not a function of images")
@@ -117,14 +114,27 @@ def open_source(name: Any, labels: Sequence[str], size: int, options: BoxOptions
     Raises:
         UsageError: there is no such thing, or an option has no use for it. CounterlensError: it cannot be opened.
     """
-    text = str(name)
-    of_python = callable(name) and not isinstance(name, Path)
+    kind = check_kind(name, options)
+    if _is_function(name):
+        return of_function(name, options)
+    source: Source = kind.load()(str(name), labels, size, options)
+    return source
+
+
+def check_kind(name: Any, options: BoxOptions) -> Kind:
+    """The kind of box that a name or a function is.
+
+    Raises:
+        UsageError: there is no such kind, or an option has no use for it.
+    """
+    text, of_python = str(name), _is_function(name)
     kind = KINDS["python"] if of_python else next((k for k in KINDS.values() if k.matches(text)), None)
     if kind is None:
         raise UsageError(f"classifier: {text!r} is no ONNX file, python:module:function or address")
     if unused := [n for n in OF_SOME if n in options.model_fields_set and n not in kind.uses]:
         raise UsageError(f"classifier_{unused[0]}: has no use for {'a function' if of_python else text!r}")
-    if of_python:
-        return of_function(name, options)
-    source: Source = kind.load()(text, labels, size, options)
-    return source
+    return kind
+
+
+def _is_function(name: Any) -> bool:
+    return callable(name) and not isinstance(name, Path)

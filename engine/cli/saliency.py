@@ -317,12 +317,9 @@ def asking(run: Run, classifiers: Sequence[Classifier | None], as_json: bool) ->
                 print_json({"queries": record})
 
 
-def _undefined(error: NotFinite, classifier: Classifier) -> str:
+def _undefined(error: NotFinite, boxes: Sequence[BlackBox]) -> str:
     """Why there is no number for an image: NaN, or no answer of a black box."""
-    from ..blackbox.box import as_box
-
-    box = as_box(classifier)
-    why = box.why() if box is not None else ""
+    why = next(filter(None, (box.why() for box in boxes)), "")
     return f"{error.what}: no answer, it {why}" if why else f"{error.what}: NaN or infinity for this image"
 
 
@@ -428,7 +425,7 @@ def explain_images(
     with open_run(
         out, facts, sources=sources, endings=(".png", ".safetensors"), overwrite=how.overwrite, resume=resume,
         say=errors.print,
-    ) as run, asking(run, [opened.classifier], how.as_json):  # fmt: skip
+    ) as run, asking(run, [opened.classifier], how.as_json) as boxes:  # fmt: skip
         for item, name, done in zip(items, run.names, run.done, strict=True):
             line = done
             if line is None:
@@ -439,7 +436,7 @@ def explain_images(
                         raise
                     message = str(error).removeprefix(f"{item.name}: ")
                     if isinstance(error, NotFinite):
-                        message = _undefined(error, opened.classifier)
+                        message = _undefined(error, boxes)
                     record = {"image": item.name, "status": "failed", "error": message}
                 line = run.line(name, record)
                 run.append(line)
@@ -536,7 +533,7 @@ def evaluate_methods(
                     break
                 except NotFinite as error:
                     for name in (names[rest[k]] for k in error.samples):
-                        lost[name] = _undefined(error, opened.classifier)
+                        lost[name] = _undefined(error, boxes)
                         errors.print(f"error: {name}: {lost[name]}", style="red")
                     rest = [i for k, i in enumerate(rest) if k not in error.samples]
                     if not rest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from counterlens.engine.blackbox.answers import FILE, key_of
+from counterlens.engine.blackbox.answers import FILE, Answers, key_of
 from counterlens.engine.blackbox.asking import BudgetSpent
 from counterlens.engine.blackbox.box import BlackBox, Fingerprint, open_box, probes
+from counterlens.engine.blackbox.reading import Unusable
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.models.protocols import probabilities
 from counterlens.engine.packs import Pack
@@ -123,6 +125,10 @@ def test_one_score_of_two_labels_and_scores_that_are_none() -> None:
     assert torch.allclose(probabilities(apart, x)[:, 1], torch.from_numpy(dark(some(3))[:, 0]).float(), atol=1e-5)
 
 
+class VendorError(Exception):
+    """As clients of vendors raise, of no family."""
+
+
 BAD = {
     "sum to 1.1": lambda x: dark(x) * 1.1,
     "which are no probabilities.*--classifier-output": lambda x: dark(x) * 7 - 2,
@@ -132,6 +138,7 @@ BAD = {
     "'grey' is no label": lambda x: ["grey"] * len(x),
     "raised ZeroDivisionError": lambda x: 1 // 0,
     "not with a list of": lambda x: None,
+    "raised VendorError: quota": lambda x: (_ for _ in ()).throw(VendorError("quota")),
 }
 
 
@@ -202,6 +209,47 @@ def test_the_budget_ends_it_and_loses_nothing(tmp_path: Path) -> None:
     assert [asked.asked[key_of(image)] for image in some(20)] == [1] * 20
     assert more.queries_in_all.asked == 32
     assert more.left == 0
+
+
+def test_a_budget_is_one_for_all_who_share_the_file(tmp_path: Path) -> None:
+    boxes = [opened(max_queries=40) for _ in range(2)]
+    for box in boxes:
+        box.keep(tmp_path / FILE)
+    for k, box in enumerate(boxes):
+        with pytest.raises(BudgetSpent):
+            box.answer(some(60, seed=k))
+    assert boxes[0].queries_in_all.asked == 40
+    counted = boxes[0].queries
+    boxes[0].keep(tmp_path / FILE)  # again: nothing is counted twice
+    assert boxes[0].queries == counted
+
+
+def test_what_could_not_be_kept_hinders_no_later_answer(tmp_path: Path) -> None:
+    answers = Answers(tmp_path / FILE, "box", "name")
+    row = np.array([0.5, 0.5], np.float32)
+
+    def rows() -> Any:
+        yield b"first", row
+        raise CounterlensError("in the middle")
+
+    with pytest.raises(CounterlensError, match="in the middle"):
+        answers.put(rows())
+    assert len(answers) == 0
+    answers.put([(b"second", row)])
+    assert len(Answers(tmp_path / FILE, "box", "name")) == 1
+
+
+def test_a_long_wait_for_the_rate_ends_with_the_run() -> None:
+    def gone(images: np.ndarray) -> Any:
+        raise Unusable("gone")
+
+    box = opened(batch=1, concurrency=4, rate=1000.0)
+    box._asker.options = box.options.model_copy(update={"rate": 0.05})  # twenty seconds apart
+    box.source.ask = gone  # type: ignore[method-assign]
+    started = time.monotonic()
+    with pytest.raises(Unusable, match="gone"):
+        box.answer(some(4))
+    assert time.monotonic() - started < 5
 
 
 def test_a_box_that_changed_since_is_named_and_one_that_did_not_goes_on(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 import torch
 
 from bench.endpoint import FLAKY, Endpoint, serving
+from counterlens.engine.blackbox import http
 from counterlens.engine.blackbox.answers import FILE, key_of
 from counterlens.engine.blackbox.box import BlackBox, open_box, probes
 from counterlens.engine.errors import CounterlensError, UsageError
@@ -212,6 +214,46 @@ def test_secrets_come_from_the_environment_and_are_written_nowhere(
     assert "s3cr3t" not in str(error.value)
 
 
+def test_a_secret_in_the_query_arrives_as_it_is(server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOX_KEY", "a+b/c&d#e%41==")
+    paths = list[str]()
+    server.override = lambda path, images: paths.append(path)
+    box = opened(server, f"{server.address}?key=$BOX_KEY&v=2")
+    assert parse_qs(urlsplit(paths[0]).query) == {"key": ["a+b/c&d#e%41=="], "v": ["2"]}
+    assert box.source.hide(paths[0]).endswith("?key=$BOX_KEY&v=2")
+
+
+def test_answers_that_no_reader_survives_are_failures(server: Endpoint, digits: np.ndarray) -> None:
+    base = server.address.split("/v1")[0]
+    box = opened(server, f"{base}/v2/models/box/infer", retries=0)
+    for answer in (
+        b'{"outputs": [{"name": "scores", "shape": [], "data": [1]}]}',
+        b"[" * 100_000,
+        b'{"outputs": [{"name": "scores", "shape": [1, 2], "data": [1' + b"0" * 400 + b", 1]}]}",
+    ):
+        server.override = lambda path, images, answer=answer: (200, JSON, answer)
+        assert np.isnan(box.answer(digits[:1])).all()
+        assert "answers with" in box.why()
+
+
+def test_a_model_with_a_fixed_batch_is_asked_in_that_one(
+    server: Endpoint, judge: Any, digits: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, sizes = server.address.split("/v1")[0], list[int]()
+    about = {
+        "inputs": [{"name": "image", "datatype": "FP32", "shape": [4, 3, 32, 32]}],
+        "outputs": [{"name": "scores", "datatype": "FP32", "shape": [4, 10]}],
+    }
+    monkeypatch.setattr(http.Endpoint, "_metadata", lambda self, address: about)
+    server.override = lambda path, images: sizes.append(len(images))
+    box = opened(server, f"{base}/v2/models/box/infer")
+    assert np.allclose(box.answer(digits[:6]), judge(digits[:6]), atol=2e-5)
+    assert {*sizes} == {4}
+    assert box.queries.asked == 6 + 6
+    with pytest.raises(UsageError, match="takes 4 images in a request"):
+        opened(server, f"{base}/v2/models/box/infer", batch=5)
+
+
 def test_addresses_and_options_that_do_not_fit(server: Endpoint, tmp_path: Path) -> None:
     base = server.address.split("/v1")[0]
     (tmp_path / "bad.json").write_text('{"request": {"x": "$png", "y": "$png"}, "answer": "a"}')
@@ -228,6 +270,8 @@ def test_addresses_and_options_that_do_not_fit(server: Endpoint, tmp_path: Path)
         (server.address, {"header": "$TOKEN"}, "expected 'Name: value'"),
         (server.address, {"std": "1,0,1"}, "classifier_std: expected three numbers"),
         ("https://", {}, "names no host"),
+        ("https://[::1/v1/models/a:predict", {}, "is no address"),
+        ("https://example.com/v1/models/a:predict?code=123", {}, r"give it as code=\$VARIABLE"),
     ):
         with pytest.raises(UsageError, match=message) as error:
             opened(server, address, **options)

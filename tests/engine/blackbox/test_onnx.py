@@ -65,6 +65,15 @@ def test_images_are_resized_and_normalised_for_it(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(box.answer(some(3))), made.mean((2, 3)).softmax(1), atol=1e-5)
 
 
+def test_another_output_or_size_is_another_box(tmp_path: Path) -> None:
+    model = onnx.load(write(tmp_path / "rgb.onnx", ["n", 3, "h", "w"]))
+    model.graph.output.append(helper.make_tensor_value_info("mean", TensorProto.FLOAT, ["n", 3]))
+    onnx.save(model, tmp_path / "two.onnx")
+    asked = [("p", 8), ("mean", 8), ("p", 9)]
+    boxes = [open_box(tmp_path / "two.onnx", RGB, image_size=n, scores=s, output="logits") for s, n in asked]
+    assert len({box.identity for box in boxes}) == 3
+
+
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CounterlensError, match=r"\[3\] scores, there are 2 labels"):
         open_box(write(tmp_path / "a.onnx", ["n", 3, 8, 8]), RGB[:2], image_size=8)

@@ -108,6 +108,7 @@ def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     one_line_error(run(*words, folder / "clean.onnx", "--labels", "a,b"), 2, "labels: 2 names for the 10")
     one_line_error(run(*words, folder / "clean.onnx", "--classifier-convert", "never"), 2, "can only be called")
     one_line_error(run(*words, folder / "clean.onnx", "--classifier-scores", "x"), 2, "no output 'x'")
+    one_line_error(run(*words, folder / "clean.onnx", "--classifier-timeout", 3), 2, "classifier_timeout: has no use")
     assert not (tmp_path / "out").exists()
     done = run(*words, folder / "clean.onnx")
     assert done.returncode == 0, done.stderr

@@ -47,6 +47,9 @@ def test_every_form_is_understood(answer: Any, row: list[float]) -> None:
         ([{"label": "cat", "score": 0.5}, {"label": "cat", "score": 0.5}], "one label twice"),
         ("cow", "'cow' is no label"),
         (7, "'7' is no label"),
+        ("9" * 5000, "Exceeds the limit"),
+        ([10**400, 0, 0], "not with scores"),
+        ([{"label": ["cat"], "score": 1.0}], "is no label"),
         (None, "answers with"),
         ([["a"]], "not with scores"),
         ([[0.2, 0.3, 0.5]], "[1, 3] scores"),
@@ -56,6 +59,13 @@ def test_what_is_no_answer_is_said(answer: Any, said: str) -> None:
     found = read(answer, LABELS, "probabilities")
     assert isinstance(found, str)
     assert said in found
+
+
+def test_a_label_may_be_called_by_a_long_name() -> None:
+    name = "yellow lady's slipper, yellow lady-slipper, Cypripedium calceolus, Cypripedium parviflorum"
+    row = read(name, ["cat", name], "probabilities")
+    assert not isinstance(row, str)
+    assert row[0].tolist() == [0, 1]
 
 
 def test_there_is_one_answer_for_each_image() -> None:
