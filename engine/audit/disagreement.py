@@ -215,6 +215,7 @@ def judge(
     return {
         "samples": n, "places": found, "ranking": ranking,
         "statistics": [statistics[i] for i in by_rank], "smallest_p": float(min(p.min(), of_whole.min())),
+        "smallest_p_of_places": float(p.min()),
     }  # fmt: skip
 
 

@@ -232,6 +232,21 @@ def test_older_audits_open_and_say_what_they_lack(tiny, source: Path, single: Re
     assert (folder / FACTS).read_text() == (single.folder / FACTS).read_text()
 
 
+def test_the_report_says_what_stands_out_of_a_class(single: Results, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(single.folder, folder)
+    facts = json.loads((folder / FACTS).read_text())
+    facts["by_class"] = {"2": judge(drawn(40, 0, tint=2.0), 32), "3": judge(drawn(40, 0), 32)}
+    facts["all"] |= {"places": [], "smallest_p_of_places": 0.123}
+    (folder / FACTS).write_text(json.dumps(facts))
+    page = write_report(Results.open(folder)).read_text()
+    row = re.findall("<tr><td>2</td><td>40</td>.*", page)[0]
+    assert "the whole image between red and blue" in row
+    assert "green" not in row  # of each family what stands out most
+    assert "<tr><td>3</td><td>40</td><td>none</td>" in page
+    assert re.search(r"No place stands out</strong> .*smallest p\s+0.12\)", page)
+
+
 def test_batches_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     write_look(tmp_path, 3, Look({"counts": {"lost": 2}}, {"push": np.ones((2, 1))}, {"lost": np.ones((4, 4))}), "")
     look = read_look(tmp_path / "disagreement" / "000003.npz")
