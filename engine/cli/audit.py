@@ -203,18 +203,18 @@ def report(
 def _judges(engine: Engine, names: list[str] | None, opening: EngineOptions, box: BoxOptions) -> dict[str, Classifier]:
     """The judges that were named, black boxes too; of a pack with a `judge`, that one."""
     if called := [name for name in names or () if is_box(name)]:
-        from ..blackbox.box import open_box
+        from ..blackbox.opening import open_called
 
-        boxes = {n: open_box(n, engine.labels, image_size=engine.image_size, options=box) for n in called}
+        opened = {n: open_called(n, engine.labels, image_size=engine.image_size, options=box) for n in called}
         rest = [name for name in names or () if name not in called]
-        return {**boxes, **_judges(engine, rest, opening, box)}
+        return {**opened, **_judges(engine, rest, opening, box)}
     if opening.model is None:
         from ..packs import Pack
 
-        opened = Pack(opening.pack)
+        pack = Pack(opening.pack)
         if names is None:
-            names = ["judge"] if "judge" in opened.classifier_names() and opening.classifier != "judge" else []
-        return {name: opened.classifier(name) for name in names}
+            names = ["judge"] if "judge" in pack.classifier_names() and opening.classifier != "judge" else []
+        return {name: pack.classifier(name) for name in names}
     from ..models.image_classifiers import open_classifier
 
     return {n: open_classifier(n, image_size=engine.image_size, labels=engine.labels) for n in names or []}

@@ -75,6 +75,7 @@ def quality(
         raise UsageError("query: CD needs both --attributes and --query")
     from counterlens.export.hashing import file_digest
 
+    from ..blackbox.box import as_box, said
     from ..metrics.attributes import read_attributes
     from ..metrics.protocols import check_classifier, find_protocol, protocol_table
     from ..models.placing import choose_device
@@ -116,12 +117,15 @@ def quality(
         )  # fmt: skip
     if found.without:
         errors.print(f"note: {found.without} images have no counterfactual (failed or skipped) and are left out")
+    asked = as_box(classifier)
     if as_json:
-        print_json(_record(found, chosen, cells, {name: [str(p), file_digest(p)] for name, p in given.items()}))
+        record = _record(found, chosen, cells, {name: [str(p), file_digest(p)] for name, p in given.items()})
+        print_json(record | ({} if asked is None else {"queries": [asked.record()]}))
     _print(found, chosen, cells, as_json)
+    if asked is not None:
+        text_console(as_json).print(said(asked.record()))
     if failed := [cell for cell in cells if cell.failed]:
-        said = "; ".join(f"{cell.column.heading}: {cell.missing}" for cell in failed)
-        raise CounterlensError(said)
+        raise CounterlensError("; ".join(f"{cell.column.heading}: {cell.missing}" for cell in failed))
 
 
 def _pairs(texts: list[str]) -> dict[str, Path]:
@@ -162,11 +166,11 @@ def _classifier(results: Results, opening: EngineOptions, box: BoxOptions, size:
     pack = results.facts.get("pack")
     check_box(opening.classifier, box)
     if is_box(opening.classifier):
-        from ..blackbox.box import open_box
+        from ..blackbox.opening import open_called
 
         if unused := [name for name in options if name != "labels"]:
             raise UsageError(f"{unused[0]}: a black box takes none")
-        return open_box(str(opening.classifier), options.get("labels", ()), image_size=min(size), options=box)
+        return open_called(str(opening.classifier), options.get("labels", ()), image_size=min(size), options=box)
     if pack is not None and not options:
         from ..packs import Pack
 

@@ -337,9 +337,9 @@ def _student(opened: Opened, surrogate: Path, method: str, there: Any) -> Opened
     if (box := as_box(opened.classifier)) is None:
         raise UsageError("surrogate: of a black box; name it (--classifier model.onnx, python:module:function, ...)")
     trained = open_surrogate(surrogate)
-    trained.check(box)
     if trained.image_size != opened.size:
         raise UsageError(f"surrogate: it sees images of {trained.image_size} pixels; give --image-size that")
+    trained.check(box)
     if not (METHODS[method].gradients or METHODS[method].adapter or METHODS[method].layer):
         return opened
     trained.students.to(there)

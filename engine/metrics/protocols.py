@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import CounterlensError, UsageError
+from ..errors import CounterlensError, NotFinite, UsageError
 from .attributes import Attributes, attributes_changed, correlation_difference
 from .distribution import encoded, frechet, split_frechet, warn_of_few
 from .encoders import ENCODERS
@@ -165,6 +165,8 @@ def _cd(m: Measured, rows: Tensor) -> float:
 
 def _cout(m: Measured, rows: Tensor) -> Tensor:
     assert m.cout is not None
+    if lost := int(m.cout[rows].isnan().sum()):
+        raise CounterlensError(f"the classifier has no answer on the way of {lost} of {int(rows.sum())}")
     return m.cout[rows]
 
 
@@ -409,10 +411,14 @@ def _measure(
             classifier, wanted = with_cout
             rows = wanted[here].nonzero()[:, 0]
             found = torch.full((b,), math.nan, dtype=torch.float64)
-            if len(rows):
+            while len(rows):  # an image without an answer takes no other with it
                 before, made = (x[rows].to(_device_of(classifier)) for x in (images, after))
                 target, source = (x[here][rows] for x in (facts.target, facts.source))
-                found[rows] = cout(classifier, before, made, target, source, compat="ace").score
+                try:
+                    found[rows] = cout(classifier, before, made, target, source, compat="ace").score
+                    break
+                except NotFinite as error:
+                    rows = rows[[k not in error.samples for k in range(len(rows))]]
             couts.append(found)
         if "lpips" in encoders:
             apart.append(_apart_in(batch, encoders["lpips"]))
@@ -475,15 +481,16 @@ def check_classifier(classifier: Any, facts: Facts, batch: Batch) -> None:
         batch: the first images of the facts.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not. NotFinite: it says nothing of any.
     """
     explained = Explained(classifier)
     n = len(batch.images)
     with torch.no_grad():
-        says = (
-            explained.logits(batch.counterfactuals.to(_device_of(classifier))).argmax(1).cpu() == facts.target[:n].cpu()
-        )
-    wrong = int((says != facts.flipped[:n].cpu()).sum())
+        logits = explained.logits(batch.counterfactuals.to(_device_of(classifier))).cpu()
+    answered = logits.isfinite().all(1)
+    if not answered.any():
+        raise NotFinite("classifier", range(n))
+    wrong = int((answered & ((logits.argmax(1) == facts.target[:n].cpu()) != facts.flipped[:n].cpu())).sum())
     if wrong * 20 > n:  # ties may fall the other way in another batch
         raise UsageError(
             f"classifier: it says otherwise than the results of {wrong} of the first {n} counterfactuals; give the one "

@@ -100,6 +100,15 @@ def test_mean_and_std_are_of_the_pixels(folder: Path) -> None:
     assert torch.allclose(opened.logits(images), Pack("digits").classifier("clean").module(normal), atol=1e-4)
 
 
+def test_a_judge_of_an_audit_is_read_as_the_classifier_is(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow (pip install '.[audit]')")
+    assert run("samples", "--count", 2, "--out", tmp_path / "digits").returncode == 0
+    done = run("audit", tmp_path / "digits", "--judge", folder / "clean.onnx", "--no-report", "--shortcuts", 0,
+               "--no-insight", "--speed", "turbo", "--out", tmp_path / "audit")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "judge confirms: 100.0%" in done.stdout + done.stderr
+
+
 def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert run("samples", "--count", 2, "--out", tmp_path / "digits").returncode == 0
     words = ["counterfactual", tmp_path / "digits", "--speed", "fast", "--out", tmp_path / "out", "--classifier"]

@@ -104,6 +104,7 @@ def test_what_a_box_cannot_do_is_said_with_the_way(here: Path) -> None:
         ([*asked, "--ray", "local"], "is asked from one process"),
         ([*asked, "--runtime", "onnxruntime"], "can only be called"),
         (["evaluate", *BOX, "--methods", "rise", "--runtime", "onnxruntime", "--out", "o"], "not compiled"),
+        (["serve", *BOX, "--surrogate", "o"], "surrogate: this command asks no black box"),
         (["saliency", "digits", *BOX, "--method", "rise", "--out", "o"], "labels: a black box needs"),
     ):
         one_line_error(run(*command), 2, said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,50 @@ def test_further_runs_and_moved_images(place: Path, tmp_path: Path) -> None:
     assert found["value"] != alone
     single = run("quality", place / "again", *chosen, "--json")
     assert "--run FOLDER" in json.loads(single.stdout)["columns"]["diversity"]["missing"]
+
+
+CALLED = """
+import hashlib
+import numpy as np
+import torch
+from counterlens.engine.packs import Pack
+
+clean = Pack("digits").classifier("clean").module
+
+@torch.no_grad()
+def classify(images):
+    p = clean(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).softmax(1).numpy()
+    p[[hashlib.sha256(image.tobytes()).digest()[0] < SHARE for image in images]] = np.nan
+    return p
+"""
+
+
+def test_a_classifier_that_is_called_or_an_onnx_file(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "called.py").write_text(CALLED.replace("SHARE", "0"))
+    (tmp_path / "losing.py").write_text(CALLED.replace("SHARE", "4"))
+    named, made = ("--labels", "0,1,2,3,4,5,6,7,8,9"), ("quality", place / "made", "--protocol", "ldce", "--json")
+    own = json.loads(run(*made).stdout)["columns"]["cout"]
+    done = run(*made, "--classifier", "python:called:classify", *named)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert abs(found["columns"]["cout"]["value"] - own["value"]) < 1e-3
+    assert found["queries"][0]["asked"] > 6 * 50
+    assert "python:called:classify: " in done.stderr
+    done = run(*made, "--classifier", "python:losing:classify", *named)
+    one_line_error(done, 1, "COUT: the classifier has no answer on the way of", "of 6")
+    assert json.loads(done.stdout)["columns"]["flip_rate"]["n"] == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Pack("digits").classifier("clean").module, (torch.zeros(2, 3, 32, 32),), tmp_path / "clean.onnx",
+            dynamo=False, input_names=["pixels"], dynamic_axes={"pixels": {0: "batch"}},
+        )  # fmt: skip
+    done = run(*made, "--classifier", tmp_path / "clean.onnx", *named)  # logits: read as when it guides
+    assert done.returncode == 0, done.stderr
+    assert abs(json.loads(done.stdout)["columns"]["cout"]["value"] - own["value"]) < 1e-4
 
 
 def test_an_audit(place: Path, tmp_path: Path) -> None:
