@@ -92,18 +92,6 @@ def contrast(push: np.ndarray, evidence: np.ndarray, factor: float = FACTOR) -> 
     return np.sign(d) * np.clip(np.abs(d) - DEAD * even, 0, CAP * even)
 
 
-def excess_test(
-    push: np.ndarray,  # [N, K] shares
-    evidence: np.ndarray,  # [N, K] shares
-    *,
-    factor: float = FACTOR,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Tested:
-    """Test at every place whether push exceeds `factor` times the evidence, against swapping the two within samples."""
-    return sign_test(contrast(push, evidence, factor), draws=draws, seed=seed)
-
-
 def sign_test(
     d: np.ndarray,  # [N, K]
     *,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from counterlens.engine.audit.disagreement import (
-    excess_test,
+    FACTOR,
+    contrast,
     find,
     judge,
     read_maps,
@@ -145,12 +146,16 @@ def maps(n: int, seed: int, planted: float = 0.0) -> tuple[np.ndarray, np.ndarra
     return push, evidence
 
 
+def excess_test(push: np.ndarray, evidence: np.ndarray, factor: float = FACTOR, seed: int = 0) -> Any:
+    return sign_test(contrast(push, evidence, factor), draws=200, seed=seed)
+
+
 def test_the_test_keeps_its_level_and_has_power() -> None:
     """On its boundary (push = factor x evidence in law) at most about 5 % of the runs find anything anywhere."""
-    wrong = sum(excess_test(*maps(40, s), factor=1.0, draws=200, seed=s).p.min() < 0.05 for s in range(200))
+    wrong = sum(excess_test(*maps(40, s), factor=1.0, seed=s).p.min() < 0.05 for s in range(200))
     assert wrong <= 20  # binomial(200, 0.05): 20 or more has probability 0.0027 ... 10 is expected
-    assert sum(excess_test(*maps(40, s), draws=200, seed=s).p.min() < 0.05 for s in range(50)) == 0
-    found = [excess_test(*maps(40, s, planted=0.15), draws=200, seed=s) for s in range(50)]
+    assert sum(excess_test(*maps(40, s), seed=s).p.min() < 0.05 for s in range(50)) == 0
+    found = [excess_test(*maps(40, s, planted=0.15), seed=s) for s in range(50)]
     assert sum(t.p[0] < 0.05 for t in found) >= 48
     assert all(int(t.excess.argmax()) == 0 for t in found)
 
