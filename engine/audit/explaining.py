@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..blackbox.box import as_box
 from ..config import Config
-from ..errors import CounterlensError, NotFinite, UsageError
+from ..errors import CounterlensError, NotFinite
 from ..images.files import as_saved
 from ..metrics.inputs import check_computed
 from ..metrics.robust import brittle
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 AWAY = 2  # likeliest other labels that are tried for the smallest change away from a wrong prediction
 JUDGED = SLOTS[-1]  # images that a judge sees at once: always as many, so that its answer depends on no other
-# What a user's model may raise on a batch; anything else is a mistake of ours and stops the run.
-FAILURES = (RuntimeError, ArithmeticError, LookupError, ValueError, TypeError, AssertionError)
+FAILURES = Exception  # a user's model may raise anything, classes of its own included: its rows fail, nobody else's
 OnStep = Callable[[int, int], None]
 
 
@@ -51,6 +50,11 @@ def scored_by(options: Options, judges: Mapping[str, Classifier]) -> list[str]:
         UsageError: one asks a judge, and there is none.
     """
     return check_metrics(options.metrics, ("judge", "stability") if judges else ("stability",))
+
+
+def _stops(error: Exception) -> bool:
+    """Whether it is about the audit, not about a sample: wrong usage, a budget that is spent, a box that is gone."""
+    return isinstance(error, CounterlensError) and not isinstance(error, NotFinite)
 
 
 def _images(items: Sequence[Item]) -> Tensor:
@@ -116,14 +120,16 @@ class Explainer:
         options["whole"] = False  # the runtimes of an audit are pinned step by step
         try:
             return list(self.engine.counterfactual(images, targets, region=regions, **options)), False
-        except UsageError:
-            raise
-        except FAILURES:
+        except FAILURES as error:
+            if _stops(error):
+                raise
             out: list[Counterfactual | str] = []
             for image, target, region in zip(images, targets, regions, strict=True):
                 try:
                     out.append(self.engine.counterfactual(image[None], [target], region=[region], **options)[0])
                 except FAILURES as error:
+                    if _stops(error):
+                        raise
                     out.append(f"{type(error).__name__}: {error}")
             return out, True
 
@@ -171,6 +177,8 @@ class Explainer:
                     try:
                         said = probabilities(judge, padded.to(device))[: len(some)].cpu()
                     except FAILURES as error:
+                        if _stops(error):
+                            raise
                         raise CounterlensError(f"judge: {name} fails ({type(error).__name__}: {error})") from error
                     for item, p in zip(some, said, strict=True):
                         if p.isfinite().all():
@@ -279,15 +287,17 @@ class Explainer:
 
         try:
             attempt(list(range(len(items))))
-        except UsageError:
-            raise
-        except FAILURES:
+        except FAILURES as error:
+            if _stops(error):
+                raise
             for n in range(len(items)):
                 if n in found:
                     continue
                 try:
                     attempt([n])
                 except FAILURES as error:
+                    if _stops(error):
+                        raise
                     found[n] = f"{type(error).__name__}: {error}"
         return [found[n] for n in range(len(items))]
 

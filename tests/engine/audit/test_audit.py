@@ -249,6 +249,10 @@ def test_a_full_disk(tiny, source: Path, unbroken: Results, tmp_path: Path) -> N
     assert comparable(run(engine, source, tmp_path, judges=judges)) == comparable(unbroken)
 
 
+class Taste(Exception):
+    """A model's own class of errors."""
+
+
 class Stubborn(torch.nn.Module):
     """Raises on any batch with an image whose first pixel is `mark`."""
 
@@ -258,7 +262,7 @@ class Stubborn(torch.nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         if (image[:, 0, 0, 0] - self.mark).abs().min() < 1e-4:
-            raise RuntimeError("this image is not to my taste")
+            raise Taste("this image is not to my taste")
         return self.inner(image)
 
 
@@ -266,7 +270,7 @@ def test_the_culprit_of_a_failing_batch_is_found(tiny, source: Path, tmp_path: P
     mark = load_image(source / "1" / "4.png", 16)[0, 0, 0].item()
     rows = {r["id"]: r for r in run(make_engine(tiny, Stubborn(tiny[1].module, mark)), source, tmp_path).rows()}
     assert rows["1/4.png"]["status"] == "failed"
-    assert rows["1/4.png"]["error"] == "RuntimeError: this image is not to my taste"
+    assert rows["1/4.png"]["error"] == "Taste: this image is not to my taste"
     assert [i for i, r in rows.items() if r["status"] == "failed"] == ["1/4.png", "1/broken.png"]
     assert all(r["l1"] > 0 for r in rows.values() if r["status"] == "done")
 
