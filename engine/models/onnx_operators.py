@@ -498,6 +498,8 @@ def _resampling(
     old: int, new: int, scale: float, mode: str, where: str, nearest: str, cubic: float, exclude: bool, antialias: bool
 ) -> np.ndarray:
     """The matrix [new, old] that resamples one axis."""
+    if new < 1:
+        raise Unfit(f"to {new} pixels")
     if new * old > 16 * MANY:
         raise TooLarge(f"from {old} to {new} pixels")
     i = np.arange(new, dtype=np.float64)
@@ -518,7 +520,9 @@ def _resampling(
             "round_prefer_floor": np.ceil(at - 0.5), "round_prefer_ceil": np.floor(at + 0.5), "floor": np.floor(at),
             "ceil": np.ceil(at),
         }[nearest]  # fmt: skip
-        return np.eye(old)[rounded.clip(0, old - 1).astype(int)]
+        picked = np.zeros((new, old))
+        picked[np.arange(new), rounded.clip(0, old - 1).astype(int)] = 1
+        return picked
     stretch = max(1.0, 1 / scale) if antialias else 1.0
     reach = math.ceil((1 if mode == "linear" else 2) * stretch) + 1
     taps = np.floor(at)[:, None] + np.arange(-reach, reach + 1)  # [new, taps]

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from counterlens.engine.models.onnx_file import OnnxFile, open_session, read_onnx
 from counterlens.engine.models.onnx_graph import OnnxGraph
-from counterlens.engine.models.onnx_operators import CAN, NoGradient
+from counterlens.engine.models.onnx_operators import CAN, Attributes, NoGradient, Unfit
 
 G = np.random.Generator(np.random.PCG64(0))
 
@@ -156,6 +156,16 @@ def test_resampling(attributes: dict[str, Any], tmp_path: Path) -> None:
         node = helper.make_node("Resize", inputs, ["y"], **attributes)
         file = read_onnx(save(tmp_path / f"{name}.onnx", [node], {name: value}, [2, 3, 8, 6]))
         compare(file, normal(2, 3, 8, 6), 1e-5)
+
+
+def test_resampling_takes_no_more_memory_than_its_result() -> None:
+    def resized(pixels: int, scale: float, **attributes: Any) -> torch.Tensor:
+        x = torch.zeros(1, 1, 1, pixels, device="meta")
+        return CAN["Resize"](Attributes(attributes, 18, 1), x, None, np.array([1, 1, 1, scale]))
+
+    assert resized(1 << 22, 2.0**-22).shape[3] == 1  # a square matrix of so many pixels would be 128 TB
+    with pytest.raises(Unfit, match="to 0 pixels"):
+        resized(8, 1e-12, mode="linear", antialias=1)
 
 
 def test_what_follows_from_shapes(tmp_path: Path) -> None:
