@@ -33,7 +33,9 @@ def test_its_syntax_limits_and_arguments() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", ["step", "counterfactual,models", "xformers,digits,onnxruntime-cuda,metrics,serve"])
+@pytest.mark.parametrize(
+    "parts", ["step,sanitizer", "counterfactual,models", "xformers,digits,onnxruntime-cuda,metrics,serve"]
+)
 def test_its_parts_run_at_tiny_size(parts: str) -> None:
     done = run(str(SCRIPT), "--dry-run", parts)
     assert done.returncode == 0, done.stdout + done.stderr
