@@ -229,6 +229,7 @@ class Engine(EngineCore):
 
         box, plan = self._called(), plan or Plan()
         engine = self._guided_by(untrained(box, self.image_size, plan))
+        engine.box = box
         engine.config = self.config.model_copy(update={"speed": self.config.speed or "fast"})
         pack = self.names.get("model", "")
         hidden: Any = Pack(pack).mean_colour if is_pack(pack) else "blur"
@@ -253,7 +254,7 @@ class Engine(EngineCore):
         trained.check(box)
         engine = self._guided_by(trained.classifier)
         engine.box, engine.queries_each = box, queries_each
-        engine.names |= {"surrogate": trained.digest, "black_box": box.identity}
+        engine.names |= {"surrogate": trained.digest, "black_box": box.identity, "queries_each": str(queries_each)}
         return engine
 
     def _called(self) -> BlackBox:

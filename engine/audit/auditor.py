@@ -114,6 +114,8 @@ class Auditor:
         config |= {"runtime": engine.runtime, "slots": engine.slots[-1], "kernels": engine.backend}
         config |= {"attention": engine.attention, "checkpointing": engine.checkpointing}
         asked = {self.options.target, *(s.target for s in self.source.samples)}
+        if engine.box is not None:
+            config["queries_each"] = engine.names["queries_each"]
         if "neighbour" in asked:
             config["neighbours"] = digest({str(k): v for k, v in engine.targets.neighbours.items()})
         if self.masks is not None:

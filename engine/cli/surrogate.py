@@ -70,6 +70,8 @@ def train(
             "classifier: name what can only be called (model.onnx, python:module:function, https://...); anything else "
             "is explained without a surrogate"
         )
+    if config.fit == "native":
+        raise UsageError("fit: a surrogate sees square images of one size; say --fit auto, crop, pad or squash")
     if config.count > 1 or config.region is not None:
         raise UsageError(
             "count: a training makes one counterfactual of an image, anywhere in it; leave it and region out"
@@ -83,14 +85,14 @@ def train(
     engine = open_engine(config, opening, only_called(opening.classifier, box))
     asked = as_box(engine.classifier)
     assert asked is not None
-    _, shown, failed = load_all(items, lambda sample: sample.load(engine.image_size))
+    _, shown, failed = load_all(items, lambda sample: engine.read(sample.file(), sample.name, own=False).image)
     asked.keep(make_folder(out) / FILE)
     with progress_bar("training") as progress:
 
         def show(stage: int, stages: int, name: str, trainer: Trainer) -> None:
             used = sum(trainer.queries.values())
             progress.update(progress.task_ids[0], completed=stage, total=stages, description=f"{name}: {used} queries")
-            if name.startswith("round"):
+            if name == f"round {len(trainer.records)}":  # and not one that had nothing left to ask
                 record = trainer.records[-1]
                 errors.print(
                     f"{name}: the box confirms {record['confirmed']:.1%} of {record['asked']} counterfactuals, the "

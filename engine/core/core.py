@@ -80,8 +80,7 @@ class EngineCore:
         neighbours: nearest labels of each label, nearest first, for targets `neighbour`.
         device: where the models run, moved there in place: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`;
             where they are without it. Images come in and go out on the CPU.
-        guidance_decoder: what `guidance_decoder="tiny"` differentiates through: a folder or hub id of an
-            `AutoencoderTiny`, or an open decoder.
+        guidance_decoder: of `guidance_decoder="tiny"`: a folder or hub id of an `AutoencoderTiny`, or an open decoder.
         distilled: the same diffusion model with a denoiser for few guided steps, for `denoiser="distilled"` and so for
             the speed `turbo`; inversion, encoding and decoding stay `diffusion`'s.
 
@@ -573,8 +572,9 @@ class EngineCore:
 
     @property
     def multiple(self) -> int | None:
-        """What sides of images of other shapes are multiples of; None where the model takes square ones of its size."""
-        return getattr(self.diffusion, "multiple", None) if getattr(self.diffusion, "rectangular", False) else None
+        """What sides of images of other shapes are multiples of; None where the models take square ones of one size."""
+        any_shape = getattr(self.diffusion, "rectangular", False) and self.box is None  # a student takes squares
+        return getattr(self.diffusion, "multiple", None) if any_shape else None
 
     def read(
         self, file: Path | BytesIO, name: str | None = None, config: Config | None = None, *, own: bool = True

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..blackbox.box import BlackBox
 from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..guidance.memory import weight_bytes
@@ -32,6 +33,7 @@ SHRINKS = 4  # times that a size is measured and made smaller, until a step fits
 class Models(Protocol):
     """What reading needs of `EngineCore`."""
 
+    box: BlackBox | None
     classifier: Classifier
     diffusion: Diffusion
     memory_budget: float | None
@@ -164,9 +166,9 @@ def check_native(engine: Models) -> int:
         UsageError: the diffusion model takes square images of one size, or a runtime was named, which compiles for one.
     """
     if engine.multiple is None:
-        size = engine.image_size
+        size, what = engine.image_size, type(engine.diffusion).__name__ if engine.box is None else "a surrogate"
         raise UsageError(
-            f"fit: native needs a model that takes any shape; {type(engine.diffusion).__name__} takes {size}x{size} "
+            f"fit: native needs a model that takes any shape; {what} takes {size}x{size} "
             "alone; say --fit auto, crop, pad or squash"
         )
     if engine.runtime not in (AUTO, EAGER):

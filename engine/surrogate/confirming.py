@@ -97,7 +97,8 @@ class Case:
 
     def confirms(self, candidate: Candidate) -> bool:
         """The box says the target."""
-        return candidate.said is not None and int(candidate.said.nan_to_num(-1).argmax()) == self.target
+        said = candidate.said
+        return said is not None and bool(said.isfinite().all()) and int(said.argmax()) == self.target
 
     @property
     def best(self) -> Candidate | None:
@@ -122,6 +123,7 @@ def counterfactual(
 ) -> Counterfactuals:
     """See `EngineCore.counterfactual`; `asks` are the queries that each counterfactual may take, its image's aside."""
     engine.check_images(images)
+    engine.meet_images(images)
     base = engine.settings(config)
     asked = one_each(targets, len(images))
     for target in dict.fromkeys(asked):
@@ -138,7 +140,8 @@ def counterfactual(
     for number, rung in enumerate(LADDER):
         todo = [case for case in cases if case.open(asks)]
         _make(engine, todo, number, rung.settings(base), config, on_step)
-        _ask(engine, [(c, c.candidates[-1]) for c in todo if c.candidates and c.candidates[-1].doubt >= TRUSTED])
+        made = [(case, x) for case in todo for x in case.candidates if x.rung == number]
+        _ask(engine, [(case, x) for case, x in made if x.doubt >= TRUSTED])
     for _ in range(asks):  # what no student is sure of, the likeliest first
         left = [(c, [x for x in c.candidates if x.said is None]) for c in cases if c.open(asks)]
         _ask(engine, [(c, max(some, key=lambda x: x.doubt)) for c, some in left if some])
@@ -147,6 +150,9 @@ def counterfactual(
 
 
 def _begin(engine: EngineCore, case: Case, target: str | int, p: Tensor, config: Config) -> None:
+    if not case.image.isfinite().all():
+        case.error = "the image holds NaN or infinite values"
+        return
     if not p.isfinite().all():
         case.error = f"the classifier gives no answer for the image{_reason(engine, case.image)}"
         return
@@ -175,7 +181,8 @@ def _make(
     for case, outcome in zip(cases, outcomes, strict=True):
         case.seconds += outcome.seconds
         if outcome.image is None:
-            case.error = outcome.error
+            if not case.candidates:
+                case.error = outcome.error
             continue
         saved = as_saved(outcome.image)
         with torch.no_grad():

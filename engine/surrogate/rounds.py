@@ -18,6 +18,7 @@ from torch import Tensor
 
 from counterlens.export.store import tensors_digest
 
+from ..blackbox.box import Fingerprint
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
 from ..guidance.jobs import Job
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 FEWEST = 8  # images below which there is nothing to learn from
 LEAST = 40  # queries below which there is nothing to learn from
+ROUNDS = 0.1  # share of the queries that the rounds have at least
 ANGLES = (45.0, 90.0)  # of the filter, in turns: what is realistic, and what it would hide
 SCALES = (1.0, 1.4)  # of the classifier's score, in turns
 OTHER = 0.02  # added to the probabilities that targets are drawn from: every label comes up
@@ -56,7 +58,8 @@ class Plan:
         members, width: of the students.
         steps: of the optimiser for each member, before the first round; further ones take `again` of them.
         own, generated, held: shares of the queries for the user's images, for what the generator makes of them, and for
-            the held-out ones; the rounds have the rest.
+            the held-out ones; the rounds have the rest, a tenth at least: where `hidden` leaves less, the first two
+            give way.
         blends: of a round, queries for images between an image and its counterfactual, for each counterfactual.
         enough: share of a round's counterfactuals that the box confirms from which it is asked no further.
         seed: of everything random.
@@ -85,6 +88,12 @@ class Plan:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}: expected 1 or more, got {getattr(self, name)}")
 
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of the queries, for the user's images and for those that the generator makes."""
+        room = (1 - ROUNDS - self.hidden - self.held) / (self.own + self.generated)
+        return self.own * min(1.0, room), self.generated * min(1.0, room)
+
 
 @dataclass
 class Trainer:
@@ -112,7 +121,7 @@ class Trainer:
         self.queries[kind] = self.queries.get(kind, 0) + len(images)
         if keep:
             good = said.isfinite().all(dim=1)
-            if not good.any():
+            if not good.any() and (len(images) >= FEWEST or not self.images):
                 raise CounterlensError(
                     f"classifier: {self.box.name} answered none of {len(images)} images: {self.box.why()}"
                 )
@@ -140,14 +149,17 @@ class Trainer:
         held = {f"students.{name}": value.contiguous() for name, value in self.students.state_dict().items()}
         for n, (images, answers) in enumerate(zip(self.images, self.answers, strict=True)):
             held |= {f"images.{n}": images, f"answers.{n}": answers}
-        said = {"key": key, "done": done, "queries": self.queries, "rounds": self.records, "agreement": self.agreement}
+        said = {
+            "key": key, "done": done, "queries": self.queries, "rounds": self.records, "agreement": self.agreement,
+            "box": self.box.fingerprint().record(),
+        }  # fmt: skip
         write_atomically(path, save(held, metadata={"state": json.dumps(said)}))
 
     def resume(self, path: Path, key: str) -> int:
         """Read the state of an earlier session, if there is one; how many stages are done.
 
         Raises:
-            UsageError: another training is there. CounterlensError: it cannot be read.
+            UsageError: another training is there. CounterlensError: it cannot be read, or the box changed since.
         """
         if not path.exists():
             return 0
@@ -156,7 +168,7 @@ class Trainer:
                 said = json.loads(file.metadata()["state"])
                 names = list(file.keys())
                 held = {name: file.get_tensor(name) for name in names}
-            known, done = said["key"], int(said["done"])
+            known, done, before = said["key"], int(said["done"]), Fingerprint.of(said["box"])
             self.queries, self.records, self.agreement = said["queries"], said["rounds"], said["agreement"]
             weights = {k.removeprefix("students."): v for k, v in held.items() if k.startswith("students.")}
             count = sum(name.startswith("images.") for name in held)
@@ -170,17 +182,27 @@ class Trainer:
                 f"out: {path.parent} holds a training of another box, other images or another plan that was stopped; "
                 f"choose another folder, or remove {path.name}"
             )
+        if change := before.change(self.box.fingerprint()):
+            raise CounterlensError(
+                f"{path}: {self.box.name} is not what it was when this training was stopped: {change}; choose another "
+                "folder, or remove this file to begin again"
+            )
         return done
 
     def _count(self, share: float) -> int:
         return max(2, int(self.plan.queries * share))
 
     @property
+    def _left(self) -> int:
+        """Queries that the rounds may still take."""
+        return self.plan.queries - sum(self.queries.values()) - PER_HELD * len(self._split[1])
+
+    @property
     def _split(self) -> tuple[Tensor, Tensor]:
         """Places of the images that are trained on, and of those that are held out."""
         order = torch.randperm(len(self.own), generator=draws(self.plan.seed, "split"))
         held = min(self._count(self.plan.held) // PER_HELD, len(order) // 4)
-        return order[held:][: self._count(self.plan.own)], order[:held]
+        return order[held:][: self._count(self.plan.shares[0])], order[:held]
 
     def _own(self, g: torch.Generator) -> None:
         self.ask("own", self.own[self._split[0]])
@@ -203,7 +225,7 @@ class Trainer:
         return torch.cat([self.students(some).softmax(1) for some in images.split(GENERATED)])
 
     def _generated(self, g: torch.Generator) -> None:
-        images, targets = self._drawn(self._count(self.plan.generated), g)
+        images, targets = self._drawn(self._count(self.plan.shares[1]), g)
         seeds = torch.randint(2**40, (len(images),), generator=g).tolist()
         made = []
         for n, start in enumerate(range(0, len(images), GENERATED)):
@@ -243,13 +265,14 @@ class Trainer:
     def _round(self, g: torch.Generator) -> None:
         if self.records and self.records[-1]["confirmed"] >= self.plan.enough:
             return  # the box agrees; the rest is not asked
-        rest = self.plan.queries - sum(self.queries.values()) - PER_HELD * len(self._split[1])
-        left = sum(name.startswith("round") for name, _ in self.stages()) - len(self.records)
-        count = max(2, int(rest / left / (1 + self.plan.blends)))
+        each = self._left / (self.plan.rounds - len(self.records)) / (1 + self.plan.blends)
+        count = min(self._left, max(2, int(each)))
+        if count < 1:
+            return
         images, targets = self._drawn(count, g)
         made = self.counterfactuals(images, targets, g)
         said = self.ask("counterfactuals", made)
-        confirmed = (said.argmax(1) == targets).float().mean().item()
+        confirmed = answered(said, targets).float().mean().item()
         led = (self._said(made).argmax(1) == targets).float().mean().item()
         rows = torch.randint(count, (int(count * self.plan.blends),), generator=g)
         shares = torch.rand(len(rows), generator=g)[:, None, None, None]
@@ -264,6 +287,9 @@ class Trainer:
         if not len(images):
             return
         before = self.ask("held", images, keep=False)
+        images, before = (x[before.isfinite().all(1)] for x in (images, before))
+        if not len(images):
+            return  # it answers none of them
         seen = self._said(images)
         targets = seen.scatter(1, before.argmax(1, keepdim=True), -1.0).argmax(1)
         if not self.box.hard:
@@ -274,7 +300,7 @@ class Trainer:
         between = self.ask("held", near, keep=False)
 
         def agree(said: Tensor, x: Tensor) -> float:
-            return round((said.argmax(1) == self._said(x).argmax(1)).float().mean().item(), 4)
+            return round(answered(said, self._said(x).argmax(1)).float().mean().item(), 4)
 
         rise = after.clamp(min=1e-6).log() - before.clamp(min=1e-6).log()
         self.agreement = {
@@ -282,7 +308,7 @@ class Trainer:
             "images": agree(before, images),
             "near_the_decision": agree(between, near),
             "counterfactuals": agree(after, made),
-            "confirmed": round((after.argmax(1) == targets).float().mean().item(), 4),
+            "confirmed": round(answered(after, targets).float().mean().item(), 4),
             "towards_the_target": round((rise.gather(1, targets[:, None]) > 0).float().mean().item(), 4),
         }
 
@@ -293,6 +319,14 @@ class Trainer:
         first_two = self._said(ways.flatten(0, 1)).topk(2, dim=1).values
         gap = (first_two[:, 0] - first_two[:, 1]).reshape(len(images), -1)
         return ways[torch.arange(len(images)), gap.argmin(1)]
+
+
+def answered(
+    said: Tensor,  # [N, labels], NaN where there is no answer
+    labels: Tensor,  # [N]
+) -> Tensor:
+    """Where the answer is this label; no answer is none: [N] bool."""
+    return said.isfinite().all(1) & (said.argmax(1) == labels)
 
 
 def untrained(box: BlackBox, image_size: int, plan: Plan) -> SoftmaxClassifier:

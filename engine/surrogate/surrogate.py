@@ -72,9 +72,14 @@ class Surrogate:
         """Hold the box to what it was.
 
         Raises:
-            UsageError: another box, or other labels. CounterlensError: it answers otherwise than when this was trained.
+            UsageError: another box, other labels or other image size. CounterlensError: it answers otherwise by now.
         """
         before, now = Fingerprint.of(self.box), box.fingerprint()
+        if (size := self.image_size) != box.image_size:
+            raise UsageError(
+                f"surrogate: trained on images of {size}x{size}, these models take {box.image_size}x{box.image_size}; "
+                "train another one: counterlens surrogate train"
+            )
         if list(before.labels) != list(now.labels):
             raise UsageError(f"surrogate: {before.change(now)}; it was trained on {before.name}, this is {now.name}")
         if change := before.change(now):

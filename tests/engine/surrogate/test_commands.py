@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from counterlens.engine.audit.results import Results
-from counterlens.engine.images.files import save_png
+from counterlens.engine.images.files import as_saved, save_png, to_uint8
+from counterlens.engine.surrogate.surrogate import open_surrogate
 from tests.engine.cli.test_cli import run
 
 BOX = """
@@ -27,7 +28,7 @@ def answer(images):
 def other(images):
     return answer(images)[:, ::-1]
 """
-SMALL = ("--queries", "80", "--rounds", "1", "--members", "1", "--fit-steps", "20")
+SMALL = ("--queries", "120", "--fit", "crop", "--rounds", "1", "--members", "1", "--fit-steps", "20")
 
 
 @pytest.mark.slow
@@ -36,10 +37,14 @@ def test_a_surrogate_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "a_box_of_digits.py").write_text(BOX)
     name = "python:a_box_of_digits:answer"
     assert run("samples", "--split", "train", "--count", 40, "--out", "mine").returncode == 0
+    wide = as_saved(torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(0)))
+    save_png(wide, tmp_path / "mine" / "wide.png")
     made = run("surrogate", "train", "mine", "--classifier", name, *SMALL, "--out", "s", "--json")
     assert made.returncode == 0, made.stderr
     said = json.loads(made.stdout)
-    assert sum(said["queries"].values()) <= 80
+    assert sum(said["queries"].values()) <= 120
+    middle = to_uint8(wide)[:, :, 8:40]
+    assert any(torch.equal(image, middle) for image in open_surrogate("s").images)
     assert "the box confirms" in made.stderr
     assert "images asked in" in made.stderr
 
@@ -60,6 +65,9 @@ def test_a_surrogate_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     assert all(2 <= row["queries"] <= 3 and row["classifier"] == name and row["student_prediction"] for row in rows)
     assert json.loads((tmp_path / "changed" / "run.json").read_text())["queries"][0]["asked"] <= 6 + 2 * 3
 
+    fewer = run("counterfactual", "digits", *asked, "--queries-each", 2, "--out", "changed")
+    assert (fewer.returncode, "queries_each" in fewer.stderr) == (2, True), fewer.stderr
+
     audited = run(
         "audit", "digits", *asked, "--judge", "judge", "--shortcuts", 0, "--saliency", "gradcam", "--no-report",
         "--out", "audited",
@@ -79,6 +87,10 @@ def test_what_needs_a_box_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for command, said in (
         (("surrogate", "show", "nothing"), "surrogate: nothing holds none"),
         (("surrogate", "train", "images", "--classifier", "clean"), "name what can only be called"),
+        (
+            ("surrogate", "train", "images", "--classifier", "python:a:b", "--fit", "native"),
+            "fit: a surrogate sees square",
+        ),
         (("counterfactual", "images", "--classifier", "clean", "--surrogate", "s"), "surrogate: of a black box"),
         (("counterfactual", "images", "--queries-each", 3), "queries_each: of counterfactuals through a surrogate"),
     ):

@@ -12,14 +12,17 @@ import pytest
 import torch
 
 from counterlens.engine import Config, Engine
-from counterlens.engine.blackbox.box import BlackBox, open_box
+from counterlens.engine.blackbox.box import BlackBox, open_box, probes
 from counterlens.engine.errors import CounterlensError, UsageError
-from counterlens.engine.images.files import as_saved
-from counterlens.engine.surrogate.rounds import Plan, Trainer
+from counterlens.engine.images.files import as_saved, to_uint8
+from counterlens.engine.surrogate import confirming
+from counterlens.engine.surrogate.confirming import Rung
+from counterlens.engine.surrogate.rounds import Plan, Trainer, answered
 from counterlens.engine.surrogate.surrogate import DESCRIPTION, WEIGHTS, Surrogate, open_surrogate
 from tests.conftest import LABELS
 
 PLAN = Plan(queries=60, rounds=2, members=2, width=8, steps=12, held=0.15)
+SHORT = Plan(queries=60, rounds=1, members=1, width=8, steps=2, held=0.15)
 CONFIG = Config(steps=4, strength=0.6, gradient="detached")
 SEEN: list[bytes] = []  # every image that the box was sent, probes too
 
@@ -132,6 +135,30 @@ def test_stopped_it_goes_on_and_asks_for_nothing_twice(
     assert surrogate.training == trained[1].training
 
 
+def test_a_box_that_changed_meanwhile_is_named(engine: Any, images: torch.Tensor, tmp_path: Path) -> None:
+    turned = False
+
+    def moody(some: np.ndarray) -> np.ndarray:
+        return darkness(some) if turned else brightness(some)
+
+    def stop(*_: Any) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        engine(boxed(moody)).train_surrogate(images, tmp_path, PLAN, stop)
+    turned = True
+    with pytest.raises(CounterlensError, match="is not what it was when this training was stopped"):
+        engine(boxed(moody)).train_surrogate(images, tmp_path, PLAN, stop)
+
+
+def test_hidden_parts_and_many_rounds_stay_within_the_queries(engine: Any, images: torch.Tensor) -> None:
+    plan = Plan(queries=40, hidden=0.6, rounds=8, members=1, width=8, steps=2)
+    surrogate = engine(boxed()).train_surrogate(images, None, plan)
+    assert sum(surrogate.training["queries"].values()) <= 40
+    assert surrogate.training["queries"]["hidden"] == 24
+    assert surrogate.training["queries"]["counterfactuals"] > 0
+
+
 def test_another_plan_does_not_go_on(engine: Any, images: torch.Tensor, tmp_path: Path) -> None:
     def stop(*_: Any) -> None:
         raise Killed
@@ -147,7 +174,7 @@ def test_the_box_judges_every_result(
     hard: bool, trained: tuple[Path, Surrogate, int], engine: Any, images: torch.Tensor
 ) -> None:
     box = boxed(hard=hard)
-    surrogate = trained[1] if not hard else engine(box).train_surrogate(images, None, PLAN)
+    surrogate = trained[1] if not hard else engine(box).train_surrogate(images, None, SHORT)
     before = box.queries.asked
     explained = engine(box).with_surrogate(surrogate, queries_each=3)
     made = explained.counterfactual(images[::8])
@@ -187,6 +214,8 @@ def test_misuse_is_named(trained: tuple[Path, Surrogate, int], engine: Any, imag
     other = open_box(brightness, [f"no {label}" for label in LABELS], image_size=16)
     with pytest.raises(UsageError, match="its labels were"):
         trained[1].check(other)
+    with pytest.raises(UsageError, match="trained on images of 16x16, these models take 32x32"):
+        trained[1].check(open_box(brightness, LABELS, image_size=32))
 
 
 def test_what_the_box_does_not_answer_is_left_out(engine: Any, images: torch.Tensor) -> None:
@@ -196,7 +225,7 @@ def test_what_the_box_does_not_answer_is_left_out(engine: Any, images: torch.Ten
         return brightness(some)
 
     box = boxed(picky)
-    surrogate = engine(box).train_surrogate(images, None, PLAN)
+    surrogate = engine(box).train_surrogate(images, None, SHORT)
     assert 0 < len(surrogate.images) < sum(surrogate.training["queries"].values()) - 9
     assert surrogate.answers.isfinite().all()
     explained = engine(box).with_surrogate(surrogate, queries_each=2)
@@ -213,4 +242,36 @@ def test_what_the_box_does_not_answer_is_left_out(engine: Any, images: torch.Ten
     box = boxed(mortal)
     alive.clear()
     with pytest.raises(CounterlensError, match=r"answered none of \d+ images: raised RuntimeError: gone"):
-        engine(box).train_surrogate(images, None, PLAN)
+        engine(box).train_surrogate(images, None, SHORT)
+
+
+def test_what_the_box_does_not_answer_is_no_flip(trained: tuple[Path, Surrogate, int], engine: Any) -> None:
+    known = {image.tobytes() for image in probes(16)}
+    image = torch.full((1, 3, 16, 16), 0.5)
+    known.add(to_uint8(image)[0].permute(1, 2, 0).numpy().tobytes())
+
+    def shy(some: np.ndarray) -> np.ndarray:
+        if any(one.tobytes() not in known for one in some):
+            raise Killed("not this one")
+        return brightness(some)
+
+    box = boxed(shy)
+    made = engine(box).with_surrogate(trained[1], queries_each=3).counterfactual(image, 0)
+    assert "gives no answer for the counterfactual (raised Killed: not this one)" in str(made.errors[0])
+    assert box.queries.failed == 2  # label 0 is not what no answer means
+    nothing = torch.zeros(3, 10).fill_(torch.nan)
+    assert not answered(nothing, torch.tensor([0, 1, 2])).any()
+
+
+def test_a_rung_that_fails_takes_nothing_away(
+    trained: tuple[Path, Surrogate, int], engine: Any, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirming, "LADDER", (Rung(), Rung(class_scale=float("nan")), Rung(0.1, 1.6)))
+    made = engine(boxed()).with_surrogate(trained[1]).counterfactual(images[:1], 9)
+    assert (made.errors, made.flipped.tolist()) == ([None], [False])
+    assert (made.students[0]["attempts"], made.students[0]["queries"]) == (2, 3)
+
+
+def test_an_image_without_numbers_says_so(trained: tuple[Path, Surrogate, int], engine: Any) -> None:
+    made = engine(boxed()).with_surrogate(trained[1]).counterfactual(torch.full((1, 3, 16, 16), torch.nan))
+    assert made.errors == ["the image holds NaN or infinite values"]
