@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
     def _images(self, body: Any) -> list[np.ndarray]:
         if "inputs" in body:
             (tensor,) = body["inputs"]
-            array = np.asarray(tensor["data"], dtype=np.float64).reshape(tensor["shape"])
+            array = np.asarray(tensor["data"], dtype=np.float64).reshape(-1, *tensor["shape"][-3:])
             return list(np.round(array.transpose(0, 2, 3, 1) * 255).astype(np.uint8))
         sent = body["instances"] if "instances" in body else [body["picture"]]
         texts = [one["image"]["b64"] if isinstance(one, dict) else one for one in sent]

@@ -29,6 +29,7 @@ FLOOR = 1e-9  # of a probability as a logit: a label alone is no endless log-odd
 PROBES = 4  # images by whose answers a box is known again
 TWICE = 2  # of them are asked twice
 SAME = 1e-3  # what answers of one box may differ by, beside what two answers to one image differ by
+SPREADS = 5  # times the latter: of two noisy answers to two images the largest difference says little
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Fingerprint:
         if before.shape != after.shape:
             return f"it answered {before.shape[0]} probe images, now {after.shape[0]}"
         off = np.abs(before - after).max(1)
-        changed = off > SAME + 2 * max(self.spread, now.spread)
+        changed = off > SAME + SPREADS * max(self.spread, now.spread)
         if not changed.any():
             return ""
         i = int(off.argmax())

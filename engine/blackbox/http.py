@@ -131,17 +131,18 @@ class Endpoint:
                 f"classifier: {self._address}: {len(outputs)} of its outputs may hold {self._labels} scores; say which "
                 "with --classifier-template FILE.json"
             )
-        last, unbatched = shape[-1] == 3, len(shape) == 3  # Triton leaves the batch out where it batches itself
-        if not unbatched and len(shape) != 4:
+        if len(shape) not in (3, 4):
             raise UsageError(f"classifier: {self._address}: input {name} has shape {shape}, expected [N, 3, H, W]")
-        if not unbatched and shape[0] > 0:
-            self._fixed = shape[0]
+        last, alone = shape[-1] == 3, len(shape) == 3  # Triton's models without a batch take one image as it is
+        if alone or shape[0] > 0:
+            self._fixed = 1 if alone else shape[0]
 
         def make(images: Pixels) -> Any:
             if self._fixed:
                 images = np.concatenate([images, images[:1].repeat(self._fixed - len(images), 0)])
             array = self._floats(images) if V2_TYPES[kind] == "float" else images
             array = array if last else array.transpose(0, 3, 1, 2)
+            array = array[0] if alone else array
             data = (
                 [round(x, 7) for x in array.reshape(-1).tolist()]
                 if V2_TYPES[kind] == "float"
@@ -153,7 +154,7 @@ class Endpoint:
         def take(said: Any, count: int) -> Any:
             try:
                 (output,) = [o for o in said["outputs"] if o["name"] == outputs[0]]
-                rows = list(np.asarray(output["data"], dtype=object).reshape(output["shape"]))
+                rows = list(np.asarray(output["data"], dtype=object).reshape((1, -1) if alone else output["shape"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise Unanswered(f"answers without an output {outputs[0]!r} of scores") from error
             rows = rows[:count] if self._fixed == len(rows) else rows
@@ -239,6 +240,8 @@ class Endpoint:
                         raise Unanswered(f"answers with more than {LARGEST >> 20} MB")
                     if time.monotonic() - started > self._timeout:
                         raise Unanswered(f"did not finish its answer within {self._timeout:g} s")
+        except httpx.DecodingError as error:
+            raise Unanswered(f"answers with what cannot be decompressed ({error})") from error
         except httpx.TimeoutException as error:
             raise Unanswered(f"did not answer within {self._timeout:g} s") from error
         except httpx.InvalidURL as error:

@@ -273,6 +273,21 @@ def test_a_box_that_changed_since_is_named_and_one_that_did_not_goes_on(tmp_path
         changed.keep(tmp_path / FILE)
 
 
+def test_noise_is_no_change() -> None:
+    def fingerprint(seed: int) -> Fingerprint:
+        noise = np.random.default_rng(seed)
+
+        def function(images: np.ndarray) -> np.ndarray:
+            off = noise.normal(0, 0.01, (len(images), 1))
+            return (dark(images) + np.concatenate([off, -off], 1)).clip(0, 1)
+
+        with pytest.warns(UserWarning, match="not deterministic"):
+            return open_box(function, ["dark", "light"], image_size=8).fingerprint()
+
+    prints = [fingerprint(seed) for seed in range(40)]
+    assert not [now for before, now in zip(prints[::2], prints[1::2], strict=True) if before.change(now)]
+
+
 def test_answers_of_two_boxes_share_a_file_and_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     def light(images: np.ndarray) -> np.ndarray:
         return dark(images)[:, ::-1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import subprocess
 import time
 from collections.abc import Iterator
@@ -223,6 +225,21 @@ def test_a_secret_in_the_query_arrives_as_it_is(server: Endpoint, monkeypatch: p
     assert box.source.hide(paths[0]).endswith("?key=$BOX_KEY&v=2")
 
 
+def test_what_cannot_be_decompressed_or_is_endless_is_said(
+    server: Endpoint, digits: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "LARGEST", 2**20)
+    box = opened(server, retries=0)
+    packed = {"content-encoding": "gzip"}
+    for headers, body, said in (
+        (packed, b"no gzip", "answers with what cannot be decompressed"),
+        (packed, gzip.compress(bytes(4 << 20)), "answers with more than 1 MB"),
+    ):
+        server.override = lambda path, images, headers=headers, body=body: (200, headers, body)
+        assert np.isnan(box.answer(digits[:1])).all()
+        assert said in box.why()
+
+
 def test_answers_that_no_reader_survives_are_failures(server: Endpoint, digits: np.ndarray) -> None:
     base = server.address.split("/v1")[0]
     box = opened(server, f"{base}/v2/models/box/infer", retries=0)
@@ -236,21 +253,27 @@ def test_answers_that_no_reader_survives_are_failures(server: Endpoint, digits: 
         assert "answers with" in box.why()
 
 
-def test_a_model_with_a_fixed_batch_is_asked_in_that_one(
-    server: Endpoint, judge: Any, digits: np.ndarray, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("batch", [[4], [1], []])
+def test_a_model_with_a_fixed_batch_or_none_is_asked_in_that_one(
+    server: Endpoint, judge: Any, digits: np.ndarray, monkeypatch: pytest.MonkeyPatch, batch: list[int]
 ) -> None:
-    base, sizes = server.address.split("/v1")[0], list[int]()
+    base, sent, send = server.address.split("/v1")[0], list[list[int]](), http.Endpoint._json
     about = {
-        "inputs": [{"name": "image", "datatype": "FP32", "shape": [4, 3, 32, 32]}],
-        "outputs": [{"name": "scores", "datatype": "FP32", "shape": [4, 10]}],
+        "inputs": [{"name": "image", "datatype": "FP32", "shape": [*batch, 3, 32, 32]}],
+        "outputs": [{"name": "scores", "datatype": "FP32", "shape": [*batch, 10]}],
     }
     monkeypatch.setattr(http.Endpoint, "_metadata", lambda self, address: about)
-    server.override = lambda path, images: sizes.append(len(images))
+
+    def noted(self: http.Endpoint, method: str, address: str, body: Any) -> Any:
+        sent.append(body["inputs"][0]["shape"])
+        return send(self, method, address, body)
+
+    monkeypatch.setattr(http.Endpoint, "_json", noted)
     box = opened(server, f"{base}/v2/models/box/infer")
     assert np.allclose(box.answer(digits[:6]), judge(digits[:6]), atol=2e-5)
-    assert {*sizes} == {4}
+    assert all(shape == [*batch, 3, 32, 32] for shape in sent)
     assert box.queries.asked == 6 + 6
-    with pytest.raises(UsageError, match="takes 4 images in a request"):
+    with pytest.raises(UsageError, match=f"takes {math.prod(batch)} images in a request"):
         opened(server, f"{base}/v2/models/box/infer", batch=5)
 
 
