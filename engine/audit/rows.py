@@ -55,6 +55,7 @@ class Row:
     student_prediction: Annotated[str | None, "What a black box's surrogate says of the counterfactual."] = None
     student_target_confidence: Annotated[float | None, "Its probability of the target."] = None
     attempts: Annotated[int | None, "Candidates that were made of it, of a black box through its surrogate."] = None
+    attempt: Annotated[int | None, "Which of its ladder's settings made it, 1 for those that were asked for."] = None
     queries: Annotated[int | None, "What the box was asked for it, the image itself included."] = None
     l1: Annotated[float | None, "Mean absolute change per pixel and channel, in [0, 1]."] = None
     l2: Annotated[float | None, "Root mean square change per pixel and channel, in [0, 1]."] = None

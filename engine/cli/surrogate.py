@@ -59,9 +59,7 @@ def train(
     """
     import torch
 
-    from ..blackbox.answers import FILE
     from ..blackbox.box import as_box, said
-    from ..images.files import make_folder
     from ..surrogate.rounds import Plan, Trainer
     from ..surrogate.surrogate import is_surrogate, open_surrogate
 
@@ -86,7 +84,6 @@ def train(
     asked = as_box(engine.classifier)
     assert asked is not None
     _, shown, failed = load_all(items, lambda sample: engine.read(sample.file(), sample.name, own=False).image)
-    asked.keep(make_folder(out) / FILE)
     with progress_bar("training") as progress:
 
         def show(stage: int, stages: int, name: str, trainer: Trainer) -> None:

@@ -269,6 +269,7 @@ def _result(engine: EngineCore, case: Case, facts: dict[str, Any]) -> Counterfac
             "student_prediction": engine.labels[int(best.seen.argmax())],
             "student_target_confidence": round(float(best.seen[case.target]), 6),
             "attempts": len(case.candidates),
+            "attempt": best.rung + 1,
             "queries": 1 + case.asked,
         },
         **common,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from counterlens.export.store import tensors_digest
 
+from ..blackbox.answers import FILE
 from ..blackbox.box import Fingerprint
 from ..errors import CounterlensError, UsageError
 from ..files import write_atomically
@@ -357,7 +358,7 @@ def train_surrogate(
         box: asked, counted and cached.
         images: the user's; no labels are needed.
         plan: every number.
-        out: folder; each finished stage is kept there, and the same call goes on after it.
+        out: folder; each answer and each finished stage is kept there, and the same call goes on after it.
         hidden: what hides pixels, see `metrics.inputs.make_baseline`.
         on_stage: told (stage, stages, its name, the state) after each.
 
@@ -379,6 +380,8 @@ def train_surrogate(
         "settings": engine.settings(engine.config).model_dump(),
     })  # fmt: skip
     done = 0 if folder is None else trainer.resume(folder / STATE, key)
+    if folder is not None:
+        box.keep(folder / FILE)
     total = len(trainer.stages())
 
     def finished(number: int, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,25 @@ def test_stopped_it_goes_on_and_asks_for_nothing_twice(
     assert surrogate.training == trained[1].training
 
 
+def test_stopped_within_a_stage_no_answer_is_asked_for_again(engine: Any, images: torch.Tensor, tmp_path: Path) -> None:
+    sent: list[bytes] = []
+
+    def slow(some: np.ndarray) -> np.ndarray:
+        if len(sent) == 6 + 8:
+            sent.append(b"")
+            raise KeyboardInterrupt
+        sent.extend(image.tobytes() for image in some)
+        return brightness(some)
+
+    for _ in range(2):
+        box = open_box(slow, LABELS, image_size=16, batch=4)
+        with suppress(KeyboardInterrupt):
+            engine(box).train_surrogate(images, tmp_path, SHORT)
+    asked = [image for image in sent if image not in {probe.tobytes() for probe in probes(16)}]
+    assert b"" in asked
+    assert len(asked) == len(set(asked))
+
+
 def test_a_box_that_changed_meanwhile_is_named(engine: Any, images: torch.Tensor, tmp_path: Path) -> None:
     turned = False
 
@@ -191,7 +211,7 @@ def test_the_box_judges_every_result(
         n == 3 for n, flipped in zip(used, made.flipped, strict=True) if not flipped
     )  # tried as often as allowed
     record = made.record(0)
-    assert {"student_prediction", "student_target_confidence", "attempts", "queries"} <= record.keys()
+    assert {"student_prediction", "student_target_confidence", "attempt", "attempts", "queries"} <= record.keys()
 
 
 def test_an_image_has_its_result_alone(trained: tuple[Path, Surrogate, int], engine: Any, images: torch.Tensor) -> None:
