@@ -48,6 +48,9 @@ class Answers:
         path: the file; None keeps them in memory.
         box: the box's identity. name: as people know it.
 
+    Attributes:
+        session: the counts of this session alone, of which there may be several at once.
+
     Raises:
         CounterlensError: the file cannot be opened or is no such file.
     """
@@ -55,6 +58,7 @@ class Answers:
     def __init__(self, path: Path | None, box: str, name: str) -> None:
         self.path, self.box = path, box
         self._lock = threading.RLock()
+        self.session = dict.fromkeys(COUNTS, 0)
         try:
             self._db = sqlite3.connect(
                 ":memory:" if path is None else path, check_same_thread=False, isolation_level=None, timeout=30
@@ -105,7 +109,10 @@ class Answers:
     def count(self, **more: int) -> None:
         """Add to the counts."""
         changes = ", ".join(f"{name} = {name} + {by:d}" for name, by in more.items())
-        self._run(f"UPDATE boxes SET {changes} WHERE box = ?", self.box)
+        with self._lock:
+            self._run(f"UPDATE boxes SET {changes} WHERE box = ?", self.box)
+            for name, by in more.items():
+                self.session[name] += by
 
     def counts(self) -> dict[str, int]:
         """The counts of all sessions."""
@@ -126,12 +133,10 @@ class Answers:
         self._run("UPDATE boxes SET fingerprint = ? WHERE box = ?", json.dumps(value), self.box)
 
     def merge(self, other: Answers) -> None:
-        """Take over what another one of the same box holds."""
-        self.put((key, np.frombuffer(answer, np.float32)) for key, answer in other._rows())
-        self.count(**other.counts())
-
-    def _rows(self) -> list[Any]:
-        return self._run("SELECT image, answer FROM answers WHERE box = ?", self.box)
+        """Take over what another one of the same box holds, and what this session has counted there."""
+        rows = other._run("SELECT image, answer FROM answers WHERE box = ?", self.box)
+        self.put((key, np.frombuffer(answer, np.float32)) for key, answer in rows)
+        self.count(**other.session)
 
     def close(self) -> None:
         """Let the file go."""

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,9 +49,6 @@ class Queries:
     failed: int = 0
     cached: int = 0
     requests: int = 0
-
-    def __sub__(self, other: Queries) -> Queries:
-        return Queries(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,6 @@ class BlackBox(nn.Module):
         self._last = ""
         self._asker = Asker(source, self.labels, options, self._spend)
         self._print = self._probe()
-        self._before = Queries()  # of earlier sessions
 
     # As a classifier
 
@@ -204,7 +200,7 @@ class BlackBox(nn.Module):
     @property
     def queries(self) -> Queries:
         """How often it was asked in this session."""
-        return self.queries_in_all - self._before
+        return Queries(**self._answers.session)
 
     @property
     def queries_in_all(self) -> Queries:
@@ -235,10 +231,9 @@ class BlackBox(nn.Module):
                     f"classifier: {self.name} is not what it was when the answers in {path} were kept: {change}. "
                     "Choose another --out, or remove that file"
                 )
-            before = Queries(**kept.counts())
             kept.merge(self._answers)
             self._answers.close()
-            self._answers, self._before = kept, before
+            self._answers = kept
 
     def fingerprint(self) -> Fingerprint:
         """What it said of the probe images when it was opened."""

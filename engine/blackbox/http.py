@@ -181,7 +181,7 @@ class Endpoint:
         try:
             parts = urlsplit(self._address)
         except ValueError as error:
-            raise UsageError(f"classifier: {self._address!r} is no address ({error})") from error
+            raise UsageError(f"classifier: it is no address ({error})") from error
         if parts.username or parts.password:
             raise UsageError(
                 "classifier: no user and password in an address, it is written into files; give a header of a "

@@ -219,6 +219,7 @@ def test_a_budget_is_one_for_all_who_share_the_file(tmp_path: Path) -> None:
         with pytest.raises(BudgetSpent):
             box.answer(some(60, seed=k))
     assert boxes[0].queries_in_all.asked == 40
+    assert [box.queries.asked for box in boxes] == [34, 6]  # each its own
     counted = boxes[0].queries
     boxes[0].keep(tmp_path / FILE)  # again: nothing is counted twice
     assert boxes[0].queries == counted
