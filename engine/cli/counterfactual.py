@@ -243,6 +243,7 @@ def _written(
     masks: Masks | None,
 ) -> dict[str, Any]:
     """Write a counterfactual's pictures, and return its line; one that cannot be written has failed."""
+    from ..blackbox.reading import Unusable
     from ..images.files import save_png
     from ..images.masks import AUTO
     from ..images.restoring import save_restored
@@ -269,6 +270,8 @@ def _written(
             found = result.region[None].expand(3, -1, -1).float()
             save_png(found, path.with_name(name + REGION))
     except CounterlensError as error:
+        if isinstance(error, Unusable):  # the other images' end too
+            raise
         record |= {"status": "failed", "error": str(error)}
     return run.line(name, record)
 

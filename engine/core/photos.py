@@ -228,6 +228,9 @@ def restored(
         after: the counterfactual.
         config: as for `read`.
         region: where alone the image could change; outside it the photo keeps its pixels.
+
+    Raises:
+        CounterlensError: the classifier gives no answer for it.
     """
     path = name or file
     picture = open_picture(file, path, managed=not config.match_official)
@@ -240,6 +243,8 @@ def restored(
     fit = own_fit(engine.classifier, square=out.width == out.height)
     seen = take(out, framed(fit, out, path, engine.image_size), config.interpolation, padding_of(engine.classifier))
     p = engine.probabilities(torch.from_numpy(as_pixels(seen)).permute(2, 0, 1)[None])[0]
+    if not p.isfinite().all():
+        raise CounterlensError(f"{path}: the classifier gives no answer for the restored photo")
     return out, Said(engine.labels[int(p.argmax())], p.max().item(), p)
 
 

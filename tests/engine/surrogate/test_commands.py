@@ -92,6 +92,11 @@ def test_what_needs_a_box_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "fit: a surrogate sees square",
         ),
         (("counterfactual", "images", "--classifier", "clean", "--surrogate", "s"), "surrogate: of a black box"),
+        (
+            ("profile", "images", "--classifier", "b.onnx", "--surrogate", "s"),
+            "surrogate: this command asks no black box",
+        ),
+        (("export", "--classifier", "b.onnx", "--surrogate", "s"), "surrogate: this command asks no black box"),
         (("counterfactual", "images", "--queries-each", 3), "queries_each: of counterfactuals through a surrogate"),
     ):
         found = run(*command)

@@ -15,7 +15,7 @@ import torch
 from counterlens.engine import Config, Engine
 from counterlens.engine.blackbox.box import BlackBox, open_box, probes
 from counterlens.engine.errors import CounterlensError, UsageError
-from counterlens.engine.images.files import as_saved, to_uint8
+from counterlens.engine.images.files import as_saved, save_png, to_uint8
 from counterlens.engine.surrogate import confirming
 from counterlens.engine.surrogate.confirming import Rung
 from counterlens.engine.surrogate.rounds import Plan, Trainer, answered
@@ -265,7 +265,9 @@ def test_what_the_box_does_not_answer_is_left_out(engine: Any, images: torch.Ten
         engine(box).train_surrogate(images, None, SHORT)
 
 
-def test_what_the_box_does_not_answer_is_no_flip(trained: tuple[Path, Surrogate, int], engine: Any) -> None:
+def test_what_the_box_does_not_answer_is_no_flip(
+    trained: tuple[Path, Surrogate, int], engine: Any, tmp_path: Path
+) -> None:
     known = {image.tobytes() for image in probes(16)}
     image = torch.full((1, 3, 16, 16), 0.5)
     known.add(to_uint8(image)[0].permute(1, 2, 0).numpy().tobytes())
@@ -276,9 +278,13 @@ def test_what_the_box_does_not_answer_is_no_flip(trained: tuple[Path, Surrogate,
         return brightness(some)
 
     box = boxed(shy)
-    made = engine(box).with_surrogate(trained[1], queries_each=3).counterfactual(image, 0)
+    explained = engine(box).with_surrogate(trained[1], queries_each=3)
+    made = explained.counterfactual(image, 0)
     assert "gives no answer for the counterfactual (raised Killed: not this one)" in str(made.errors[0])
     assert box.queries.failed == 2  # label 0 is not what no answer means
+    save_png(image[0], tmp_path / "grey.png")
+    with pytest.raises(CounterlensError, match=r"grey.png: the classifier gives no answer for the restored photo"):
+        explained.restore(tmp_path / "grey.png", explained.read(tmp_path / "grey.png"), image[0] * 0.5)
     nothing = torch.zeros(3, 10).fill_(torch.nan)
     assert not answered(nothing, torch.tensor([0, 1, 2])).any()
 
