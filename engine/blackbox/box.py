@@ -151,10 +151,11 @@ class BlackBox(nn.Module):
         """
         if torch.is_grad_enabled() and image.requires_grad:
             raise UsageError(f"classifier: {no_gradient(self.name)}")
-        finite = image.detach().nan_to_num(0.0)
-        rows = self.answer(to_uint8(finite).permute(0, 2, 3, 1).cpu().contiguous().numpy())
-        p = torch.from_numpy(rows).to(image.device).clamp(FLOOR, 1)
-        p = p.masked_fill(~image.detach().isfinite().flatten(1).all(1)[:, None], torch.nan)
+        shown = image.detach().cpu()
+        there = shown.isfinite().flatten(1).all(1)
+        p = torch.full((len(shown), len(self.labels)), torch.nan)
+        p[there] = torch.from_numpy(self.answer(to_uint8(shown[there]).permute(0, 2, 3, 1).contiguous().numpy()))
+        p = p.to(image.device).clamp(FLOOR, 1)
         if self.link == "softmax":
             return p.log()
         return torch.logit(p.double(), eps=FLOOR).float()

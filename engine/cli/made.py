@@ -141,7 +141,7 @@ def _of_audit(folder: Path) -> Results:
     audit = Audit.open(folder)
     made, without = [], 0
     for row in audit.rows():
-        if row["counterfactual"] is None or row["image"] is None:
+        if row["status"] != "done" or row["counterfactual"] is None or row["image"] is None:
             without += 1
             continue
         line = {k: v for k, v in row.items() if v is not None}

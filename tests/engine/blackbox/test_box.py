@@ -70,6 +70,7 @@ def test_it_is_a_classifier_whose_images_are_rounded_to_8_bits() -> None:
     assert box.queries.asked == asked
     x[2, 0, 0, 0] = torch.nan
     assert box.logits(x).isfinite().all(1).tolist() == [True, True, False, True, True, True]
+    assert box.queries.asked == asked  # nobody is asked about what is no image
     target = torch.zeros(6, dtype=torch.long)
     assert torch.allclose(box.log_prob(x, target), box.logits(x)[:, 0], atol=1e-6, equal_nan=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -159,7 +160,8 @@ clean = Pack("digits").classifier("clean").module
 @torch.no_grad()
 def classify(images):
     p = clean(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).softmax(1).numpy()
-    p[[hashlib.sha256(image.tobytes()).digest()[0] < SHARE for image in images]] = np.nan
+    # the fourth byte of no probe is below SHARE
+    p[[hashlib.sha256(image.tobytes()).digest()[4] < SHARE for image in images]] = np.nan
     return p
 """
 
@@ -202,6 +204,18 @@ def test_an_audit(place: Path, tmp_path: Path) -> None:
     assert found["images"] == 3
     assert found["columns"]["cout"]["n"] == 3
     assert found["columns"]["l1"]["value"] > 0
+
+
+def test_an_audits_failed_rows_do_not_count(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow (pip install '.[audit]')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "half.py").write_text(CALLED.replace("SHARE", "128"))
+    audit = ("audit", place / "digits", "--judge", "python:half:classify", "--no-insight", "--shortcuts", 0)
+    done = run(*audit, "--no-report", "--speed", "turbo", "--runtime", "eager", "--out", tmp_path / "audit")
+    failed = int(re.search(r"(\d) failed", done.stdout + done.stderr)[1])  # type: ignore[index]
+    assert 0 < failed < 6
+    found = json.loads(run("quality", tmp_path / "audit", "--protocol", "ldce", "--json").stdout)
+    assert (found["images"], found["without"]) == (6 - failed, failed)
 
 
 def test_one_counterfactual_has_no_covariance(place: Path, tmp_path: Path) -> None:
