@@ -57,7 +57,11 @@ class OnnxFile:
 
         if proto.data_location != onnx.TensorProto.EXTERNAL:
             return np.asarray(onnx.numpy_helper.to_array(proto))
-        file, offset, _ = _external(self.path, proto)
+        file, offset, length = _external(self.path, proto)
+        if proto.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):  # two in a byte
+            raw = np.fromfile(file, np.uint8, length, offset=offset).tobytes()
+            own = onnx.TensorProto(data_type=proto.data_type, dims=proto.dims, raw_data=raw)
+            return np.asarray(onnx.numpy_helper.to_array(own))
         kind = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)
         count = math.prod(proto.dims)
         return np.fromfile(file, kind, count, offset=offset).reshape(list(proto.dims))

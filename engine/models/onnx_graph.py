@@ -293,6 +293,8 @@ class _Builder:
         """Half precision as float32, and all of one precision: gradients of log p fall below what float16 holds."""
         if value.dtype.kind in "OSU":
             raise NoGradient(self.file.path, ["it computes with texts"])
+        if value.dtype.name in ("int4", "uint4"):  # which torch has not
+            return value.astype(np.int8)
         if value.dtype.kind == "f" or value.dtype.name == "bfloat16":
             self.halved |= value.dtype.itemsize == 2
             return value.astype(np.float64 if self.wide else np.float32, copy=False)

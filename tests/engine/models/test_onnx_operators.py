@@ -158,6 +158,20 @@ def test_resampling(attributes: dict[str, Any], tmp_path: Path) -> None:
         compare(file, normal(2, 3, 8, 6), 1e-5)
 
 
+@pytest.mark.parametrize("location", [None, "weights.bin"])
+def test_weights_of_four_bits(location: str | None, tmp_path: Path) -> None:
+    weight = onnx.TensorProto(name="w4", data_type=TensorProto.INT4, dims=[18], raw_data=bytes(range(100, 109)))
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w4", "scale"], ["w"]), helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Mul", ["flat", "w"], ["y"]),  # a product of matrices ONNX Runtime rounds
+    ]  # fmt: skip
+    path = save(tmp_path / "m.onnx", nodes, {"scale": np.array(0.1, np.float32)}, ["B", 2, 3, 3], 21)
+    model = onnx.load(path)
+    model.graph.initializer.append(weight)
+    onnx.save(model, path, save_as_external_data=location is not None, location=location, size_threshold=0)
+    compare(read_onnx(path), normal(2, 2, 3, 3))
+
+
 def test_resampling_takes_no_more_memory_than_its_result() -> None:
     def resized(pixels: int, scale: float, **attributes: Any) -> torch.Tensor:
         x = torch.zeros(1, 1, 1, pixels, device="meta")
