@@ -30,7 +30,7 @@ class Kind:
 KINDS = {
     "python": Kind(lambda name: name.startswith("python:"), "sources:open_function"),
     "endpoint": Kind(
-        lambda name: name.startswith(("http://", "https://")), "http:Endpoint",
+        lambda name: name.lower().startswith(("http://", "https://")), "http:Endpoint",
         ("template", "header", "mean", "std", "timeout", "retries", "insecure"),
     ),
     "onnx": Kind(lambda name: name.lower().endswith(".onnx"), "onnx:OnnxFile", ("mean", "std", "convert", "scores")),

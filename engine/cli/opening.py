@@ -113,8 +113,6 @@ def open_engine(
     if options.queries_each is not None and options.surrogate is None:
         raise UsageError("queries_each: of counterfactuals through a surrogate; give --surrogate FOLDER")
     if options.surrogate is not None:
-        if box is None:
-            raise UsageError("surrogate: this command asks no black box; counterfactual, audit and saliency do")
         box = only_called(options.classifier, box)
     box = check_box(options.classifier, box, guides=guides and options.surrogate is None)
     if box is not None:

@@ -283,6 +283,7 @@ def test_addresses_and_options_that_do_not_fit(server: Endpoint, tmp_path: Path)
     (tmp_path / "path.json").write_text('{"request": {"x": "$png"}, "answer": "a[*][*]"}')
     for address, options, message in (
         ("http://example.com/v1/models/a:predict", {}, r"http:// to example.com .* --classifier-insecure"),
+        ("HTTP://example.com/v1/models/a:predict", {}, "http:// to example.com"),
         ("https://me:pw@example.com/v1/models/a:predict", {}, "no user and password in an address"),
         ("https://example.com/v1/models/a:predict?api_key=123", {}, r"api_key= .* give it as api_key=\$VARIABLE"),
         (f"{base}/score", {}, "--classifier-template FILE.json"),
