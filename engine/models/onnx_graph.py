@@ -7,6 +7,7 @@ Only what the scores need is built; what follows from constants is computed once
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ FLAT = {
 }  # fmt: skip
 UNREAD = {0, 4, 5, 9, 10, 11, 12, 13, 14}  # types of attributes: none, empty tensors, graphs, sparse, types
 PASSING = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze"}  # may stand behind a softmax without changing a value
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError)  # of operators that a file misuses
 ENDINGS = {"Softmax": "softmax", "LogSoftmax": "log-softmax", "Sigmoid": "sigmoid"}
 
 
@@ -146,7 +148,7 @@ class OnnxGraph(nn.Module):
         with _hooked(self.nodes, add):
             try:
                 out = torch.func.functional_call(self, empty, (torch.empty(shape, dtype=dtype, device="meta"),))
-            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
+            except FAILURES as error:
                 raise Unfit(" ".join(str(error).split())[:160]) from error
         if not isinstance(out, Tensor):
             raise Unfit("the scores do not follow from pixels")
@@ -165,7 +167,7 @@ def _hooked(nodes: nn.ModuleDict, see: Any) -> Iterator[None]:
         def forward(*values: Any) -> Any:
             try:
                 return run(*values)
-            except (RuntimeError, TypeError, ValueError, IndexError, KeyError, NotImplementedError) as error:
+            except FAILURES as error:
                 raise Unfit(f"{operation.kind}: {' '.join(str(error).split())[:160]}") from error
 
         return forward
@@ -202,6 +204,7 @@ class _Builder:
         self.constants: dict[str, Any] = {}
         self.protos = {tensor.name: tensor for tensor in model.graph.initializer}
         self.renamed: dict[str, str] = {}
+        self.folded = 0  # bytes of constants that were computed
         self._find_ending()
         self.nodes = [node for node in model.graph.node if id(node) in self._needed()]
 
@@ -333,6 +336,7 @@ class _Builder:
         values = [fixed.get(i) for i in range(len(inputs))]
         try:
             made: Any = None
+            self._check_folded(0)
             if kind in NUMPY:
                 with suppress(*([TooLarge] if kind in CAN else [])):
                     made = of_numbers(kind, a, values)
@@ -342,12 +346,19 @@ class _Builder:
                 made = self._compute(kind, a, values)
         except TooLarge as error:
             raise CounterlensError(f"classifier: {self.file.path}: refused: {kind} of its weights: {error}") from error
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        except FAILURES as error:
             raise NoGradient(self.file.path, [f"{kind} of its weights: {error}"]) from error
         several = made if isinstance(made, tuple | list) else (made,)
         for name, value in zip(outputs, several, strict=False):
             self.constants[name] = value.numpy() if isinstance(value, Tensor) else np.asarray(value)
+            self.folded += self.constants[name].nbytes
         return True
+
+    def _check_folded(self, more: int) -> None:
+        """Bound what is made of a file's weights in all: each node may double what the one before it made."""
+        weights = 4 * sum(math.prod(proto.dims) for proto in self.protos.values())
+        if self.folded + more > max(16 * weights, 1 << 28):
+            raise TooLarge(f"{weights} bytes would become {self.folded + more}")
 
     def _compute(self, kind: str, a: Attributes, values: list[Any]) -> Any:
         """A node of constants in torch, once it is known that its result is no larger than a file's weights may be."""
@@ -358,6 +369,7 @@ class _Builder:
         held = sum(v.nbytes for v in values if v is not None)
         if size > max(64 * held, 1 << 24):
             raise TooLarge(f"{held} bytes would become {size}")
+        self._check_folded(size)
         return CAN[kind](a, *real)
 
 

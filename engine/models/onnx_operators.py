@@ -500,7 +500,7 @@ def _resampling(
     """The matrix [new, old] that resamples one axis."""
     if new < 1:
         raise Unfit(f"to {new} pixels")
-    if new * old > 16 * MANY:
+    if new > 1 << 16 or new * old > 16 * MANY:
         raise TooLarge(f"from {old} to {new} pixels")
     i = np.arange(new, dtype=np.float64)
     if where == "align_corners":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from counterlens.engine.errors import CounterlensError
 from counterlens.engine.models.onnx_file import OnnxFile, open_session, read_onnx
 from counterlens.engine.models.onnx_graph import OnnxGraph
 from counterlens.engine.models.onnx_operators import CAN, Attributes, NoGradient, Unfit
@@ -156,6 +157,27 @@ def test_resampling(attributes: dict[str, Any], tmp_path: Path) -> None:
         node = helper.make_node("Resize", inputs, ["y"], **attributes)
         file = read_onnx(save(tmp_path / f"{name}.onnx", [node], {name: value}, [2, 3, 8, 6]))
         compare(file, normal(2, 3, 8, 6), 1e-5)
+
+
+DOUBLING = [helper.make_node("Concat", [f"c{i}", f"c{i}"], [f"c{i + 1}"], axis=0) for i in range(40)]
+HOSTILE = {
+    "each node doubles what the one before it made": (
+        [*DOUBLING, helper.make_node("ReduceMax", ["c40"], ["most"]), helper.make_node("Mul", ["x", "most"], ["y"])],
+        r"refused: Concat of its weights: \d+ bytes would become \d+",
+    ),
+    "endless": ([helper.make_node("Resize", ["x", "", "endless"], ["y"])], "Resize: cannot convert float infinity"),
+    "no blocks": ([helper.make_node("DepthToSpace", ["x"], ["y"], blocksize=0)], "DepthToSpace: "),
+    "long": ([helper.make_node("Resize", ["x", "", "long"], ["y"], mode="linear")], "Resize: from 8 to 8000000 pixels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_would_grow_or_divide_by_nothing_is_refused(name: str, tmp_path: Path) -> None:
+    nodes, said = HOSTILE[name]
+    scales = {"endless": np.float32([1, 1, np.inf, 1]), "long": np.float32([1, 1, 1, 1e6])}
+    file = read_onnx(save(tmp_path / "m.onnx", nodes, {"c0": np.zeros(1 << 20, np.float32), **scales}, ["B", 3, 8, 8]))
+    with pytest.raises((CounterlensError, Unfit), match=said):
+        OnnxGraph(file).rehearse((1, 3, 8, 8), torch.float32)
 
 
 @pytest.mark.parametrize("location", [None, "weights.bin"])
