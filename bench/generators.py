@@ -43,7 +43,8 @@ def unmade(published: Published, dtype: torch.dtype = torch.bfloat16, device: st
         parts = vae(**published.vae), denoiser(**published.denoiser)
 
     def made(self: Any, prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        return tuple(torch.randn(len(prompts), *shape, dtype=dtype, device=device) for shape in published.conditions)
+        where = "cpu" if device == "meta" else device  # prompts' embeddings are kept on the CPU: they need values
+        return tuple(torch.randn(len(prompts), *shape, dtype=dtype, device=where) for shape in published.conditions)
 
     flow = "transformer" in family.networks and published.family != "pixart:PixArt"
     own = {"embed": made, "_embed": lambda self, prompt: made(self, [prompt])[0]}  # of several tensors, or of one

@@ -180,7 +180,12 @@ def test_a_class_that_is_ruled_out_is_none(images: Tensor, maps: Tensor) -> None
     assert msi(classifier, images, maps, 1).score.isfinite().all()
 
 
-OPTIONS = {"subject": cli.Subject(), "how": cli.Explaining(device="cpu", as_json=True), "command": "counterlens"}
+OPTIONS = {
+    "subject": cli.Subject(),
+    "how": cli.Explaining(device="cpu", as_json=True),
+    "command": "counterlens",
+    "box": None,
+}
 
 
 @pytest.fixture
