@@ -436,6 +436,32 @@ def converted_table() -> str:
     return f"{table(header, rows)}\n\n{said} Refused: {refused}. {provenance(result, 'onnx-classifiers')}"
 
 
+def surrogates_table() -> str:
+    """Counterfactuals through students of black boxes, beside guidance by one that knows nothing of them."""
+    result = load("surrogate")
+    rows = []
+    for box, r in result["confirmed"].items():
+        difference = r["difference_to_clean_alone"]
+        low, high = (f"{100 * difference[k]:+.1f}" for k in ("low", "high"))
+        rows.append([f"`{box}`", str(r["queries"]), rate(r["confirmed"]), f"{r['queries_each']['mean']:.1f}",
+                     rate(r["clean_alone"]), f"{100 * difference['mean']:+.1f} points ({low} to {high})"])  # fmt: skip
+    header = [
+        "box",
+        "queries of the training",
+        "confirmed by the box",
+        "queries each",
+        "by `clean` alone",
+        "difference",
+    ]
+    text = f"{table(header, rows)}\n\n{provenance(result, 'surrogate', 'confirmed')}"
+    r = result["shortcut"]
+    who = {"student": f"the student ({r['surrogate']['queries']} queries)", "white box": "`shortcut` itself",
+           "clean": "`clean`"}  # fmt: skip
+    rows = [[said, rate(r[name]["touched"]), rate(r[name]["confirmed"])] for name, said in who.items()]
+    header = ["`shortcut` as a box, across 5 or more; guided by", "marker touched", "confirmed by the box"]
+    return f"{text}\n\n{table(header, rows)}\n\n{provenance(result, 'surrogate', 'shortcut')}"
+
+
 def generators_table() -> str:
     """What a guided step of each published generator costs on paper."""
     result = load("generators")
@@ -466,6 +492,7 @@ TABLES = {
     "startup": startup_table,
     "coverage": coverage_table,
     "converted": converted_table,
+    "surrogates": surrogates_table,
     "metrics": metrics_table,
     "pointing": pointing_table,
     "faithfulness": faithfulness_table,
