@@ -198,9 +198,9 @@ def test_every_command(command: tuple[str, ...], tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     files = command not in (("serve",), ("quality",), ("surrogate", "show"))  # they write none
-    given = [] if command[0] in ("demo", "samples", "info", "export", "evaluate", "serve") or command[-1] in (
+    given = [] if command[0] in ("demo", "samples", "info", "export", "evaluate", "serve") or (command[-1] in (
         "train", "export", "evaluate", "calibrate"
-    ) and command != ("surrogate", "train") else ["file", "file"][: 1 + (command[0] == "run")]  # fmt: skip
+    ) and command != ("surrogate", "train")) else ["file", "file"][: 1 + (command[0] == "run")]  # fmt: skip
     seeds = (-1, MAX_SEED + 1, 2**64, 99999999999999999999, "1.5")
     for seed in () if command == ("surrogate", "show") else seeds:
         result = run(*command, *given, *(["--out", "o"] if files else []), "--seed", seed)
