@@ -66,7 +66,7 @@ DEAD, CAP = 1.5, 2.0
 ALPHA = 0.05
 DRAWS = 1000
 TIE = 1e-9  # of a mean in root mean squares
-# In `bench.audit detector` a planted marker that decides every answer is found in about half of random subsets of 32
+# In `bench.audit detector` a planted marker that decides every answer is found in under half of random subsets of 32
 # images and in nearly all of 64: fewer than these cannot say that there is no shortcut, and a weaker one needs more.
 ENOUGH = 64
 LEAST = 16  # samples from which a class is tested on its own
@@ -451,7 +451,7 @@ def _nothing(n: int) -> str:
     if n < ENOUGH:
         return (
             f"Nothing can be said about shortcuts: {n} images show none, but they are few. A planted mark that decides "
-            f"every answer was found in nearly all random sets of {ENOUGH} images and in about half of those of 32; a "
+            f"every answer was found in nearly all random sets of {ENOUGH} images and in under half of those of 32; a "
             "tint or a border takes more."
         )
     return (

@@ -113,7 +113,7 @@ def test_enough_is_what_was_measured() -> None:
     rows = json.loads((Path(__file__).parents[3] / "bench/results/audit-detector.json").read_text())["rows"]
     power = rows["marker, planted"]["power"]
     assert power[str(ENOUGH)] > 0.9
-    assert 0.4 < power["32"] < 0.72
+    assert 0.1 < power["32"] < 0.5  # "under half"
 
 
 def test_a_small_audit_ends_with_its_verdict(digits: Path, tmp_path: Path) -> None:
