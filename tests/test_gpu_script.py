@@ -37,7 +37,7 @@ def test_its_syntax_limits_and_arguments() -> None:
     "parts", ["step,sanitizer", "counterfactual,models", "xformers,digits,onnxruntime-cuda,metrics,serve"]
 )
 def test_its_parts_run_at_tiny_size(parts: str) -> None:
-    done = run(str(SCRIPT), "--dry-run", parts)
+    done = run(str(SCRIPT), "--dry-run", parts, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     for part in parts.split(","):
         assert f"== {part}: exit 0" in done.stdout
