@@ -15,6 +15,7 @@ import typer
 
 from bench.explain_tables import costs_table, faithfulness_table, pointing_table, robust_table, seeds_table
 from bench.record import RESULTS
+from bench.surrogate_tables import surrogates_table
 from bench.tables import load, number, provenance, rate, table
 
 ROOT = Path(__file__).parent.parent
@@ -434,32 +435,6 @@ def converted_table() -> str:
     header = ["architecture, random weights", "gradient off by, `dynamo=True`", "`dynamo=False`"]
     said = "Relative to the largest entry of the original module's gradient."
     return f"{table(header, rows)}\n\n{said} Refused: {refused}. {provenance(result, 'onnx-classifiers')}"
-
-
-def surrogates_table() -> str:
-    """Counterfactuals through students of black boxes, beside guidance by one that knows nothing of them."""
-    result = load("surrogate")
-    rows = []
-    for box, r in result["confirmed"].items():
-        difference = r["difference_to_clean_alone"]
-        low, high = (f"{100 * difference[k]:+.1f}" for k in ("low", "high"))
-        rows.append([f"`{box}`", str(r["queries"]), rate(r["confirmed"]), f"{r['queries_each']['mean']:.1f}",
-                     rate(r["clean_alone"]), f"{100 * difference['mean']:+.1f} points ({low} to {high})"])  # fmt: skip
-    header = [
-        "box",
-        "queries of the training",
-        "confirmed by the box",
-        "queries each",
-        "by `clean` alone",
-        "difference",
-    ]
-    text = f"{table(header, rows)}\n\n{provenance(result, 'surrogate', 'confirmed')}"
-    r = result["shortcut"]
-    who = {"student": f"the student ({r['surrogate']['queries']} queries)", "white box": "`shortcut` itself",
-           "clean": "`clean`"}  # fmt: skip
-    rows = [[said, rate(r[name]["touched"]), rate(r[name]["confirmed"])] for name, said in who.items()]
-    header = ["`shortcut` as a box, across 5 or more; guided by", "marker touched", "confirmed by the box"]
-    return f"{text}\n\n{table(header, rows)}\n\n{provenance(result, 'surrogate', 'shortcut')}"
 
 
 def generators_table() -> str:
