@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The one error of this package, and what ONNX Runtime raises."""
 
 
 class ExportError(RuntimeError):
@@ -12,3 +12,11 @@ class NodeError(ExportError):
         super().__init__(message.replace("{where}", f"node {node}"))
         self.message = message
         self.node = node
+
+
+def onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises of files and inputs that it does not take: its own errors have no common class."""
+    from onnxruntime.capi import onnxruntime_pybind11_state
+
+    own = vars(onnxruntime_pybind11_state).values()
+    return (RuntimeError, ValueError, *(e for e in own if isinstance(e, type) and issubclass(e, Exception)))

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from counterlens.export.capture import explain, shapes_of
 from counterlens.export.check import BATCHES, Comparison, call, compare, fitting, free_memory, sample, tolerance_of
-from counterlens.export.errors import ExportError, NodeError
+from counterlens.export.errors import ExportError, NodeError, onnxruntime_errors
 from counterlens.export.state import preserved
 from counterlens.export.tracing import batch_dependence, batched_inputs, devices_of, traced_alone
 from counterlens.export.versions import versions
@@ -100,7 +100,7 @@ def check_file(
             state.restore()
             try:
                 got = _run(session, inputs)
-            except _errors(onnxruntime) as error:
+            except onnxruntime_errors() as error:
                 found = Comparison(float("nan"), 0, f"ONNX Runtime fails ({_first_line(error)})")
             else:
                 found = compare(got, fn, inputs, report["tolerance"], want)
@@ -134,14 +134,8 @@ def _session(onnxruntime: Any, path: Path, origins: Origins) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except _errors(onnxruntime) as error:
+    except onnxruntime_errors() as error:
         raise _at_operator("ONNX Runtime cannot load the file", error, origins) from error
-
-
-def _errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
-    """ONNX Runtime's errors have no common class."""
-    own = vars(onnxruntime.capi.onnxruntime_pybind11_state).values()
-    return (RuntimeError, ValueError, *(e for e in own if isinstance(e, type) and issubclass(e, Exception)))
 
 
 def _run(session: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -191,7 +185,7 @@ def _first_wrong(
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         names = [o.name for o in session.get_outputs()]
         results = dict(zip(names, _run(session, inputs), strict=True))
-    except MISFITS + _errors(onnxruntime):  # nothing but a better message hangs on it
+    except MISFITS + onnxruntime_errors():  # nothing but a better message hangs on it
         return None
     tolerance = 10 * tolerance_of(graph)
     for node in nodes:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from counterlens.export.errors import onnxruntime_errors
 from counterlens.export.hashing import file_digest
 
 from ..errors import CounterlensError, UsageError, install_hint
@@ -44,14 +45,9 @@ class OnnxFile:
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()
         settings.log_severity_level = 3
-        errors = onnxruntime.capi.onnxruntime_pybind11_state
-        self._failures = (
-            errors.Fail, errors.InvalidArgument, errors.RuntimeException, errors.InvalidGraph, errors.InvalidProtobuf,
-            errors.NotImplemented, errors.NoSuchFile, RuntimeError, ValueError,
-        )  # fmt: skip
         try:
             self._session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-        except self._failures as error:
+        except onnxruntime_errors() as error:
             raise CounterlensError(
                 f"classifier: {path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]})"
             ) from error
@@ -104,7 +100,7 @@ class OnnxFile:
                 some = array[start : start + step]
                 padded = np.concatenate([some, some[:1].repeat(step - len(some), 0)])
                 out.append(self._session.run(None, {self._input.name: padded})[self._output][: len(some)])
-        except self._failures as error:
+        except onnxruntime_errors() as error:
             raise Refused(f"fails: {str(error).splitlines()[0][:200]}") from error
         return np.concatenate(out)
 

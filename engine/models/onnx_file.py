@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from counterlens.export.errors import onnxruntime_errors
+
 from ..errors import CounterlensError, UsageError, install_hint
 
 LARGEST = 2**31 - 1  # bytes that protobuf can hold
@@ -289,7 +291,7 @@ def open_session(file: OnnxFile, threads: int = 1) -> Callable[[np.ndarray], np.
     options.log_severity_level = 3
     # Waiting threads would spin on the cores that torch needs between two calls.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    failures = _failures(onnxruntime)
+    failures = onnxruntime_errors()
     try:
         session = onnxruntime.InferenceSession(str(file.path), options, providers=["CPUExecutionProvider"])
     except failures as error:
@@ -317,10 +319,3 @@ def open_session(file: OnnxFile, threads: int = 1) -> Callable[[np.ndarray], np.
         return np.concatenate(made)
 
     return run
-
-
-def _failures(onnxruntime: Any) -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: classes of its own, which derive from nothing nearer than Exception."""
-    own = vars(onnxruntime.capi.onnxruntime_pybind11_state).values()
-    raised = [kind for kind in own if isinstance(kind, type) and issubclass(kind, Exception)]
-    return (*raised, RuntimeError, ValueError)
