@@ -9,7 +9,6 @@ Results: bench/results/blackbox-SECTION.json.
 
 from __future__ import annotations
 
-import json
 import signal
 import sqlite3
 import subprocess
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ import numpy as np
 import typer
 
 from bench.endpoint import FLAKY, Endpoint, answers_of, serving
-from bench.record import say, write_result
+from bench.record import run_sections
 from counterlens.engine.audit.results import Results
 from counterlens.engine.blackbox.answers import FILE, key_of
 from counterlens.engine.blackbox.box import probes
@@ -183,19 +183,9 @@ def main(
 
     Example: python -m bench.blackbox --record
     """
-    asked = sections.split(",")
-    if unknown := set(asked) - set(SECTIONS):
-        raise typer.BadParameter(f"no section {sorted(unknown)[0]}; expected some of {', '.join(SECTIONS)}")
-    bad: list[str] = []
-    for name in asked:
-        say(name)
-        result = SECTIONS[name](digits)
-        print(json.dumps({name: result}, indent=1))
-        if record:
-            write_result(f"blackbox-{name}", result)
-        bad += result.get("bad", [])
-    if bad:
-        raise SystemExit(f"bad: {len(bad)}, the first of them {bad[0]}")
+    run_sections(
+        sections, {name: partial(section, digits) for name, section in SECTIONS.items()}, "blackbox", record=record
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 from counterlens.engine.files import write_atomically
 from counterlens.engine.metrics import bootstrap
@@ -125,6 +126,29 @@ def keep_memory() -> None:
     if hasattr(library, "mallopt"):
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             library.mallopt(parameter, 1 << 30)
+
+
+def run_sections(
+    asked: str, sections: Mapping[str, Callable[[], dict[str, Any]]], prefix: str, *, record: bool
+) -> None:
+    """Run comma-separated sections and print what each found; `record` writes bench/results/PREFIX-SECTION.json.
+
+    Raises:
+        typer.BadParameter: there is no such section. SystemExit: one found what must not be, in its list `bad`.
+    """
+    chosen = asked.split(",")
+    if unknown := set(chosen) - set(sections):
+        raise typer.BadParameter(f"no section {sorted(unknown)[0]}; expected some of {', '.join(sections)}")
+    bad: list[str] = []
+    for name in chosen:
+        say(name)
+        result = sections[name]()
+        print(json.dumps({name: result}, indent=1))
+        if record:
+            write_result(f"{prefix}-{name}", result)
+        bad += result.get("bad", [])
+    if bad:
+        raise SystemExit(f"bad: {len(bad)}, the first of them {bad[0]}")
 
 
 def interval(values: torch.Tensor) -> dict[str, float]:

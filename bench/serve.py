@@ -24,6 +24,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +36,7 @@ import typer
 from PIL import Image
 
 from bench.hostile import attack, keys
-from bench.record import quantiles, say, write_result
+from bench.record import quantiles, run_sections, say
 from counterlens.engine import Config, Engine
 from counterlens.engine.images.files import to_uint8
 from counterlens.engine.packs import Pack
@@ -411,20 +412,9 @@ def main(
     record: Annotated[bool, typer.Option("--record", help="Write bench/results/serve-SECTION.json.")] = False,
 ) -> None:
     """Measure the server of the digits pack; `counterlens export --what all --speed fast` builds artefacts before."""
-    asked = sections.split(",")
-    if unknown := set(asked) - set(SECTIONS):
-        raise typer.BadParameter(f"no section {sorted(unknown)[0]}; expected some of {', '.join(SECTIONS)}")
-    bad: list[str] = []
-    for name in asked:
-        say(name)
-        given = {"overload": [minutes], "hostile": [cases]}.get(name, [])
-        result = globals()[name](*given)
-        print(json.dumps({name: result}, indent=1))
-        if record:
-            write_result(f"serve-{name}", result)
-        bad += result.get("bad", [])
-    if bad:
-        raise SystemExit(f"bad: {len(bad)}, the first of them {bad[0]}")
+    given = {"overload": [minutes], "hostile": [cases]}
+    ran = {name: partial(globals()[name], *given.get(name, [])) for name in SECTIONS}
+    run_sections(sections, ran, "serve", record=record)
 
 
 if __name__ == "__main__":
