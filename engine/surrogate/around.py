@@ -25,13 +25,10 @@ def made_again(
     targets: Tensor,  # [B]
     seeds: Sequence[int],
     strength: float,
-    *,
-    weight: float = WEIGHT,
-    steps: int = STEPS,
 ) -> Tensor:
     """Image to image towards a label, by the generator alone: [B, 3, H, W] in [0, 1]."""
     levels = diffusion.alphas_cumprod
-    schedule = make_schedule(len(levels), steps, strength, "trailing")
+    schedule = make_schedule(len(levels), STEPS, strength, "trailing")
     device = next(p for m in diffusion.modules() for p in m.parameters()).device
     z = diffusion.encode(images.to(device))
     batch = len(images)
@@ -40,7 +37,7 @@ def made_again(
     for t, before in zip(schedule.timesteps, schedule.timesteps_prev, strict=True):
         timestep = torch.full((batch,), t, device=z.device)
         eps_u = diffusion.predict_noise(z, timestep, null)
-        eps = eps_u + weight * (diffusion.predict_noise(z, timestep, condition) - eps_u)
+        eps = eps_u + WEIGHT * (diffusion.predict_noise(z, timestep, condition) - eps_u)
         z, _ = ddim(z, eps, levels[t].to(z).expand(batch), levels[before].to(z).expand(batch))
     return ((diffusion.decode(z) + 1) / 2).clamp(0, 1).cpu()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,11 +32,6 @@ def fit(
     hard: bool,
     steps: int,
     seed: int,
-    rate: float = LEARNING_RATE,
-    on_step: Callable[[int, int], None] = lambda *_: None,
-    log_weight: float = LOG_WEIGHT,
-    noise: float = NOISE,
-    mix: float = 0.0,
 ) -> list[float]:
     """Train every member in place; the mean loss of the last steps of each."""
     labels = answers.shape[1]
@@ -46,29 +40,23 @@ def fit(
     losses = []
     for k, member in enumerate(students.members):
         member.train().requires_grad_(True)
-        optimiser = torch.optim.AdamW(member.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
+        optimiser = torch.optim.AdamW(member.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.1)
         last = 0.0
         g = draws(seed, "fit", k)
-        for step in range(steps):
+        for _ in range(steps):
             rows = torch.randint(len(images), (BATCH,), generator=g)
             x, p, log_p = images[rows].float() / 255, wanted[rows], floor[rows]
-            if mix:
-                share = torch.rand(len(rows), generator=g) * (torch.rand(len(rows), generator=g) < mix)
-                other = torch.randperm(len(rows), generator=g)
-                x = torch.lerp(x, x[other], share[:, None, None, None])
-                p = torch.lerp(p, p[other], share[:, None])
-            x = x + noise * torch.randn(x.shape, generator=g)
+            x = x + NOISE * torch.randn(x.shape, generator=g)
             said = torch.log_softmax(member(x), dim=1)
             loss = -(p * said).sum(1).mean()
-            if not hard and log_weight and not mix:
-                loss = loss + log_weight * (said.clamp(min=FLOOR) - log_p).square().mean()
+            if not hard:
+                loss = loss + LOG_WEIGHT * (said.clamp(min=FLOOR) - log_p).square().mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
             last = 0.9 * last + 0.1 * loss.item()
-            on_step(k * steps + step + 1, steps * len(students.members))
         losses.append(last)
         member.eval().requires_grad_(False)
     return losses
