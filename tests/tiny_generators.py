@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,27 @@ def lively(module: nn.Module, gain: float = 2.0) -> nn.Module:
     return module
 
 
-def save_t5(folder: Path, suffix: str, width: int = 24, fast: bool = False) -> None:
-    """A T5 encoder (version 1.1: gated GELU) and its sentencepiece tokenizer, as `spiece.model` or `tokenizer.json`."""
+@cache
+def pieces() -> bytes:
+    """A sentencepiece model of letters and a few words."""
     from sentencepiece import SentencePieceTrainer
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-    tokenizer = folder / f"tokenizer{suffix}"
-    tokenizer.mkdir(parents=True)
     written = io.BytesIO()
     said = [f"a photo of a thing {n}." for n in range(10)] + [" ".join(LETTERS)] * 2
     SentencePieceTrainer.train(
         sentence_iterator=iter(said), model_writer=written, vocab_size=60, hard_vocab_limit=False, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
-    (tokenizer / "spiece.model").write_bytes(written.getvalue())
+    return written.getvalue()
+
+
+def save_t5(folder: Path, suffix: str, width: int = 24, fast: bool = False) -> None:
+    """A T5 encoder (version 1.1: gated GELU) and its sentencepiece tokenizer, as `spiece.model` or `tokenizer.json`."""
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    tokenizer = folder / f"tokenizer{suffix}"
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "spiece.model").write_bytes(pieces())
     config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
     if fast:
