@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -311,23 +312,36 @@ def scale(x):
         return y * {factor}
     return inner(x)
 """
-RUN = (
-    "import mine; from counterlens.engine.runtime.fingerprint import fingerprint; n = mine.Net(); "
-    "print(fingerprint(n, hashed=[n]))"
-)
+RUN = """
+import importlib, json, os, sys
+import counterlens.engine.runtime.fingerprint as fingerprint
+
+for folder in json.loads(sys.argv[1]):
+    if not os.fork():  # torch and the package are there, and nothing of the user's
+        sys.path.insert(0, folder)
+        net = importlib.import_module("mine").Net()
+        print(fingerprint.fingerprint(net, hashed=[net]), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
 
 
-def printed(folder: Path, seed: str = "0", **numbers: float) -> str:
-    given = {"level": 1, "inner": 1, "base": 1, "factor": 1} | numbers
-    (folder / "mine.py").write_text(USER.format(**given))
-    (folder / "mine_helpers.py").write_text(HELPERS.format(**given))
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", RUN], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.strip().splitlines()[-1]
+def printed(folders: list[Path], seed: str) -> list[str]:
+    """What is said of the user's files in each folder, by a process of its own for each."""
+    environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", RUN, json.dumps([*map(str, folders)])]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_it_is_the_same_in_every_process_and_follows_the_users_own_files(tmp_path: Path) -> None:
-    first = printed(tmp_path)
-    assert printed(tmp_path, seed="7") == first
-    others = [printed(tmp_path, **{name: 2}) for name in ("level", "inner", "base", "factor")]
+    folders = []
+    for changed in ("nothing", "nothing, elsewhere", "level", "inner", "base", "factor"):
+        numbers = {name: 1 + (name == changed) for name in ("level", "inner", "base", "factor")}
+        folders.append(tmp_path / changed)
+        folders[-1].mkdir()
+        (folders[-1] / "mine.py").write_text(USER.format(**numbers))
+        (folders[-1] / "mine_helpers.py").write_text(HELPERS.format(**numbers))
+    first, elsewhere, *others = printed(folders, seed="0")
+    assert printed(folders[:1], seed="7") == [first]
+    assert elsewhere == first
     assert len({first, *others}) == 5
