@@ -7,9 +7,10 @@ image's own, bit by bit.
 
 `auto` finds the region itself. Guidance is what was added to the unconditional noise, after the consensus filter; where
 it is strong in the first guided steps, the image is about to change. The region is the smallest set of locations that
-holds `SHARE` of its magnitude, smoothed over the locations beside each. At the end what did not change is taken out of
-it: pixels that differ from what encoding and decoding alone make of the image by `CHANGED` at most, and lie beside none
-that differ more. (MaskDiME and RCSB restrict counterfactuals to regions, too; how they are found is ours.)
+holds `SHARE` of its magnitude, smoothed over the locations beside each. At the end what hardly changed is taken out of
+it: of the differences from what encoding and decoding alone make of the image, those above `CHANGED` of the largest
+stay, and what lies so near to them that the faded edge would reach them. (MaskDiME and RCSB restrict counterfactuals to
+regions, too; how they are found is ours.)
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from .schedule import add_noise
 
 Region = Tensor | Literal["auto"]  # [H, W] bool
 LOOKS = 0.4  # share of the guided steps after which `auto` decides
-SHARE = 0.75  # of their guidance
-CHANGED = 0.1  # in any channel, of [0, 1]
+SHARE = 0.95  # of their guidance
+CHANGED = 0.5  # of the sample's largest change, in any channel
+LEVEL = 1 / 255  # of files; what differs less has not changed
 FADE = 64  # the edge is one pixel wide for so many pixels of the image's shorter side, and at least one
 
 
@@ -40,6 +42,11 @@ def free_latents(
     return F.adaptive_max_pool2d(mask[None].float(), size)[0] > 0
 
 
+def fade_width(mask: Tensor) -> int:
+    """Pixels over which a region's edge fades, of a mask [H, W]."""
+    return max(1, min(mask.shape) // FADE)
+
+
 def weights(
     mask: Tensor,  # [H, W] bool
 ) -> Tensor:
@@ -47,7 +54,7 @@ def weights(
 
     The image's border is no edge: a region that holds the whole image fades nowhere.
     """
-    width = max(1, min(mask.shape) // FADE)
+    width = fade_width(mask)
     left = mask[None].float()
     out = left.clone()
     for _ in range(width):
@@ -175,16 +182,19 @@ def narrow(
     made: Tensor,  # [B, 3, H, W], as decoded
     decode: Callable[[Tensor], Tensor],
 ) -> None:
-    """Take out of the regions that `auto` found what did not change; where nothing did, all stays."""
-    found = {row: region for row, region in regions.items() if region.auto and region.mask is not None}
+    """Take out of the regions that `auto` found what hardly changed; where nothing did at all, they stay."""
+    found = {row: region.mask for row, region in regions.items() if region.auto and region.mask is not None}
     if not found:
         return
-    latents = next(iter(found.values())).latents
+    latents = regions[next(iter(found))].latents
     z = latents.new_zeros(len(made), *latents.shape)
-    for row, region in found.items():
-        z[row] = region.latents
-    different = ((made - (decode(z) + 1) / 2).abs().amax(dim=1) > CHANGED).float()
-    near = F.max_pool2d(different, 3, stride=1, padding=1) > 0  # [B, H, W]
-    for row, region in found.items():
-        if region.mask is not None and (region.mask & near[row]).any():
-            region.mask = region.mask & near[row]
+    for row in found:
+        z[row] = regions[row].latents
+    change = (made - (decode(z) + 1) / 2).abs().amax(dim=1)  # [B, H, W]
+    for row, mask in found.items():
+        inside = torch.where(mask, change[row], 0.0)
+        reach = fade_width(mask) + 1
+        strong = (inside > (CHANGED * inside.max()).clamp(min=LEVEL)).float()
+        near = F.max_pool2d(strong[None], 2 * reach + 1, stride=1, padding=reach)[0] > 0
+        if (mask & near).any():
+            regions[row].mask = mask & near

@@ -16,7 +16,7 @@ from counterlens.engine.config import Config
 from counterlens.engine.engine import Engine
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.guidance.jobs import Job, seeded_noise
-from counterlens.engine.guidance.region import compose, free_latents, weights
+from counterlens.engine.guidance.region import Held, compose, free_latents, narrow, weights
 from counterlens.engine.guidance.schedule import add_noise
 from counterlens.engine.images.fitting import frame
 from counterlens.engine.images.masks import Masks
@@ -106,6 +106,25 @@ def test_the_edge_fades_inside_and_the_image_border_is_none() -> None:
     assert w[5, :41].tolist() == [*[1.0] * 38, pytest.approx(2 / 3), pytest.approx(1 / 3), 0.0]
     made = torch.ones(3, 128, 128)
     assert torch.equal(compose(torch.zeros(3, 128, 128), made, mask)[0], w)
+
+
+@pytest.mark.parametrize(("side", "reach"), [(32, 2), (128, 3)])
+def test_auto_keeps_what_changed_most_and_the_faded_edge_lies_beyond_it(side: int, reach: int) -> None:
+    image = torch.full((3, side, side), 0.2)
+    made = image.clone()
+    made[0, 10:13, 10:13] += 0.6
+    made[1, 20, 20] += 0.29  # less than half as much
+    whole = torch.ones(side, side, dtype=torch.bool)
+    held, given = (Held(whole, 2 * image - 1, auto=auto) for auto in (True, False))
+    same = Held(whole, 2 * image - 1, auto=True)
+    narrow({0: held, 1: given, 2: same}, torch.stack([made, made, image]), lambda z: z)
+    expected = torch.zeros(side, side, dtype=torch.bool)
+    expected[10 - reach : 13 + reach, 10 - reach : 13 + reach] = True
+    assert held.mask is not None
+    assert torch.equal(held.mask, expected)
+    assert (weights(held.mask)[10:13, 10:13] == 1).all()
+    assert given.mask is whole  # a mask that was given stays
+    assert same.mask is whole  # as does one where nothing changed
 
 
 @pytest.mark.parametrize(
