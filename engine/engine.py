@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .surrogate.rounds import Plan
     from .surrogate.surrogate import Surrogate
 
-QUERIES_EACH = 4  # of a black box, for one counterfactual
+QUERIES_EACH = EngineCore.queries_each
 OnStage = Callable[[int, int, str, Any], None]
 # What `wrap_classifier` is given by `from_pretrained` itself.
 OF_THE_ENGINE = ("module", "labels", "image_size")
@@ -42,7 +42,6 @@ OF_THE_ENGINE = ("module", "labels", "image_size")
 
 class Engine(EngineCore):
     __doc__ = EngineCore.__doc__
-    queries_each = QUERIES_EACH
 
     @classmethod
     def from_pack(

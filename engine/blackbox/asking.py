@@ -27,7 +27,7 @@ class BudgetSpent(Unusable):
 
 
 class Asker:
-    """Makes the requests of one box; threads may share it.
+    """Makes the requests of one box; threads may share it, and make no more at once than the source's concurrency.
 
     Args:
         source: answers. labels: of the answers. options: how it is asked.
@@ -47,6 +47,7 @@ class Asker:
         self.source, self.labels, self.options, self.spend = source, labels, options, spend
         self.hard: bool | None = None
         self._lock = threading.Lock()
+        self._room = threading.BoundedSemaphore(source.concurrency)
         self._lost, self._next = 0, 0.0
 
     def ask(
@@ -127,7 +128,8 @@ class Asker:
 
     def _request(self, images: Sequence[Pixels]) -> list[Row | str]:
         """One request: probabilities of each image, or what is wrong with its answer."""
-        said = plain(self.source.ask(np.stack(images)), len(images))
+        with self._room:
+            said = plain(self.source.ask(np.stack(images)), len(images))
         rows: list[Row | str] = []
         for one in said:
             row = read(one, self.labels, self.options.output)

@@ -6,8 +6,9 @@ import hashlib
 import json
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ FLOOR = 1e-9  # of a probability as a logit: a label alone is no endless log-odd
 PROBES = 4  # images by whose answers a box is known again
 TWICE = 2  # of them are asked twice
 SAME = 1e-3  # what answers of one box may differ by, beside what two answers to one image differ by
+REASONS = 10_000  # why images got no answer: of so many, the latest
 SPREADS = 5  # times the latter: of two noisy answers to two images the largest difference says little
 
 
@@ -123,6 +125,8 @@ class BlackBox(nn.Module):
         self._lock = threading.RLock()
         self._reasons: dict[bytes, str] = {}
         self._last = ""
+        self._asking: set[threading.Event] = set()  # what ends each call that asks just now
+        self._stopped = False
         self._asker = Asker(source, self.labels, options, self._spend)
         self._print = self._probe()
 
@@ -236,6 +240,13 @@ class BlackBox(nn.Module):
             self._answers.close()
             self._answers = kept
 
+    def stop(self) -> None:
+        """Ask nothing any more: whoever is asking gets what there is after the requests that are under way."""
+        with self._lock:
+            self._stopped = True
+            for asking in self._asking:
+                asking.set()
+
     def fingerprint(self) -> Fingerprint:
         """What it said of the probe images when it was opened."""
         return self._print
@@ -287,23 +298,39 @@ class BlackBox(nn.Module):
             lost = {key: why for key, why in said.items() if isinstance(why, str) and not stop.is_set()}
             with self._lock:
                 self._reasons |= lost
+                for key in [*self._reasons][: max(0, len(self._reasons) - REASONS)]:
+                    del self._reasons[key]
                 self._last = next(iter(lost.values()), self._last)
             if lost:
                 self._answers.count(failed=len(lost))
 
-        if len(batches) <= 1 or self.source.concurrency == 1:
-            for batch in batches:
-                ask(batch)
-            return found
-        with ThreadPoolExecutor(self.source.concurrency) as pool:
-            futures = [pool.submit(ask, batch) for batch in batches]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
+        with self._stoppable(stop):
+            if len(batches) <= 1 or self.source.concurrency == 1:
+                for batch in batches:
+                    ask(batch)
+                return found
+            with ThreadPoolExecutor(self.source.concurrency) as pool:
+                futures = [pool.submit(ask, batch) for batch in batches]
+                try:
+                    for future in futures:
+                        future.result()
+                finally:
+                    stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
         return found
+
+    @contextmanager
+    def _stoppable(self, stop: threading.Event) -> Iterator[None]:
+        """Within this, `stop` sets that event."""
+        with self._lock:
+            self._asking.add(stop)
+            if self._stopped:
+                stop.set()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asking.discard(stop)
 
     def _spend(self, group: Sequence[Any], sent: set[Any]) -> list[Any]:
         """Those of a request's images that the budget allows, counted before they are sent."""

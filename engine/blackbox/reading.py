@@ -19,6 +19,10 @@ class Unusable(CounterlensError):
     """A box answers nothing any more; what it answered is kept, and the same command goes on."""
 
 
+class NoAnswer(CounterlensError):
+    """A box was asked about one image alone, and gave no answer."""
+
+
 class Refused(Exception):
     """A box cannot answer this request; asking again gives the same."""
 

@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress
 
 from ..errors import CounterlensError, UsageError
+from .asking import asking
 from .generated import with_options
 from .opening import AskedBox, EngineOptions, RunOptions, open_engine
 from .options import (
@@ -26,7 +27,6 @@ from .options import (
     progress_bar,
     text_console,
 )
-from .saliency import asking
 
 if TYPE_CHECKING:
     import torch

@@ -109,7 +109,9 @@ def open_engine(
     if options.surrogate is not None and not is_box(options.classifier):
         raise UsageError("surrogate: of a black box; name it (--classifier model.onnx, python:module:function, ...)")
     if options.surrogate is not None and box is None:
-        raise UsageError("surrogate: this command asks no black box; counterfactual, audit and saliency do")
+        raise UsageError(
+            "surrogate: this command asks no black box; counterfactual, audit, saliency, evaluate and serve do"
+        )
     if options.queries_each is not None and options.surrogate is None:
         raise UsageError("queries_each: of counterfactuals through a surrogate; give --surrogate FOLDER")
     if options.surrogate is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +17,7 @@ from ..files import write_atomically
 from ..labels import find_label
 from ..metrics.table import GROUPS
 from ..saliency.table import METHODS, check_methods
+from .asking import asking, undefined
 from .generated import with_options
 from .opening import AskedBox, check_box, only_called
 from .options import (
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from ..blackbox.box import BlackBox
     from ..images.sources import Sample
     from ..models.protocols import Classifier
-    from ..outputs import Run
     from ..packs import Pack, Samples
     from ..saliency.explain import Explanations
     from ..saliency.lax import LAX
@@ -123,6 +122,7 @@ FitOption = Annotated[
 LayerOption = Annotated[str | None, typer.Option(help="Of gradcam; the last maps without it.")]
 EVALUATED = ("summary.json", "scores.parquet", "curves.png", "methods.png")
 SHOWN = 8  # images in the picture of methods
+STUDENT = "student"  # what a method looks at that looks inside a black box
 
 
 @dataclass(frozen=True)
@@ -296,41 +296,14 @@ def read_masks(source: str, names: Sequence[str], images: Tensor, drawn: Samples
     return torch.stack(found) > 127
 
 
-@contextmanager
-def asking(run: Run, classifiers: Sequence[Classifier | None], as_json: bool) -> Iterator[list[BlackBox]]:
-    """Keep the answers of black boxes in a run's folder, and say how often they were asked, however the run ends."""
-    from ..blackbox.answers import FILE
-    from ..blackbox.box import as_box, said
-
-    boxes = [box for one in classifiers if (box := as_box(one)) is not None]
-    for box in boxes:
-        box.keep(run.folder / FILE)
-    try:
-        yield boxes
-    finally:
-        if boxes:
-            run.description["queries"] = [box.record() for box in boxes]
-            run.save()
-        for record in run.description.get("queries", []):
-            text_console(as_json).print(said(record))
-            if as_json:
-                print_json({"queries": record})
-
-
-def _undefined(error: NotFinite, boxes: Sequence[BlackBox]) -> str:
-    """Why there is no number for an image: NaN, or no answer of a black box."""
-    why = next(filter(None, (box.why() for box in boxes)), "")
-    return f"{error.what}: no answer, it {why}" if why else f"{error.what}: NaN or infinity for this image"
-
-
 def _check_asked(box: BoxOptions | None, *names: str | None) -> None:
     """Refuse options of black boxes where none of these is one."""
     if not any(map(is_box, names)):
         check_box(names[0], box)
 
 
-def _student(opened: Opened, surrogate: Path, method: str, there: Any) -> Opened:
-    """The student of a black box, for a method that looks inside a classifier; the box itself for any other."""
+def _student(opened: Opened, surrogate: Path, methods: Sequence[str], there: Any) -> Opened:
+    """The student of a black box, if one of the methods looks inside a classifier; else the box itself."""
     from ..blackbox.box import as_box
     from ..surrogate.surrogate import open_surrogate
 
@@ -340,10 +313,15 @@ def _student(opened: Opened, surrogate: Path, method: str, there: Any) -> Opened
     if trained.image_size != opened.size:
         raise UsageError(f"surrogate: it sees images of {trained.image_size} pixels; give --image-size that")
     trained.check(box)
-    if not (METHODS[method].gradients or METHODS[method].adapter or METHODS[method].layer):
+    if not any(METHODS[name].inside for name in methods):
         return opened
     trained.students.to(there)
     return replace(opened, classifier=trained.classifier)
+
+
+def looked_into(methods: Iterable[str]) -> dict[str, str]:
+    """What each method looks at where a black box has a student."""
+    return {name: STUDENT if METHODS[name].inside else "black box" for name in methods}
 
 
 def _check_layer(layer: str | None, chosen: Sequence[str]) -> None:
@@ -391,7 +369,7 @@ def explain_images(
     items = open_images(images, how.recursive).samples
     box = box if surrogate is None else only_called(subject.classifier, box)
     opened = subject.open(images[0], how.device, box=box)
-    seen = opened if surrogate is None else _student(opened, surrogate, method, there)  # what the method looks at
+    seen = opened if surrogate is None else _student(opened, surrogate, [method], there)  # what the method looks at
     check_callable(seen.classifier, [method])
     question = make_quantity(seen.classifier, subject.quantity)
     wanted = None if target is None else find_label(target, opened.classifier.labels)
@@ -436,7 +414,7 @@ def explain_images(
                         raise
                     message = str(error).removeprefix(f"{item.name}: ")
                     if isinstance(error, NotFinite):
-                        message = _undefined(error, boxes)
+                        message = undefined(error, boxes)
                     record = {"image": item.name, "status": "failed", "error": message}
                 line = run.line(name, record)
                 run.append(line)
@@ -466,6 +444,7 @@ def evaluate_methods(
     runtime: ForwardOption = "eager",
     how: Explaining,
     box: AskedBox | None,
+    surrogate: SurrogateOption = None,
     command: str,
 ) -> None:
     """Compare saliency methods on the same images.
@@ -473,12 +452,16 @@ def evaluate_methods(
     Writes summary.json (means with 95 % intervals, and which scores are brittle: they get worse by more than 0.1
     when the map is moved by one pixel), scores.parquet (per image), curves.png and methods.png.
 
+    With --surrogate, methods that look inside a classifier look into the student of a black box; the box gives all
+    labels and scores.
+
     Example: counterlens evaluate --methods lax,ig,gradcam --count 50 --judge judge --metrics main,judge --out compared
     """
     from ..images.maps import check_charts
     from ..metrics.table import METRICS, check_metrics
     from ..models.placing import choose_device, computing_on
     from ..outputs import open_run
+    from ..provenance import models_digest
     from ..runtime.forward import forward_by
     from ..saliency.evaluation import evaluate, write_parquet
     from ..saliency.methods import check_callable
@@ -493,8 +476,10 @@ def evaluate_methods(
             raise UsageError(f"{group}: no metric of this run asks it; give --metrics {metrics},{group}")
     check_charts()
     there = choose_device(how.device)
+    box = box if surrogate is None else only_called(subject.classifier, box)
     opened = subject.open(images, how.device, box=box)
-    check_callable(opened.classifier, chosen)
+    seen = opened if surrogate is None else _student(opened, surrogate, chosen, there)  # what methods look into
+    check_callable(seen.classifier, chosen)
     if images is not None:
         names, shown, failed = load(images, opened, how.recursive, how.fit)
     else:
@@ -504,13 +489,14 @@ def evaluate_methods(
         names = [f"{split}-{i:04d}-{label}" for i, label in zip(drawn.ids, drawn.labels, strict=True)]
     second = None if judge is None else subject.judge(judge, images, how.device, box)
     inside = None if masks is None else read_masks(masks, names, shown, None if images is not None else drawn)
-    trained = subject.adapter_of(chosen, opened, how.adapter)
+    trained = subject.adapter_of(chosen, seen, how.adapter)
     forward = forward_by(runtime, opened.classifier, opened.size, shown)
     facts = {
         "command": command, "methods": chosen, "images": None if images is None else str(images), "split": split,
         "count": count, "marker": marker, "fit": how.fit, "shown": len(shown),
         "alpha_min": how.alpha_min, "layer": how.layer,
         "metrics": measured, "judge": judge, "masks": masks, "runtime_option": runtime,
+        **({} if surrogate is None else {"surrogate": models_digest([seen.classifier.module], seen.classifier.labels)}),
         **opened.facts(subject.quantity, trained, how.seed, there), "runtime": runtime,
     }  # fmt: skip
     with (
@@ -529,18 +515,19 @@ def evaluate_methods(
                         opened.classifier, shown[rest].to(there), chosen, pack=opened.pack, quantity=subject.quantity,
                         adapter=trained, forward=forward, alpha_min=how.alpha_min, layer=how.layer, seed=how.seed,
                         metrics=measured, judge=second, masks=None if inside is None else inside[rest], on_method=show,
+                        inside=None if surrogate is None else seen.classifier,
                     )  # fmt: skip
                     break
                 except NotFinite as error:
                     for name in (names[rest[k]] for k in error.samples):
-                        lost[name] = _undefined(error, boxes)
+                        lost[name] = undefined(error, boxes)
                         errors.print(f"error: {name}: {lost[name]}", style="red")
                     rest = [i for k, i in enumerate(rest) if k not in error.samples]
                     if not rest:
                         raise
         failed += len(lost)
         write_parquet(scored, [names[i] for i in rest], opened.classifier.labels, out / "scores.parquet", lost)
-        _show_evaluation(scored, out, facts, how.as_json, boxes)
+        _show_evaluation(scored, out, facts, how.as_json, boxes, {} if surrogate is None else looked_into(scored))
     files = ", ".join(f"{out / name}" for name in EVALUATED)
     text_console(how.as_json).print(f"{len(rest)} images; {files}")
     if failed:
@@ -548,9 +535,10 @@ def evaluate_methods(
 
 
 def _show_evaluation(
-    scored: dict[str, Explanations], out: Path, facts: dict[str, Any], as_json: bool, boxes: Sequence[BlackBox]
-) -> None:
-    """Write summary.json, curves.png and methods.png, and print the table."""
+    scored: dict[str, Explanations], out: Path, facts: dict[str, Any], as_json: bool, boxes: Sequence[BlackBox],
+    seen: dict[str, str],
+) -> None:  # fmt: skip
+    """Write summary.json, curves.png and methods.png, and print the table; `seen` is what each method looked at."""
     from ..images.files import write_png
     from ..images.maps import draw_charts, draw_methods
     from ..metrics.table import METRICS
@@ -568,6 +556,8 @@ def _show_evaluation(
     ]
     draw_charts(charts, out / "curves.png")
     summary, console = summarise(scored), text_console(as_json)
+    for name, what in seen.items():
+        summary[name]["looked_at"] = what
     for group in GROUPS:
         shown = [name for name in first.values if METRICS[name].group == group]
         rows = []
@@ -582,6 +572,8 @@ def _show_evaluation(
             print_json({"method": name, **row})
         if lost := ", ".join(f"{METRICS[m].heading} gets worse by {by:.2f}" for m, by in row["brittle"].items()):
             console.print(f"{name} is brittle: moved by one pixel, its {lost}", style="yellow")
+    if students := [name for name, what in seen.items() if what == STUDENT]:
+        console.print(f"{', '.join(students)} looked at the student; all labels and scores are the black box's")
     queries = {"queries": [box.record() for box in boxes]} if boxes else {}
     write_atomically(out / "summary.json", json.dumps(summary | queries, indent=1) + "\n")
 

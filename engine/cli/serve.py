@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..blackbox.kinds import is_box
+from ..blackbox.options import BoxOptions
 from ..config import Config
 from ..errors import CounterlensError, UsageError, install_hint
 from .generated import with_options
-from .opening import EngineOptions, RunOptions, open_engine
+from .opening import AskedBox, EngineOptions, RunOptions, open_engine
 from .options import errors
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def _option(text: str, *names: str, panel: str = PANEL, **more: Any) -> Any:
 def serve(
     config: RunOptions,
     opening: EngineOptions,
+    box: AskedBox,
     file: Annotated[
         Path | None, _option("counterfactual.onnx of `counterlens export`, instead of models; needs no PyTorch.")
     ] = None,
@@ -65,6 +68,10 @@ def serve(
     ] = "fast",
     grace: Annotated[float, _option("Seconds that running requests have after SIGTERM.", min=0)] = 30.0,
     insecure: Annotated[bool, _option("Listen beyond this machine without keys.", "--insecure")] = False,
+    answers: Annotated[
+        Path | None,
+        _option("Of a black box: folder for its answers, of all sessions and replicas; in memory without it."),
+    ] = None,
     ray: Annotated[
         str | None, _option("On Ray Serve: `local` starts Ray here, `auto` or ray://... joins a cluster.", panel="Ray")
     ] = None,
@@ -76,6 +83,9 @@ def serve(
 
     The interface is described at /docs; KServe's protocols (v1 and v2), Prometheus metrics and health checks are there
     too. What requests do not say is as the options of the run have it; without --speed, the first of --preload-speeds.
+
+    What can only be called (--classifier python:..., https://..., an ONNX file without a gradient) is asked for every
+    answer; with --surrogate FOLDER its student guides counterfactuals, and it judges them.
 
     With --ray it does so with several engines, one a replica; slots and the queue are those of each. With --file it
     serves a whole run in one file, one image at a time.
@@ -112,10 +122,14 @@ def serve(
             f"region: {config.region} lies in one picture, and uploads are many; requests say their own, a server auto"
         )
     if file is not None:
-        own = {"ray": ray is not None, "slots": slots != "auto", "preload-speeds": preload_speeds != "fast"}
+        own = {
+            "ray": ray is not None, "answers": answers is not None, "slots": slots != "auto",
+            "preload-speeds": preload_speeds != "fast",
+        }  # fmt: skip
         if given := [
             *said,
             *opening.model_dump(exclude_unset=True),
+            *(f"classifier_{name}" for name in box.model_fields_set),
             *(name for name, is_given in own.items() if is_given),
         ]:
             raise UsageError(f"{given[0].replace('_', '-')}: has no use with --file, which was exported with its own")
@@ -130,7 +144,13 @@ def serve(
 
     names = dict.fromkeys([*([config.speed] if config.speed else []), *map(str.strip, preload_speeds.split(","))])
     configs = [Config.make(**said | {"speed": name}) for name in names if name]
-    opens = functools.partial(_open, (configs or [config])[0], opening, configs)
+    if answers is not None and not is_box(opening.classifier):
+        raise UsageError("answers: of a black box; name it (--classifier model.onnx, python:module:function, ...)")
+    if ray is not None and box.max_queries is not None and answers is None:
+        raise UsageError("max_queries: replicas count together in one file; give --answers FOLDER")
+    if ray not in (None, "local") and answers is not None:
+        raise UsageError(f"answers: its file is of one machine, and replicas at {ray} may be on others; --ray local")
+    opens = functools.partial(_open, (configs or [config])[0], opening, configs, box, answers)
     width = "auto" if slots == "auto" else int(slots)
     if ray is not None:
         return _on_ray(
@@ -143,7 +163,9 @@ def serve(
     check_slots(width, measured)
     worker = Worker(engine, slots=width, max_queue=max_queue)
     app = make_app(engine, worker, keys=keys, limits=limits, cors_origins=cors_origin, measured=measured)
-    _run(app, worker, listening, host, keys, grace, max_connections, lambda: warm(worker), f"{measured}; ")
+    said_of = [str(measured)] if measured else ["no counterfactuals without --surrogate"]
+    said_of += [f"asks {worker.box.name}"] if worker.box is not None else []
+    _run(app, worker, listening, host, keys, grace, max_connections, lambda: warm(worker), f"{'; '.join(said_of)}; ")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -173,13 +195,21 @@ def _run(
     asyncio.run(_serve(server, listening, place, worker, keys, grace, warm))
 
 
-def _open(config: Config, opening: EngineOptions, configs: list[Config]) -> tuple[Engine, Callable[[Worker], None]]:
+def _open(
+    config: Config, opening: EngineOptions, configs: list[Config], asked: BoxOptions, answers: Path | None
+) -> tuple[Engine, Callable[[Worker], None]]:
     """The engine, and what opens what its first requests need."""
-    engine = open_engine(config, opening)
+    from ..blackbox.answers import FILE
+    from ..blackbox.box import as_box
+    from ..images.files import make_folder
+
+    engine = open_engine(config, opening, asked)
+    if answers is not None and (box := engine.box or as_box(engine.classifier)) is not None:
+        box.keep(make_folder(answers) / FILE)
 
     def warm(worker: Worker) -> None:
         sizes = [1, worker.largest] if worker.slots == "auto" else [worker.largest]
-        for each in configs:
+        for each in configs if as_box(engine.classifier) is None else ():
             engine.warmup(sizes, each)
 
     return engine, warm

@@ -89,6 +89,7 @@ class EngineCore:
     """
 
     box: BlackBox | None = None  # what is asked for every probability, where `classifier` is its student
+    queries_each = 4  # of the box, for one counterfactual, its image's own included
 
     def __init__(
         self,
@@ -203,9 +204,7 @@ class EngineCore:
         )  # fmt: skip
 
     def open_whole(self, settings: Settings, slots: int) -> WholeSampler | None:
-        """A whole run's file for batches of this size, under `auto` where the store has one that was measured to be
-        faster; its images are those of the steps within 1/255.
-        """
+        """A whole run's file for such batches, under `auto` where one was measured to be faster; see `whole`."""
         if self.whole_runs.choose(settings, slots) is None:
             return None
         with _OPENING:

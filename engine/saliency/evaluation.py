@@ -17,7 +17,8 @@ from ..metrics.intervals import DRAWS, bootstrap
 from ..metrics.robust import brittle
 from ..models.protocols import Classifier
 from .explain import Explanations, explain
-from .table import check_methods
+from .methods import predicted
+from .table import METHODS, check_methods
 from .taps import NoMaps
 
 
@@ -28,6 +29,7 @@ def evaluate(
     target: Tensor | None = None,  # [N]
     *,
     metrics: Sequence[str] = ("main",),
+    inside: Classifier | None = None,
     on_method: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> dict[str, Explanations]:
@@ -37,6 +39,8 @@ def evaluate(
         methods: names in `table.METHODS`.
         target: explained labels; the predictions without it.
         metrics: names or groups in `metrics.table`.
+        inside: what methods look into that look inside a classifier (`Method.inside`): the student of one that can only
+            be called. Labels and scores are the classifier's all the same.
         on_method: told the name of each method before it runs.
         classifier, images, options: see `explain.explain`.
 
@@ -48,10 +52,15 @@ def evaluate(
     """
     out: dict[str, Explanations] = {}
     chosen = check_methods(methods)
+    if inside is not None:
+        if target is None:
+            target = predicted(classifier, images)
+        options["forward"] = options.get("forward") or classifier
     for name in chosen:
         on_method(name)
+        seen = classifier if inside is None or not METHODS[name].inside else inside
         try:
-            out[name] = explain(classifier, images, name, target, metrics=metrics, **options)
+            out[name] = explain(seen, images, name, target, metrics=metrics, **options)
         except NoMaps as error:
             if len(chosen) == 1:
                 raise

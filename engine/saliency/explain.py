@@ -304,8 +304,7 @@ def explain_by(
             check_computed("classifier", p)
             wanted = p.argmax(1)
         options["forward"] = engine.box
-        inside = METHODS[method].gradients or METHODS[method].adapter or METHODS[method].layer
-        classifier = engine.classifier if inside else engine.box
+        classifier = engine.classifier if METHODS[method].inside else engine.box
     with computing_on(engine.device):
         result = explain(
             classifier, images.to(engine.device), method, wanted, pack=pack, quantity=question, adapter=found,

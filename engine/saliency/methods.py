@@ -181,9 +181,9 @@ def check_callable(classifier: Classifier, names: Sequence[str]) -> None:
         UsageError: names the method, and those that would do.
     """
     box = as_box(classifier)
-    inside = [n for n in names if METHODS[n].gradients or METHODS[n].adapter or METHODS[n].layer]
+    inside = [n for n in names if METHODS[n].inside]
     if box is not None and inside:
-        others = ", ".join(n for n, m in METHODS.items() if not (m.gradients or m.adapter or m.layer))
+        others = ", ".join(n for n, m in METHODS.items() if not m.inside)
         raise UsageError(f"method: {inside[0]} is not for a black box: {no_gradient(box.name)}; {others} need none")
 
 

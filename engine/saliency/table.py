@@ -38,6 +38,11 @@ class Method:
     layer: bool = False
     logits: bool = False
 
+    @property
+    def inside(self) -> bool:
+        """Whether it looks inside a classifier, which nobody can who can only call it."""
+        return self.gradients or self.adapter or self.layer
+
     def load(self) -> Callable[..., Any]:
         """The function."""
         return resolve_name(self.function) if isinstance(self.function, str) else self.function

@@ -97,6 +97,8 @@ def make_app(
     app = FastAPI(
         title="counterlens", version="1", description="Explanations of one classifier.", docs_url=None, redoc_url=None
     )
+    if server.box is not None:
+        metrics.count_queries(server.box)
     running: set[asyncio.Task[None]] = set()
     offered = facts(engine)
 
@@ -113,6 +115,8 @@ def make_app(
         worker.check_room()
         fields, data = await fields_of(request)
         asked = validated(CounterfactualRequest, fields)
+        if asked.saliency:
+            server.check_map("saliency")
         image, region = await server.pictured(data, config_of(asked, engine.config), asked.region)
         accept, prefer = request.headers.get("accept", ""), request.headers.get("prefer", "")
         streams = "text/event-stream" in accept
@@ -128,8 +132,8 @@ def make_app(
             return JSONResponse(answered)
         name = own_name(request.scope)
 
-        def tell(step: int, total: int, preview: Tensor | None, shares: Shares | None) -> None:
-            data: dict[str, Any] = {"step": step, "total": total}
+        def tell(at: dict[str, int], preview: Tensor | None, shares: Shares | None) -> None:
+            data: dict[str, Any] = {**at}
             if preview is not None:
                 data["image"] = to_base64(png(preview))
             if shares is not None:
@@ -173,7 +177,8 @@ def make_app(
             raise Problem(data["status"], data["detail"], data.get("field"))
         if kind == "result":
             return JSONResponse(data)
-        return JSONResponse({"status": "running", "step": data["step"], "total": data["total"]}, 202)
+        tried = {"attempt": data["attempt"]} if "attempt" in data else {}
+        return JSONResponse({"status": "running", "step": data["step"], "total": data["total"], **tried}, 202)
 
     @app.delete("/v1/counterfactuals/{name}", status_code=204, tags=["explain"])
     async def forget(name: str, request: Request) -> Response:
@@ -195,10 +200,8 @@ def make_app(
         fields, data = await fields_of(request)
         validated(PredictionRequest, fields)
         image = await server.image(data)
-        p = (await server.call(lambda: engine.probabilities(image[None]), request))[0]
-        if not p.isfinite().all():
-            raise Problem(422, "classifier: NaN or infinity for this image")
-        return JSONResponse(prediction_of(engine.labels, p.tolist()))
+        p = await server.probabilities(image[None], request)
+        return JSONResponse(prediction_of(engine.labels, p[0].tolist()))
 
     @app.get("/v1/models", tags=["server"])
     async def models() -> dict[str, Any]:
@@ -206,8 +209,9 @@ def make_app(
         slots = [s for s in engine.slots if s <= worker.largest]
         memory = None if measured is None else measured.record()
         shape = {"image_size": engine.image_size, "labels": engine.labels, "slots": slots, "memory": memory}
+        queries = {} if server.box is None else {"queries": await asyncio.to_thread(server.box.record)}
         return {"models": [{"name": server.name, **engine.names, **shape, "speeds": sorted(engine.speeds),
-                            "methods": list(METHODS), **offered}]}  # fmt: skip
+                            "methods": list(METHODS), **offered, **queries}]}  # fmt: skip
 
     @app.get("/healthz", tags=["server"])
     async def healthz() -> dict[str, str]:

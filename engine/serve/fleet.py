@@ -296,7 +296,7 @@ class Replica:
             await self._finish(self.serving.grace_s)
 
 
-def _opened(serving: Serving, fleet: Fleet) -> tuple[EngineCore, Callable[[Worker], None], Fit]:
+def _opened(serving: Serving, fleet: Fleet) -> tuple[EngineCore, Callable[[Worker], None], Fit | None]:
     """A replica's engine, held to its share of the memory: those beside it may start at the same time."""
     import ray
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..config import Config
 from ..core.result import Counterfactual
 from ..images.files import as_saved
-from ..saliency.explain import explain_by
 from .server import Server
 from .wire import Problem, from_base64, parse_json, png, to_base64
 from .worker import Ticket
@@ -225,6 +224,8 @@ def add_routes(app: FastAPI, server: Server) -> None:
             bool(parameters_of(o, name).get("binary_data", parameters.get("binary_data_output")))
             for o, name in zip(wanted, names, strict=True)
         ]
+        if "saliency" in names:
+            server.check_map("outputs")
         targets = targets_of(inputs, len(images))
         with server.worker.holding():
             results = await run_all(server, request, images, targets, config)
@@ -239,10 +240,9 @@ def add_routes(app: FastAPI, server: Server) -> None:
                 "l1": np.asarray([r.l1 if r.error is None else 0.0 for r in results], dtype=np.float32),
             }
             if "probabilities" in names:
-                arrays["probabilities"] = (await server.call(lambda: server.engine.probabilities(made))).numpy()
+                arrays["probabilities"] = (await server.probabilities(made)).numpy()
             if "saliency" in names:
-                maps = await server.call(lambda: explain_by(server.engine, images).saliency)
-                arrays["saliency"] = maps.numpy()
+                arrays["saliency"] = (await server.maps(images)).saliency.numpy()
         return await asyncio.to_thread(_respond, model, asked.get("id"), names, arrays, in_binary)
 
     @app.post("/v1/models/{model}:predict", tags=["kserve"])
@@ -250,10 +250,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
         """Predictions of `instances`, images in base64."""
         known(model)
         images = torch.stack([await server.image(data) for data in _instances(await request.body())])
-        p = await server.call(lambda: server.engine.probabilities(images), request)
-        if not p.isfinite().all():
-            raise Problem(422, "classifier: NaN or infinity for an image")
-        rows = p.tolist()
+        rows = (await server.probabilities(images, request)).tolist()
         named = [dict(zip(labels, row, strict=True)) for row in rows]
         return {"predictions": named, "labels": labels, "probabilities": rows}  # names may repeat, places do not
 

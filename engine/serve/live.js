@@ -305,6 +305,7 @@ function stopped() {
 async function stepped({ step, total, image, source_confidence: source, target_confidence: wanted }) {
   const slider = $("step"), following = Number(slider.value) >= run.frames.length - 1;
   run.total = total;
+  run.frames.length = Math.min(run.frames.length, step);  // another try begins at 1 again
   run.frames[step] = { image, source, target: wanted };
   Object.assign(slider, { max: total, disabled: false });
   const quarter = Math.floor(4 * step / total);

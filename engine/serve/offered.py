@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from ..blackbox.box import as_box
 from ..core.core import EngineCore
 from ..models.processors import card_fit
 from ..packs import Pack
@@ -16,19 +17,25 @@ from .wire import png, to_base64
 SAMPLES = 20  # of the pack
 
 
-def facts(engine: EngineCore) -> dict[str, Any]:
-    """What the page offers beside what is served: what a request that says nothing gets, and methods that work here."""
+def usable_methods(engine: EngineCore) -> list[str]:
+    """Saliency methods that work here."""
     pack = Pack(engine.source["pack"]) if "pack" in engine.source else None
     adapted = pack is not None and (engine.source.get("classifier", ""), "class") in pack_adapters(pack)
-    usable = [
+    called = as_box(engine.classifier) is not None
+    return [
         name
-        for name in METHODS
-        if (adapted or not METHODS[name].adapter) and (not METHODS[name].captum or find_spec("captum"))
-    ]
+        for name, method in METHODS.items()
+        if (adapted or not method.adapter) and (not method.captum or find_spec("captum"))
+        and not (called and method.inside)
+    ]  # fmt: skip
+
+
+def facts(engine: EngineCore) -> dict[str, Any]:
+    """What the page offers beside what is served: what a request that says nothing gets, and methods that work here."""
     config = engine.config
     return {
-        "usable_methods": usable, "modes": ["realistic", "audit", "official"], "default_mode": config.mode_name,
-        "default_speed": config.speed, "kept_s": KEPT_S, "streams": True,
+        "usable_methods": usable_methods(engine), "modes": ["realistic", "audit", "official"],
+        "default_mode": config.mode_name, "default_speed": config.speed, "kept_s": KEPT_S, "streams": True,
         "fit": fit_of(engine),
     }  # fmt: skip
 

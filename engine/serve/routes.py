@@ -15,7 +15,7 @@ from .telemetry import Metrics
 from .wire import Problem, from_base64, parse_json, problem_of, to_base64
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    code: {"description": "Problem details (RFC 9457)."} for code in (400, 401, 413, 415, 422, 429, 503, 504)
+    code: {"description": "Problem details (RFC 9457)."} for code in (400, 401, 413, 415, 422, 429, 502, 503, 504)
 }
 MultiPartParser.spool_max_size = 0  # never: else uploads of more than a megabyte are written to a temporary file
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -12,13 +13,16 @@ from typing import Any, TypeVar
 from fastapi import Request
 from torch import Tensor
 
+from ..blackbox.reading import NoAnswer
 from ..config import Config
 from ..core.core import EngineCore
 from ..core.result import Counterfactual
+from ..errors import NotFinite
 from ..guidance.region import Region
 from ..metrics.msi_score import MSI
-from ..saliency.explain import explain_by
+from ..saliency.explain import Explanations, explain_by
 from .guard import Limits, is_own
+from .offered import usable_methods
 from .tasks import KEPT, KEPT_S, Event, Tasks
 from .telemetry import Metrics
 from .tracing import past_spans
@@ -37,6 +41,7 @@ from .worker import Ticket, Worker
 
 T = TypeVar("T")
 Shares = tuple[float, float]  # see `Ticket.shares`
+MAPS = 4  # of a black box that are made at once, with thousands of images each
 
 
 async def _gone(request: Request) -> None:
@@ -78,6 +83,8 @@ class Server:
         self.engine, self.worker, self.metrics, self.limits = engine, worker, metrics, limits
         self.tasks = tasks or Tasks()
         self.decoder = Decoder(limits.pixels)
+        self.box, self.usable = worker.box, usable_methods(engine)
+        self._maps = threading.BoundedSemaphore(MAPS)
         self.name = engine.names.get("pack") or Path(engine.names.get("model", "model")).name
 
     async def pictured(self, data: bytes, config: Config, region: str | None = None) -> tuple[Tensor, Region | None]:
@@ -114,14 +121,16 @@ class Server:
         image: Tensor,
         asked: CounterfactualRequest,
         region: Region | None,
-        on_step: Callable[[int, int, Tensor | None, Shares | None], None] | None,
+        on_step: Callable[[dict[str, int], Tensor | None, Shares | None], None] | None,
     ) -> Ticket[Counterfactual]:
         """Put a counterfactual into the worker's queue; `on_step` is told in the event loop."""
         loop = asyncio.get_running_loop()
 
         def stepped(ticket: Ticket[Counterfactual], preview: Tensor | None) -> None:
             if on_step is not None:
-                loop.call_soon_threadsafe(on_step, ticket.step, ticket.total, preview, ticket.shares)
+                tried = {"attempt": ticket.attempt} if ticket.attempt else {}
+                at = {"step": ticket.step, "total": ticket.total, **tried}
+                loop.call_soon_threadsafe(on_step, at, preview, ticket.shares)
 
         return self.worker.submit(
             image, asked.target, config_of(asked, self.engine.config), budget_s=asked.budget_s, region=region,
@@ -148,14 +157,58 @@ class Server:
             body["saliency"] = await self.saliency(result.input, SaliencyRequest(image="", target=result.source))
         return body
 
+    def check_map(self, field: str) -> None:
+        """Refuse a map beside something that costs more, before that is made.
+
+        Raises:
+            Problem: 400, there is none by default.
+        """
+        if (wanted := SaliencyRequest(image="").method) not in self.usable:
+            raise Problem(
+                400, f"{field}: by {wanted}, for which this classifier has no adapter here; /v1/saliency has others: "
+                f"{', '.join(self.usable)}", field,
+            )  # fmt: skip
+
+    async def probabilities(
+        self,
+        images: Tensor,  # [B, 3, H, W] in [0, 1]
+        request: Request | None = None,
+    ) -> Tensor:
+        """What the model says of images: [B, labels]; see `call`.
+
+        Raises:
+            Problem: 422, NaN or infinity. NoAnswer: a black box says nothing of one.
+        """
+        p = await self.call(lambda: self.engine.probabilities(images), request)
+        if not (there := p.isfinite().all(1)).all():
+            if self.box is not None:
+                raise NoAnswer(f"classifier: it gives no answer ({self.box.why(images[int((~there).nonzero()[0])])})")
+            raise Problem(422, f"classifier: NaN or infinity for {'this' if len(images) == 1 else 'an'} image")
+        return p
+
+    async def maps(self, images: Tensor, request: Request | None = None, **options: Any) -> Explanations:
+        """Saliency of images, see `explain_by` and `call`.
+
+        Raises:
+            NoAnswer: a black box says nothing of one of those that it is asked about.
+        """
+        if self.box is None:
+            return await self.call(lambda: explain_by(self.engine, images, **options), request)
+        box = self.box
+
+        def explained() -> Explanations:
+            with self._maps:
+                return explain_by(self.engine, images, **options)
+
+        try:
+            return await self.call(explained, request)
+        except NotFinite as error:
+            raise NoAnswer(f"classifier: it gives no answer ({box.why()})") from error
+
     async def saliency(self, image: Tensor, asked: SaliencyRequest, request: Request | None = None) -> dict[str, Any]:
         """A saliency map with MSI and its curve; see `call`."""
-        made = await self.call(
-            lambda: explain_by(
-                self.engine, image[None], explained=asked.target, method=asked.method, quantity=asked.quantity
-            ),
-            request,
-        )
+        options = {"explained": asked.target, "method": asked.method, "quantity": asked.quantity}
+        made = await self.maps(image[None], request, **options)
         shown = to_base64(await asyncio.to_thread(png, made.saliency[0]))
         return made.record(0) | area_curves(made.msi) | {"map": shown}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..blackbox.box import as_box
 from ..config import Config
 from ..core.core import EngineCore
 from ..errors import CounterlensError, UsageError
@@ -74,8 +75,10 @@ def _text(path: Path) -> str:
         return ""
 
 
-def fit(engine: EngineCore, config: Config | None = None, free: tuple[int, str] | None = None) -> Fit:
+def fit(engine: EngineCore, config: Config | None = None, free: tuple[int, str] | None = None) -> Fit | None:
     """Measure a guided step of one sample and of two, and hold the engine to the slots that fit.
+
+    None where the classifier can only be called, and guides no step.
 
     Args:
         engine: its `slots` are cut to those that fit.
@@ -85,6 +88,8 @@ def fit(engine: EngineCore, config: Config | None = None, free: tuple[int, str] 
     Raises:
         CounterlensError: not one sample fits.
     """
+    if as_box(engine.classifier) is not None:
+        return None
     settings = engine.settings(config or engine.config)
     with engine.frozen():
         decoder = engine.runners.decoder(settings)
@@ -104,13 +109,13 @@ def fit(engine: EngineCore, config: Config | None = None, free: tuple[int, str] 
     return Fit(fitting[-1], each, there, of)
 
 
-def check_slots(slots: int | str, measured: Fit) -> None:
+def check_slots(slots: int | str, measured: Fit | None) -> None:
     """Refuse more slots than fit.
 
     Raises:
         UsageError: says how many do.
     """
-    if slots != "auto" and int(slots) in SLOTS and int(slots) > measured.slots:
+    if measured is not None and slots != "auto" and int(slots) in SLOTS and int(slots) > measured.slots:
         raise UsageError(
             f"slots: {slots} samples at once need {int(slots) * measured.sample_bytes / 1e9:.2f} GB, and of the "
             f"{measured.free_bytes / 1e9:.2f} GB that are free ({measured.of}) {SHARE:.0%} may be used; "

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily
 
 from .tracing import past_spans
 
 if TYPE_CHECKING:
+    from ..blackbox.box import BlackBox
     from .worker import Ticket
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -75,6 +79,13 @@ class Metrics:
         ):  # fmt: skip
             Gauge(f"counterlens_{name}", text, **named).set_function(read)
 
+    def count_queries(self, box: BlackBox) -> None:
+        """Also say how often a black box was asked."""
+        self.registry.register(_Asked(box))
+        if box.left is not None:
+            left = Gauge("counterlens_queries_left", "Images that may still be asked about.", registry=self.registry)
+            left.set_function(lambda: float(box.left or 0))
+
     def answered(self, ticket: Ticket[Any]) -> None:
         """A counterfactual is done."""
         for name, start, end in ticket.stages:
@@ -85,6 +96,26 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _Asked:
+    """What a box counts, as Prometheus has it."""
+
+    def __init__(self, box: BlackBox) -> None:
+        self.box = box
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Both counters."""
+        counts = asdict(self.box.queries)
+        made = CounterMetricFamily("counterlens_query_requests", "Requests to the black box, of one image or several.")
+        made.add_metric([], counts.pop("requests"))
+        images = CounterMetricFamily(
+            "counterlens_queries", "Images that the black box was asked about: asked (retried and failed are some of "
+            "them) or cached, whose answer was known.", labels=["kind"],
+        )  # fmt: skip
+        for kind, count in counts.items():
+            images.add_metric([kind], count)
+        yield from (made, images)
 
 
 def log(event: str, **fields: Any) -> None:

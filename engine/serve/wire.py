@@ -16,6 +16,8 @@ from urllib.parse import quote
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..blackbox.asking import BudgetSpent
+from ..blackbox.reading import NoAnswer, Unusable
 from ..config import Config
 from ..errors import CounterlensError, UsageError
 from ..images.files import MAX_PIXELS, decoding, formats_of, to_uint8
@@ -61,7 +63,8 @@ class Problem(CounterlensError):
         titles = {
             400: "Bad request", 401: "Unauthorised", 404: "Not found", 405: "Method not allowed", 408: "Too slow",
             409: "Conflict", 413: "Too large", 415: "Unsupported media type", 422: "Cannot be explained",
-            429: "Too many requests", 500: "Internal error", 503: "Unavailable", 504: "Too late",
+            429: "Too many requests", 500: "Internal error", 502: "No answer of the black box", 503: "Unavailable",
+            504: "Too late",
         }  # fmt: skip
         named = {} if self.field is None else {"field": self.field}
         named |= {"error": self.detail} if path.startswith("/v2/") else {}
@@ -77,6 +80,10 @@ def problem_of(error: Exception) -> Problem:
         return Problem(429, str(error), headers={"Retry-After": str(max(1, round(error.retry_after)))})
     if isinstance(error, Draining | Exhausted):
         return Problem(503, str(error), headers={"Retry-After": "5" if isinstance(error, Draining) else "1"})
+    if isinstance(error, BudgetSpent):  # no Retry-After: another time gives the same
+        return Problem(503, str(error), "classifier")
+    if isinstance(error, NoAnswer | Unusable):
+        return Problem(502, str(error), "classifier")
     if isinstance(error, Late):
         return Problem(504, str(error), "budget_s")
     if isinstance(error, Cancelled):
@@ -290,7 +297,8 @@ def answer_of(result: Counterfactual, slots: int, waited_s: float, total_s: floa
     """
     if result.status == "failed":
         raise Problem(422, str(result.error))
-    record = result.record() | {"slots": slots, "waited_s": round(waited_s, 4), "total_s": round(total_s, 4)}
+    judged = {"confirmed": result.flipped} if result.student else {}
+    record = result.record() | judged | {"slots": slots, "waited_s": round(waited_s, 4), "total_s": round(total_s, 4)}
     if result.error is not None:
         return record
     after = result.image.mul(255).round().div(255)

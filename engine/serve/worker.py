@@ -3,6 +3,9 @@
 Samples whose settings share a graph share the slots of a lane; lanes take turns. The next tick belongs to the lane that
 will be done with its oldest sample first, so that a fast request does not wait behind a long one; but a lane for which
 others have worked `SHARE` times as long as one of its own ticks takes comes next, so that none starves.
+
+A black box is asked in threads beside it, as many requests at once as its concurrency: whoever waits for its word is in
+no slot, and holds up nobody who does not.
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..blackbox.box import as_box
 from ..config import Config, StepOptions
+from ..core.checks import check_guides
 from ..core.core import EngineCore
 from ..core.regions import RegionLike
 from ..core.result import Counterfactual
@@ -29,6 +34,8 @@ from ..core.targets import RELATIVE_TARGETS
 from ..errors import CounterlensError, UsageError
 from ..guidance.sampler import PATIENCE
 from ..guidance.schedule import schedule_of
+from ..surrogate.session import ConfirmingSession
+from .beside import FAILURES, Beside, taken
 from .refusals import Cancelled, Draining, Exhausted, Full, Late
 
 T = TypeVar("T")
@@ -40,16 +47,9 @@ AHEAD = 3  # batches that a lane of all slots holds beside the one in them: inve
 PATIENCE_FULL = 8  # of a lane with more than a batch behind its slots: a decoder pass for few costs all of them more
 SMOOTHING = 0.2  # weight of the newest tick in a lane's measured seconds a tick
 KNOWN_TICK_S = 0.02  # before the first one was measured
-FAILURES = Exception  # a user's model may raise anything, classes of its own included: its requests fail, nobody else's
+LOOK_S = 0.1  # between two looks at the budgets of those who wait while all lanes wait for a black box
 # How torch's allocator for the CPU, ONNX Runtime and C++ say that memory is full; CUDA has a class of its own.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Failed to allocate memory", "bad_alloc", "out of memory")
-
-
-def _taken() -> Future[Any]:
-    """A future that only the worker ends: a caller who leaves says so by `Worker.cancel`."""
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
-    return future
 
 
 @dataclass
@@ -59,14 +59,15 @@ class Ticket(Generic[T]):
     Attributes:
         future: the result, or why there is none.
         step, total: guided steps that the sample has taken, and of how many; 0, 0 before the first.
+        attempt: of a black box's surrogate, which try these steps are of, from 1; else 0.
         slots: how many samples its lane guides at once; 0 before it is in one.
         shares: of the latest preview: probability of the label that was predicted before, and of the target; None where
-            they are not finite.
+            they are not finite, and of a black box, which is not asked about steps.
         arrived, started, finished: `time.perf_counter` at arrival, when it got into a lane, and when it was done.
         first, last: when its first step began, and when the last one that was told ended; 0 without a step.
     """
 
-    future: Future[T] = field(default_factory=_taken)
+    future: Future[T] = field(default_factory=taken)
     arrived: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     first: float = 0.0
@@ -74,6 +75,7 @@ class Ticket(Generic[T]):
     finished: float = 0.0
     step: int = 0
     total: int = 0
+    attempt: int = 0
     slots: int = 0
     shares: tuple[float, float] | None = None
     cancelled: bool = False
@@ -122,6 +124,12 @@ class _Lane:
         self.owed = 0.0  # seconds that other lanes worked since its last tick
 
     @property
+    def ready(self) -> bool:
+        """Whether a tick has something to do."""
+        waits = isinstance(self.session, ConfirmingSession) and not self.session.ready
+        return bool(self.requests) and not waits
+
+    @property
     def takes(self) -> bool:
         """Whether it takes one more; once it was full it waits for room for a batch, to fill encoder and classifier."""
         held = len(self.requests)
@@ -156,6 +164,7 @@ class Worker:
         if max_queue < 1:
             raise UsageError(f"max_queue: expected 1 or more, got {max_queue}")
         self.engine, self.slots, self.max_queue = engine, slots, max_queue
+        self.box = engine.box or as_box(engine.classifier)
         self.largest = engine.slots[-1] if slots == "auto" else int(slots)
         self.draining = False
         self.ready = False
@@ -168,8 +177,10 @@ class Worker:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._lanes: list[tuple[Group, _Lane]] = []
         self._change = threading.Condition()
+        self._beside = Beside(self._change, self._told, self._tell_thread)
         self._stop = False
         self._held = 0  # see `holding`
+        self._news = False  # something has happened since the thread last looked
         self._worked_s = 0.0  # in ticks
         self._finished: deque[float] = deque([0.0], maxlen=32)  # seconds worked when the latest results were delivered
         self._thread = threading.Thread(target=self._run, name="counterlens-worker", daemon=True)
@@ -202,8 +213,9 @@ class Worker:
         """Refuse before anything costs time: an upload that will not be taken need not be decoded.
 
         Raises:
-            Full, Draining: see `submit`.
+            UsageError, Full, Draining: see `submit`.
         """
+        check_guides(self.engine.classifier)
         if self.draining:
             raise Draining("server: it is being stopped; ask another one")
         if (before := self.waiting) >= self.max_queue:
@@ -236,8 +248,10 @@ class Worker:
                 decoder's where guidance goes through that one, else the full one's.
 
         Raises:
-            UsageError: an argument does not fit. Full, Draining, Late: it is not taken.
+            UsageError: an argument does not fit, or the classifier can only be called. Full, Draining, Late: it is not
+                taken.
         """
+        check_guides(self.engine.classifier)
         config = config or self.engine.config
         if budget_s is not None and not budget_s > 0:
             raise UsageError(f"budget_s: expected seconds above 0, got {budget_s:g}")
@@ -253,7 +267,7 @@ class Worker:
             if budget_s is not None:
                 self._check_budget(budget_s)
             self._waiting.append(request)
-            self._change.notify()
+            self._tell_thread()
         return ticket
 
     def _check_budget(self, budget_s: float) -> None:
@@ -270,16 +284,31 @@ class Worker:
             )
 
     def call(self, run: Callable[[], T], *, held: bool = False) -> Future[T]:
-        """Run something short that needs the models, between two ticks; `held`: within `holding`."""
+        """Run something short that needs the models, between two ticks; `held`: within `holding`.
+
+        Of a black box it is run beside the ticks: its answer takes as long as it takes.
+        """
         future: Future[T] = Future()
         with self._change:
             if self._stop or (self.draining and not held):
                 raise Draining("server: it is being stopped; ask another one")
-            if len(self._calls) >= self.max_queue:
-                raise Full(len(self._calls), self._wait_for(1))
+            calls = self._calls if self.box is None else self._beside.calls
+            if len(calls) >= self.max_queue:
+                raise Full(len(calls), self._wait_for(1))
+            if self.box is not None:
+                return self._beside.run(run)
             self._calls.append((run, future))
-            self._change.notify()
+            self._tell_thread()
         return future
+
+    def _ask(self, image: Tensor) -> Future[Tensor]:
+        """The box's probabilities of an image [3, H, W]."""
+        return self._beside.run(lambda: self.engine.probabilities(image[None])[0], part=True)
+
+    def _tell_thread(self) -> None:
+        """It looks again; for those who hold `_change`."""
+        self._news = True
+        self._change.notify()
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -296,13 +325,13 @@ class Worker:
         """Give its slot free at the next step's boundary; a result that is there stays."""
         with self._change:
             ticket.cancelled = True
-            self._change.notify()
+            self._tell_thread()
 
     def stop(self, grace_s: float = 10.0) -> None:
         """Take nothing new, finish what there is within the grace period, fail the rest, and end the thread."""
         with self._change:
             self.draining = True
-            self._change.notify()
+            self._tell_thread()
         end = time.perf_counter() + grace_s
         while (self.unfinished or self._held) and not self._stop and time.perf_counter() < end:
             time.sleep(0.01)
@@ -312,13 +341,13 @@ class Worker:
     @property
     def unfinished(self) -> int:
         """Requests that were taken and have no result yet."""
-        return len(self._waiting) + self.busy_slots + len(self._calls)
+        return len(self._waiting) + self.busy_slots + len(self._calls) + len(self._beside.calls)
 
     def hurry(self) -> None:
         """End the grace period: what is not done fails as soon as the step that is being taken ends."""
         with self._change:
             self.draining = self._stop = True
-            self._change.notify()
+            self._tell_thread()
 
     def _wait_for(self, count: float) -> float:
         """Seconds until so many requests are done, as measured lately."""
@@ -328,11 +357,13 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            with self.engine.frozen():
+            with self.engine.frozen() if as_box(self.engine.classifier) is None else nullcontext():
                 while True:
                     with self._change:
-                        while not (self._stop or self._waiting or self._calls or self._lanes_busy()):
-                            self._change.wait()
+                        while not (self._stop or self._news or self._calls or self._lanes_ready()):
+                            if not self._change.wait(LOOK_S if self._waiting else None):
+                                break
+                        self._news = False
                         if self._stop:
                             break
                     self._run_calls()
@@ -346,15 +377,15 @@ class Worker:
                 self.draining = self._stop = True
             self._fail_rest(Draining("server: it was stopped before this was done"))
 
-    def _lanes_busy(self) -> bool:
-        return any(lane.requests for _, lane in self._lanes)
+    def _lanes_ready(self) -> bool:
+        return any(lane.ready for _, lane in self._lanes)
 
     def _run_calls(self) -> None:
         """Those that wait; samples' next tick waits no longer for them than for other lanes, but for the last one."""
         end = time.perf_counter() + SHARE * (self.tick_s or KNOWN_TICK_S)
         for _ in range(len(self._calls)):
             self._call(*self._calls.popleft())
-            if time.perf_counter() > end and (self._waiting or self._lanes_busy()):
+            if time.perf_counter() > end and (self._waiting or self._lanes_ready()):
                 break
 
     def _call(self, run: Callable[[], Any], future: Future[Any]) -> None:
@@ -411,9 +442,14 @@ class Worker:
         if len(self._lanes) >= KEPT_LANES:  # images may have any size: of lanes that nobody is in the oldest goes
             idle = [one for one in self._lanes if not one[1].requests]
             self._lanes = [one for one in self._lanes if not idle or one is not idle[0]]
-        lane = _Lane(Session(self.engine, request.config, slots), slots, AHEAD if slots == self.largest else 1)
+        lane = _Lane(self._session(request.config, slots), slots, AHEAD if slots == self.largest else 1)
         self._lanes.append((request.graph, lane))
         return lane
+
+    def _session(self, config: Config, slots: int) -> Session:
+        if self.engine.box is None:
+            return Session(self.engine, config, slots)
+        return ConfirmingSession(self.engine, config, slots, self.engine.queries_each - 1, self._ask)
 
     def _enter(self, request: _Request, lane: _Lane) -> None:
         ticket, now = request.ticket, time.perf_counter()
@@ -429,9 +465,10 @@ class Worker:
         lane.requests[id] = request
 
     def _tick(self) -> None:
-        busy = [lane for _, lane in self._lanes if lane.requests]
+        busy = [lane for _, lane in self._lanes if lane.ready]
         if not busy:
             return
+        self._news = True  # there may be room for those who wait
         starved = [lane for lane in busy if lane.owed > SHARE * lane.tick_s]
         chosen = max(starved, key=lambda lane: lane.owed) if starved else min(busy, key=lambda lane: lane.left)
         chosen.session.patience = PATIENCE if len(chosen.requests) <= 2 * chosen.slots else PATIENCE_FULL
@@ -443,7 +480,8 @@ class Worker:
         except FAILURES as error:
             self._broken(chosen, error)
             return
-        chosen.tick_s = spent if not chosen.tick_s else (1 - SMOOTHING) * chosen.tick_s + SMOOTHING * spent
+        if not isinstance(chosen.session, ConfirmingSession) or chosen.session.stepped:  # else the box was heard alone
+            chosen.tick_s = spent if not chosen.tick_s else (1 - SMOOTHING) * chosen.tick_s + SMOOTHING * spent
         chosen.owed = 0.0
         self._worked_s += spent
         for lane in busy:
@@ -451,6 +489,10 @@ class Worker:
                 lane.owed += spent
         for result in done:
             self._deliver(chosen.requests.pop(result.id), result)
+        if isinstance(chosen.session, ConfirmingSession):
+            while chosen.session.failed:
+                id, said = chosen.session.failed.popitem()
+                chosen.requests.pop(id).ticket.future.set_exception(said)
 
     def _tell(self, lane: _Lane, began: float) -> None:
         """Progress of the samples that took a step in this tick, which began then."""
@@ -462,7 +504,7 @@ class Worker:
         wanted = [id for id in stepped if id in lane.requests and lane.requests[id].ticket.preview]
         tiny = self.engine.guidance_decoder if lane.session.graph.guidance_decoder == "tiny" else None
         previews = lane.session.previews(wanted, tiny.decode if tiny else None) if wanted else {}
-        if previews:
+        if previews and self.box is None:
             seen = self.engine.probabilities(torch.stack([*previews.values()]), (lane.slots,))
             for id, p in zip(previews, seen, strict=True):
                 one, other = p[[*lane.session.labels_of(id)]].tolist()
@@ -473,6 +515,8 @@ class Worker:
                 continue
             ticket = request.ticket
             ticket.step, ticket.total = step, total
+            if isinstance(lane.session, ConfirmingSession):
+                ticket.attempt = lane.session.attempt(id)
             ticket.first, ticket.last = ticket.first or began, time.perf_counter()
             if ticket.on_step is not None:
                 ticket.on_step(ticket, previews.get(id))
@@ -509,6 +553,9 @@ class Worker:
             waiting, calls = list(self._waiting), list(self._calls)
             self._waiting.clear()
             self._calls.clear()
+        self._beside.fail(error)
+        if self.box is not None:
+            self.box.stop()
         held = [r for _, lane in self._lanes for r in lane.requests.values()]
         for request in (*waiting, *held):
             if not request.ticket.future.done():

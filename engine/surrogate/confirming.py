@@ -6,8 +6,10 @@ asked about those that even the least convinced student takes for the target.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from ..core.regions import RegionLike
     from ..core.targets import Targets
 
+Pursuit = Generator[Job | Tensor, Any, None]  # see `pursue`
+SHORTEST_S = 1e-3  # that a first candidate has where asking about its image took all of the budget
 TRUSTED = 0.5  # probability of the target, by the least convinced student, from which the box is asked
 
 
@@ -78,7 +82,12 @@ class Candidate:
 
 @dataclass
 class Case:
-    """One image on its way to a target."""
+    """One image on its way to a target.
+
+    Attributes:
+        unanswered: why there is an error: the box says nothing of the image, or of no candidate.
+        deadline: `time.perf_counter` after which nothing more is tried.
+    """
 
     place: int
     image: Tensor
@@ -87,6 +96,8 @@ class Case:
     source: int = -1
     target: int = -1
     error: str | None = None
+    unanswered: bool = False
+    deadline: float | None = None
     candidates: list[Candidate] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -94,6 +105,16 @@ class Case:
     def asked(self) -> int:
         """Queries so far, the image itself left out."""
         return sum(c.said is not None for c in self.candidates)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until its deadline."""
+        return None if self.deadline is None else self.deadline - time.perf_counter()
+
+    @property
+    def late(self) -> bool:
+        """Its deadline is over."""
+        return self.left is not None and self.left <= 0
 
     def confirms(self, candidate: Candidate) -> bool:
         """The box says the target."""
@@ -124,7 +145,6 @@ def counterfactual(
     """See `EngineCore.counterfactual`; `asks` are the queries that each counterfactual may take, its image's aside."""
     engine.check_images(images)
     engine.meet_images(images)
-    base = engine.settings(config)
     asked = one_each(targets, len(images))
     for target in dict.fromkeys(asked):
         engine.check_target(target)
@@ -135,18 +155,53 @@ def counterfactual(
         Case(n, image, check_region(regions[n], image), noise_seed(image, config) if seeds is None else seeds[n])
         for n, image in enumerate(images)
     ]
-    for case, target, p in zip(cases, asked, engine.probabilities(images), strict=True):
-        _begin(engine, case, target, p, config)
-    for number, rung in enumerate(LADDER):
-        todo = [case for case in cases if case.open(asks)]
-        _make(engine, todo, number, rung.settings(base), config, on_step)
-        made = [(case, x) for case in todo for x in case.candidates if x.rung == number]
-        _ask(engine, [(case, x) for case, x in made if x.doubt >= TRUSTED])
-    for _ in range(asks):  # what no student is sure of, the likeliest first
-        left = [(c, [x for x in c.candidates if x.said is None]) for c in cases if c.open(asks)]
-        _ask(engine, [(c, max(some, key=lambda x: x.doubt)) for c, some in left if some])
+    pursuits = [pursue(engine, case, target, config, asks) for case, target in zip(cases, asked, strict=True)]
+    wanted = {n: next(pursuit) for n, pursuit in enumerate(pursuits)}
+    rung = 0
+    while wanted:  # the box first: who waits for a candidate then waits for one of the same rung
+        judged = {n: want for n, want in wanted.items() if isinstance(want, Tensor)}
+        replies: Iterable[Any]
+        if judged:
+            replies = engine.probabilities(torch.stack([*judged.values()]))
+        else:
+            rung += 1
+            tell = None if on_step is None else functools.partial(on_step, rung, len(LADDER))
+            replies = make(engine, config, [want for want in wanted.values() if isinstance(want, Job)], tell)
+        for n, reply in zip([*(judged or wanted)], replies, strict=True):
+            try:
+                wanted[n] = pursuits[n].send(reply)
+            except StopIteration:
+                del wanted[n]
     facts = engine.facts(config, engine.slots_for(len(images))) | {"budget_s": None}
-    return Counterfactuals.stack([_result(engine, case, facts) for case in cases], images, engine.labels)
+    return Counterfactuals.stack([result_of(engine, case, facts) for case in cases], images, engine.labels)
+
+
+def pursue(engine: EngineCore, case: Case, target: str | int, config: Config, asks: int) -> Pursuit:
+    """One image on its way to a target, one thing after the other; what becomes of it is in the case.
+
+    Yields what it needs and is sent that: a job, for its outcome (see `finished`), or an image [3, H, W], for the box's
+    probabilities [labels]. No case knows of another one.
+
+    Raises:
+        UsageError: the target has no meaning here.
+    """
+    base = engine.settings(config)
+    _begin(engine, case, target, (yield case.image), config)
+    for number, rung in enumerate(LADDER):
+        if not case.open(asks) or (number and case.late):
+            break
+        job = Job(
+            case.image, case.target, case.seed + number, rung.settings(base), region=case.region, renewed=rung.renewed,
+            budget_s=None if case.left is None else max(case.left, SHORTEST_S),
+        )  # fmt: skip
+        candidate = _candidate(engine, case, number, (yield job))
+        if candidate is not None and candidate.doubt >= TRUSTED:
+            candidate.said = yield candidate.saved
+    while case.open(asks) and (unasked := [c for c in case.candidates if c.said is None]):
+        if case.asked and case.late:
+            break
+        likeliest = max(unasked, key=lambda c: c.doubt)  # what no student is sure of
+        likeliest.said = yield likeliest.saved
 
 
 def _begin(engine: EngineCore, case: Case, target: str | int, p: Tensor, config: Config) -> None:
@@ -154,42 +209,28 @@ def _begin(engine: EngineCore, case: Case, target: str | int, p: Tensor, config:
         case.error = "the image holds NaN or infinite values"
         return
     if not p.isfinite().all():
-        case.error = f"the classifier gives no answer for the image{_reason(engine, case.image)}"
+        case.error, case.unanswered = f"the classifier gives no answer for the image{_reason(engine, case.image)}", True
         return
     case.source, case.target = int(p.argmax()), engine.targets.resolve(target, p)
     if case.source == case.target and not config.match_official:
         case.error = f"target {engine.labels[case.target]!r} {ALREADY}"
 
 
-def _make(
-    engine: EngineCore,
-    cases: Sequence[Case],
-    rung: int,
-    settings: Settings,
-    config: Config,
-    on_step: Callable[[int, int], None] | None,
-) -> None:
-    """Add a candidate to each case, as one rung makes it."""
-    if not cases:
-        return
-    jobs = [
-        Job(case.image, case.target, case.seed + rung, settings, region=case.region, renewed=LADDER[rung].renewed)
-        for case in cases
-    ]
-    outcomes = make(engine, config, jobs, None if on_step is None else lambda: on_step(rung + 1, len(LADDER)))
+def _candidate(engine: EngineCore, case: Case, rung: int, outcome: Outcome) -> Candidate | None:
+    """What a rung made, which the case has now too, and what the students think of it."""
+    case.seconds += outcome.seconds
+    if outcome.image is None:
+        if not case.candidates:
+            case.error = outcome.error
+        return None
+    saved = as_saved(outcome.image)
     students = engine.classifier.module
-    for case, outcome in zip(cases, outcomes, strict=True):
-        case.seconds += outcome.seconds
-        if outcome.image is None:
-            if not case.candidates:
-                case.error = outcome.error
-            continue
-        saved = as_saved(outcome.image)
-        with torch.no_grad():
-            given = saved[None].to(engine.device)
-            seen = torch.softmax(students(given), 1)[0].cpu()
-            doubt = students.doubtful(given)[0].cpu() if isinstance(students, Students) else seen
-        case.candidates.append(Candidate(rung, outcome, saved, seen, float(doubt[case.target])))
+    with torch.no_grad():
+        given = saved[None].to(engine.device)
+        seen = torch.softmax(students(given), 1)[0].cpu()
+        doubt = students.doubtful(given)[0].cpu() if isinstance(students, Students) else seen
+    case.candidates.append(Candidate(rung, outcome, saved, seen, float(doubt[case.target])))
+    return case.candidates[-1]
 
 
 def make(
@@ -208,22 +249,17 @@ def make(
                 found[outcome.id] = outcome
             if on_tick is not None:
                 on_tick()
-    outcomes = [found[id] for id in ids]
-    for outcome, job in zip(outcomes, jobs, strict=True):
-        if outcome.image is not None:
-            outcome.image = outcome.image.clamp(0, 1).to(job.image)
-            if outcome.region is not None:
-                outcome.region = outcome.region.to(job.image.device)
-                outcome.image = compose(job.image, outcome.image, outcome.region)
-    return outcomes
+    return [finished(found[id], job) for id, job in zip(ids, jobs, strict=True)]
 
 
-def _ask(engine: EngineCore, some: Sequence[tuple[Case, Candidate]]) -> None:
-    if not some:
-        return
-    said = engine.probabilities(torch.stack([candidate.saved for _, candidate in some]))
-    for (_, candidate), p in zip(some, said, strict=True):
-        candidate.said = p
+def finished(outcome: Outcome, job: Job) -> Outcome:
+    """A sampler's outcome, its image clamped to [0, 1] and laid into the job's region."""
+    if outcome.image is not None:
+        outcome.image = outcome.image.clamp(0, 1).to(job.image)
+        if outcome.region is not None:
+            outcome.region = outcome.region.to(job.image.device)
+            outcome.image = compose(job.image, outcome.image, outcome.region)
+    return outcome
 
 
 def _reason(engine: EngineCore, image: Tensor) -> str:
@@ -231,12 +267,13 @@ def _reason(engine: EngineCore, image: Tensor) -> str:
     return f" ({said})" if said else ""
 
 
-def _result(engine: EngineCore, case: Case, facts: dict[str, Any]) -> Counterfactual:
+def result_of(engine: EngineCore, case: Case, facts: dict[str, Any]) -> Counterfactual:
+    """What became of a case; `facts` are what made it."""
     best = case.best
     if case.error is None and best is None:
         asked = [c for c in case.candidates if c.said is not None]
         why = _reason(engine, asked[-1].saved) if asked else ""
-        case.error = f"the classifier gives no answer for the counterfactual{why}"
+        case.error, case.unanswered = f"the classifier gives no answer for the counterfactual{why}", True
     failed = case.error is not None or best is None
     common: dict[str, Any] = {
         "id": case.place, "input": case.image, "source": case.source, "target": case.target, "seed": case.seed,

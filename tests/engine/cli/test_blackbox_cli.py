@@ -85,7 +85,6 @@ def test_what_a_box_cannot_do_is_said_with_the_way(here: Path) -> None:
         ["audit", "digits", *BOX, "--out", "o"],
         ["audit", "digits", *BOX, "--out", "o", "--no-counterfactuals", "--saliency", "ig"],
         ["evaluate", *BOX, "--out", "o", "--count", "2"],
-        ["serve", *BOX],
         ["profile", *BOX, "--out", "o"],
         ["adapter", "train", *BOX, "--out", "o"],
         ["adapter", "explain", "digits", *BOX, "--out", "o"],
@@ -104,7 +103,14 @@ def test_what_a_box_cannot_do_is_said_with_the_way(here: Path) -> None:
         ([*asked, "--ray", "local"], "is asked from one process"),
         ([*asked, "--runtime", "onnxruntime"], "can only be called"),
         (["evaluate", *BOX, "--methods", "rise", "--runtime", "onnxruntime", "--out", "o"], "not compiled"),
-        (["serve", *BOX, "--surrogate", "o"], "surrogate: this command asks no black box"),
+        (["serve", *BOX, "--surrogate", "o"], "surrogate: o holds none"),
+        (["serve", "--surrogate", "o"], "surrogate: of a black box; name it"),
+        (["serve", *BOX, "--answers", "o", "--ray", "auto"], "answers: its file is of one machine"),
+        (["serve", *BOX, "--max-queries", "9", "--ray", "local"], "max_queries: replicas count together in one file"),
+        (["serve", "--answers", "o"], "answers: of a black box"),
+        (["serve", "--max-queries", "9"], "max_queries: for black boxes alone"),
+        (["serve", *BOX, "--file", "x.onnx"], "has no use with --file"),
+        (["evaluate", "--surrogate", "o", "--out", "o"], "surrogate: of a black box; name it"),
         (["saliency", "digits", *BOX, "--method", "rise", "--out", "o"], "labels: a black box needs"),
     ):
         one_line_error(run(*command), 2, said)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from counterlens.engine.audit.results import Results
+from counterlens.engine.blackbox.answers import FILE
 from counterlens.engine.images.files import as_saved, save_png, to_uint8
 from counterlens.engine.surrogate.surrogate import open_surrogate
 from tests.engine.cli.test_cli import run
@@ -78,6 +91,46 @@ def test_a_surrogate_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
         assert row["transfer"] == row["flipped"]  # the judge is the box
         assert row["queries"] >= 2
         assert row["msi"] is not None
+
+    compared = run(
+        "evaluate", *asked[:4], "--methods", "gradcam,rise", "--count", 2, "--metrics", "main", "--out", "compared",
+    )  # fmt: skip
+    assert compared.returncode == 0, compared.stderr
+    summary = json.loads((tmp_path / "compared" / "summary.json").read_text())
+    assert {n: summary[n]["looked_at"] for n in ("gradcam", "rise")} == {"gradcam": "student", "rise": "black box"}
+    assert "gradcam looked at the student; all labels and scores are the black box's" in compared.stdout
+    assert summary["queries"][0]["asked"] > 2 * 16
+
+    with started(*asked, "--queries-each", "3", "--slots", "2", "--answers", "kept") as (client, process):
+        for file, row in zip(sorted((tmp_path / "digits").glob("*.png")), rows, strict=True):
+            found = client.post("/v1/counterfactuals", files={"image": file.read_bytes()}).json()
+            assert {k: found[k] for k in ("l1", "queries", "flipped")} == {
+                k: row[k] for k in ("l1", "queries", "flipped")
+            }
+            assert found["confirmed"] == found["flipped"]
+            shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["image"]))))
+            assert np.array_equal(shown, np.asarray(Image.open(row["path"]).convert("RGB")))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    assert (tmp_path / "kept" / FILE).exists()
+
+
+@contextmanager
+def started(*options: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+    """A server that is ready."""
+    with Path("said").open("w") as log:
+        command = [sys.executable, "-m", "counterlens.engine.cli.main", "serve", "--port", "0", *options]
+        process = subprocess.Popen(command, stderr=log, text=True)
+    try:
+        while (found := re.search(r"serving at (\S+) \(.*asks python:", Path("said").read_text())) is None:
+            assert process.poll() is None, Path("said").read_text()
+            time.sleep(0.05)
+        with httpx.Client(base_url=found[1], timeout=60) as client:
+            while client.get("/readyz").status_code != 200:
+                time.sleep(0.05)
+            yield client, process
+    finally:
+        process.kill()
 
 
 def test_what_needs_a_box_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

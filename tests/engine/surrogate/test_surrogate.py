@@ -16,6 +16,8 @@ from counterlens.engine import Config, Engine
 from counterlens.engine.blackbox.box import BlackBox, open_box, probes
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.images.files import as_saved, save_png, to_uint8
+from counterlens.engine.saliency.evaluation import evaluate
+from counterlens.engine.saliency.explain import explain
 from counterlens.engine.surrogate import confirming
 from counterlens.engine.surrogate.confirming import Rung
 from counterlens.engine.surrogate.rounds import Plan, Trainer, answered
@@ -301,3 +303,14 @@ def test_a_rung_that_fails_takes_nothing_away(
 def test_an_image_without_numbers_says_so(trained: tuple[Path, Surrogate, int], engine: Any) -> None:
     made = engine(boxed()).with_surrogate(trained[1]).counterfactual(torch.full((1, 3, 16, 16), torch.nan))
     assert made.errors == ["the image holds NaN or infinite values"]
+
+
+def test_methods_are_compared_on_the_box(trained: tuple[Path, Surrogate, int], images: torch.Tensor) -> None:
+    box, shown, student = boxed(), images[::8], trained[1].classifier
+    scored = evaluate(box, shown, ["gradxinput", "rise"], inside=student)
+    labels = box.logits(shown).argmax(1)
+    for name, seen in (("gradxinput", student), ("rise", box)):
+        alone = explain(seen, shown, name, labels, forward=box, metrics=["main"])
+        assert torch.equal(scored[name].scores, alone.scores)
+        assert torch.equal(scored[name].target, labels)
+        assert all(torch.equal(scored[name].values[metric], alone.values[metric]) for metric in alone.values)
