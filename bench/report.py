@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.counterfactual_tables import regions_table, several_table, turbo_table
 from bench.explain_tables import costs_table, faithfulness_table, pointing_table, robust_table, seeds_table
 from bench.record import RESULTS
 from bench.surrogate_tables import surrogates_table
@@ -489,6 +490,9 @@ TABLES = {
     "truth": truth_table,
     "pack": pack_table,
     "exactness": exactness_table,
+    "regions": regions_table,
+    "several": several_table,
+    "turbo": turbo_table,
 }
 
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..errors import CounterlensError
 from ..files import real, write_atomically
-from ..images.drawing import change_map
 from ..images.sources import need
 from ..metrics.table import METRICS
+from ..portable import overlay as colours
 from .disagreement import LACKS, alarms, read_facts, read_maps, verdict
 from .insight import COLUMNS as INSIGHT_COLUMNS
 from .insight import patterns
@@ -184,13 +183,22 @@ def _size(folder: Path, rows: list[dict[str, Any]]) -> tuple[int, int]:
 def _pictures(folder: Path, row: dict[str, Any], side: int, quality: int) -> list[str | None]:
     """Input, counterfactual, change and saliency as data URLs."""
     before, after = _open(folder, row["image"]), _open(folder, row["counterfactual"])
-    change = None
+    change, saliency = None, _open(folder, row["saliency"])
     if before is not None and after is not None:
-        pair = [torch.from_numpy(np.asarray(p, dtype=np.float32) / 255).permute(2, 0, 1)[None] for p in (before, after)]
-        heat = change_map(*pair)[0].permute(1, 2, 0).numpy()
-        change = Image.fromarray((heat * 255).round().astype(np.uint8))
-    saliency = _open(folder, row["saliency"])
+        change = _picture(colours.change(_values(before), _values(after)))
+    if before is not None and saliency is not None and saliency.size == before.size:
+        saliency = _picture(colours.overlay(_values(before), _values(saliency)[0]))
     return [_thumb(p, side, quality) for p in (before, after, change, saliency)]
+
+
+def _values(picture: Image.Image) -> np.ndarray:
+    """[3, H, W] in [0, 1]."""
+    return np.moveaxis(np.asarray(picture, dtype=np.float32) / 255, -1, 0)
+
+
+def _picture(values: np.ndarray) -> Image.Image:
+    """Of [3, H, W] in [0, 1]."""
+    return Image.fromarray((np.moveaxis(values, 0, -1) * 255).round().astype(np.uint8))
 
 
 def _open(folder: Path, name: str | None) -> Image.Image | None:
@@ -260,10 +268,8 @@ def _pattern(folder: Path, pattern: Any) -> dict[str, Any]:
 
 
 def _heat(values: np.ndarray, top: float, side: int = 160) -> str:
-    """A map as a picture, from black (0) over red and yellow to white (`top`)."""
-    x = np.clip(values / max(top, 1e-12), 0, 1)
-    rgb = np.stack([np.clip(x * 3, 0, 1), np.clip(x * 3 - 1, 0, 1), np.clip(x * 3 - 2, 0, 1)], axis=-1)
-    picture = Image.fromarray((rgb * 255).round().astype(np.uint8))
+    """A map as a picture, from dark blue (0) over magenta to yellow (`top`)."""
+    picture = _picture(colours.heat(np.clip(values / max(top, 1e-12), 0, 1)))
     how = Image.Resampling.NEAREST if max(picture.size) <= CELLS else Image.Resampling.BILINEAR
     buffer = io.BytesIO()
     picture.resize((side, side), how).save(buffer, format="PNG")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from counterlens.engine.audit import report as report_module
 from counterlens.engine.audit.disagreement import box_name
@@ -18,6 +21,7 @@ from counterlens.engine.audit.report import ORDERS, choose_cards, write_report
 from counterlens.engine.audit.results import Results
 from counterlens.engine.audit.rows import Row
 from counterlens.engine.errors import CounterlensError
+from counterlens.engine.portable.overlay import change, overlay
 from tests.engine.audit.test_audit import make_engine, run
 from tests.engine.images.test_sources import picture, save
 
@@ -72,6 +76,19 @@ def test_the_cards_are_the_rows(audited: Results) -> None:
     assert [rows[c["number"]]["l1"] for c in smallest] == sorted(rows[c["number"]]["l1"] for c in smallest)
     hardest = min((c for c in drawn if "hardest" in c["order"]), key=lambda c: c["order"]["hardest"])
     assert hardest["flipped"] is False or all(c["flipped"] for c in drawn)
+
+
+def test_changes_and_maps_are_drawn_as_everywhere_else(tmp_path: Path) -> None:
+    g = np.random.default_rng(0)
+    pixels = {name: g.integers(0, 256, (16, 16, 3), dtype=np.uint8) for name in ("image", "counterfactual")}
+    pixels["saliency"] = np.repeat(g.integers(0, 256, (16, 16, 1), dtype=np.uint8), 3, axis=2)
+    for name, values in pixels.items():
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    shown = report_module._pictures(tmp_path, {name: f"{name}.png" for name in pixels}, 96, 80)
+    drawn = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text.split(",")[1])))) for text in shown if text]
+    before, after, saliency = (np.moveaxis(pixels[n] / np.float32(255), -1, 0) for n in pixels)
+    for got, expected in zip(drawn[2:], (change(before, after), overlay(before, saliency[0])), strict=True):
+        assert np.abs(np.moveaxis(expected, 0, -1) * 255 - got).max() <= 0.5 + 1e-3
 
 
 def test_ids_cannot_become_html(audited: Results) -> None:
