@@ -141,6 +141,7 @@ def test_signals_end_with_one_line(sent: signal.Signals, after: float, tmp_path:
     child = subprocess.Popen(
         [sys.executable, "-c", "from counterlens.engine.cli.main import main; main()", "demo", "--out", "d"],
         cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),  # nohup's children would ignore it
     )  # fmt: skip
     assert child.stderr is not None
     assert child.stderr.readline() == "demo: opening ...\n"

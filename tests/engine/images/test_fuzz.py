@@ -19,9 +19,9 @@ def test_mutated_files_are_read_or_refused(kind: str, tmp_path: Path) -> None:
         assert read_one(kind, data, tmp_path) == "read"
     results = set()
     for number in range(25):
-        started = time.perf_counter()
+        started = time.process_time()
         results.add(read_one(kind, mutated(kind, 1, number), tmp_path))
-        assert time.perf_counter() - started < 5
+        assert time.process_time() - started < 5
     assert results <= {"read", "refused"}
     assert "refused" in results
     assert mutated(kind, 1, 3) == mutated(kind, 1, 3)
@@ -29,6 +29,6 @@ def test_mutated_files_are_read_or_refused(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_picture_of_3600_megapixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert read_one("bomb", bomb(6), tmp_path) == "refused"
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1

@@ -39,11 +39,11 @@ def test_odd_requests_are_answered_with_a_problem(client: TestClient) -> None:
 
 
 def test_many_lists_are_refused_at_once() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(Problem, match="more than 200000 lists") as refused:
         parse_json(b"[" + b"[]," * 3_000_000 + b"[]]")
     assert refused.value.status == 413
-    assert time.perf_counter() - started < 1  # it was 3 s, and nobody else was answered meanwhile
+    assert time.thread_time() - started < 1  # it was 3 s, and nobody else was answered meanwhile
 
 
 def test_no_upload_is_written_to_disk(

@@ -275,10 +275,10 @@ def test_what_does_not_fit_is_named(client: TestClient, asked: dict[str, Any], s
 
 
 def test_a_text_without_an_end_is_refused_at_once() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(CounterlensError, match="not JSON"):
         parse_json(b'"' + b'\\"' * 500_000)
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 5
 
 
 def test_a_caller_who_leaves_stops_nobody_else(engine: EngineCore) -> None:
