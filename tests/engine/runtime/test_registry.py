@@ -122,20 +122,41 @@ def test_one_that_is_registered_runs_is_checked_and_chosen(dummy: Any, tiny: Any
         dummy.factor = 1.0
 
 
-def test_one_with_an_entry_point_is_found_by_the_commands(folder: Path, tmp_path: Path) -> None:
-    def run(*words: str) -> Any:
-        environment = {"PYTHONPATH": str(folder), "COUNTERLENS_STORE": str(tmp_path), "COLUMNS": "200"}
-        command = [sys.executable, "-m", "counterlens.engine.cli.main", *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+COMMANDS = """
+import contextlib, io, json, sys
+from counterlens.engine.cli.main import main
 
-    assert "onnx, aoti, tensorrt or dummy" in run("export", "--help").stdout
-    assert "tensorrt or dummy" in run("counterfactual", "--help").stdout
-    runtimes = json.loads(run("info", "--json").stdout)["runtimes"]
-    assert runtimes["dummy"] == runtimes["eager"] == []
-    assert "onnx, aoti, tensorrt, dummy, got 'nope'" in run("export", "--format", "nope").stderr
-    done = run("export", "--what", "vae-encoder", "--format", "dummy", "--no-measure", "--json")
+for words in json.loads(sys.argv[1]):
+    said, code = (io.StringIO(), io.StringIO()), 0
+    sys.argv = ["counterlens", *words]
+    with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, *(text.getvalue() for text in said)]))
+"""
+
+
+def test_one_with_an_entry_point_is_found_by_the_commands(folder: Path, tmp_path: Path) -> None:
+    commands = [
+        ["export", "--help"], ["counterfactual", "--help"], ["info", "--json"], ["export", "--format", "nope"],
+        ["export", "--what", "vae-encoder", "--format", "dummy", "--no-measure", "--json"],
+    ]  # fmt: skip
+    environment = {"PYTHONPATH": str(folder), "COUNTERLENS_STORE": str(tmp_path), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)], env=environment, capture_output=True, text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    export, counterfactual, info, nope, built = (json.loads(line) for line in done.stdout.splitlines())
+    assert "onnx, aoti, tensorrt or dummy" in export[1]
+    assert "tensorrt or dummy" in counterfactual[1]
+    runtimes = json.loads(info[1])["runtimes"]
+    assert runtimes["dummy"] == runtimes["eager"] == []
+    assert "onnx, aoti, tensorrt, dummy, got 'nope'" in nope[2]
+    assert built[0] == 0, built[2]
+    report = json.loads(built[1])
     assert (report["runtime"], report["target"]) == ("dummy", "dummy")
     assert Path(report["files"][1]).name == "model.dummy"
 
