@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
@@ -40,10 +40,13 @@ NEAR_LIMIT = {torch.float64: 1e-7, torch.float32: 1e-3}  # radians
 PROMPTS = ["a photo of a thing 1.", "a photo of a thing 3."]
 
 
+def some(*fast: str, of: Iterable[str] = GENERATORS) -> list[Any]:
+    """Names for `parametrize`: the fast tier has these, the slow one the others."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in of]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "name", ["sdxl", "pixart", "sd3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lcm", "flux", "sana"))]
-)
+@pytest.mark.parametrize("name", some("sdxl", "sd3"))
 def test_step_equals_literal_in_both_pullbacks(folders: dict[str, Path], name: str, dtype: torch.dtype) -> None:
     diffusion = opened(folders[name], str(dtype).removeprefix("torch."))
     z, image, target = inputs(diffusion, dtype)
@@ -102,7 +105,7 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", some("sdxl", "pixart", "sd3", "sd3-without-t5", "flux", "sana", of=KINDS))
 def test_conditions_are_the_pipelines_and_encoders_are_freed(folders: dict[str, Path], name: str) -> None:
     diffusion = opened(folders[name])
     absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-without-t5" else {}
@@ -215,10 +218,10 @@ def transcribed(name: str, diffusion: Any, z0: Tensor, noise: Tensor) -> Tensor:
     return transcribed_flow(diffusion, velocity, z0, noise)
 
 
-SLOW_DPM = pytest.param("sana-dpm", marks=pytest.mark.slow)
+WRITTEN_OUT = (*UNETS, "pixart", "alpha", "sd3", "sd3.5", "flux", "flux-schnell", "sana", "sana-dpm")
 
 
-@pytest.mark.parametrize("name", [*UNETS, "pixart", "alpha", "sd3", "sd3.5", "flux", "flux-schnell", "sana", SLOW_DPM])
+@pytest.mark.parametrize("name", some(*set(WRITTEN_OUT) - {"sdxl-turbo", "sana-dpm"}, of=WRITTEN_OUT))
 def test_unguided_run_equals_the_pipelines_loop_written_out(folders: dict[str, Path], name: str) -> None:
     diffusion = opened(folders[name], "float64")
     noise, image, _ = inputs(diffusion, torch.float64, 2)
@@ -291,17 +294,10 @@ class Between(diffusers.DDIMScheduler):
         return super().step(model_output, timestep, sample, **options)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *UNETS,
-        "pixart",
-        "sd3",
-        "flux",
-        "sana",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3.5", "flux-schnell")),
-    ],
-)
+PIPED = (*UNETS, "pixart", "sd3", "sd3.5", "flux", "flux-schnell", "sana")
+
+
+@pytest.mark.parametrize("name", some(*set(PIPED) - {"sdxl-turbo", "sd3.5", "flux-schnell"}, of=PIPED))
 def test_unguided_run_equals_diffusers_pipeline(folders: dict[str, Path], name: str) -> None:
     diffusion = opened(folders[name])
     noise, image, _ = inputs(diffusion, torch.float32, 2)
@@ -312,7 +308,7 @@ def test_unguided_run_equals_diffusers_pipeline(folders: dict[str, Path], name: 
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", some("sdxl", "flux", "sana"))
 def test_half_precision_weights_keep_float32_sums(folders: dict[str, Path], name: str) -> None:
     exact, half = opened(folders[name]), opened(folders[name], "bfloat16")
     z, image, target = inputs(exact, torch.float32)
@@ -353,7 +349,7 @@ def test_step_is_exported_and_matches(folders: dict[str, Path], tmp_path: Path, 
     assert report["worst"] <= 1e-4
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", some("sdxl", "sd3", "flux"))
 def test_rectangles_are_the_networks_own(name: str, folders: dict[str, Path]) -> None:
     """Another shape than the square: latents, noise and image have it, and a run ends well."""
     labels = {"labels": LABELS, "prompts": "a photo of a {label}."}

@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 import httpx
+import pytest
 
 from counterlens.engine import Engine
 from counterlens.engine.config import Config
@@ -26,6 +27,7 @@ KINDS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_of_many_callers_gets_the_bits_of_the_engine_on_as_many_slots() -> None:
     """Speeds, modes, seeds and targets by chance; they arrive in another order than the engine had them."""
     engine = Engine.from_pack("digits", config=Config(speed="fast"), runtime="eager")

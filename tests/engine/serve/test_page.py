@@ -248,6 +248,7 @@ def test_a_person_sees_an_image_change_and_comes_back_to_it(browser: Any, addres
         assert [text for text in tab.said if "404" not in text] == []
 
 
+@pytest.mark.slow
 def test_the_page_of_a_file_shows_what_the_file_can_do(browser: Any, tmp_path: Path) -> None:
     worker = FileWorker(write_toy(tmp_path))
     with listening(make_file_app(worker)) as address, Tab(browser) as tab:
@@ -346,6 +347,7 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_said_in_a_sentence_and_tried_again(browser: Any, address: str) -> None:
     with Tab(browser) as tab:
         tab.page.goto(address)
