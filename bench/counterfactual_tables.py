@@ -35,11 +35,22 @@ def several_table() -> str:
     """How far apart several flips of one digit lie, beside two digits of a class and of two."""
     result = load("several")
     count, scale = result["count"], result["median_distance"]
-    rows = [[f"{float(t):g}", rate(share)] for t, share in result["by_threshold"].items()]
-    header = ["pairwise at least so far apart", f"digits with 3 such flips among {count} answers"]
+    targets = result["targets"]
+    asked = result["asked"]["threshold"]
+    rows = [
+        [f"{float(t):g}", *(rate(r["by_threshold"][t]) for r in targets.values())]
+        for t in targets["runner-up"]["by_threshold"]
+    ]
+    rows += [
+        [f"**{asked:.1f}**", *(rate(r["share_with_3_distinct_flips"]) for r in targets.values())],
+        ["answers that flip", *(rate(r["flip"]) for r in targets.values())],
+        ["L1 of the nearest, of all", *(f"{r['l1']['nearest']['mean']:.3f}, {r['l1']['all']['mean']:.3f}"
+                                        for r in targets.values())],
+    ]  # fmt: skip
+    header = ["3 flips pairwise at least so far apart", *(f"digits, {count} answers, `{name}`" for name in targets)]
     said = (
         f"Median distance of two test digits: {scale['same class']:.1f} of one class, {scale['different classes']:.1f} "
-        f"of two. All answers of a digit are aimed at one class. Distances are those of {result['features']}."
+        f"of two, half of which is {asked:.1f}. Distances are those of {result['features']}."
     )
     return f"{table(header, rows)}\n\n{said} {provenance(result, 'several')}"
 

@@ -49,7 +49,11 @@ def counterfactual(
     box: AskedBox,
     images: Annotated[list[Path] | None, ImagesArgument] = None,
     target: Annotated[
-        str, typer.Option(help="Label, runner-up (second choice), opposite (of two) or neighbour (--neighbours).")
+        str,
+        typer.Option(
+            help="Label, runner-up (second choice), runners-up (each of --count another), opposite (of two) or "
+            "neighbour (--neighbours)."
+        ),
     ] = "runner-up",
     out: Annotated[Path, typer.Option(help="Folder for the counterfactuals.")] = Path("counterfactuals"),
     manifest: Annotated[Path | None, typer.Option(help="Table with the columns image and target.")] = None,
@@ -103,7 +107,7 @@ def counterfactual(
     try:
         engine = open_engine(config, opening, box, guides=True)
         for choice in dict.fromkeys(choices):
-            engine.check_target(choice)
+            engine.check_target(choice, config.count)
     except CounterlensError:
         if created:
             out.rmdir()

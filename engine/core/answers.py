@@ -2,6 +2,7 @@
 
 Answer 0 is the run without `count`, bit by bit. The others have seeds that its seed and their number decide. Where the
 start is an inversion, which no seed changes, a share of the noise that it found is renewed from the answer's seed.
+Towards the runners-up each answer has another label instead, and is the run towards that label.
 """
 
 from __future__ import annotations

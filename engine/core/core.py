@@ -423,9 +423,9 @@ class EngineCore:
             parts = [probabilities(self.classifier, images[rows].to(self.device))[:n].cpu() for rows, n in batches]
         return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
 
-    def check_target(self, target: str | int) -> int:
+    def check_target(self, target: str | int, count: int = 1) -> int:
         """See `TargetLabels.check`."""
-        return self.targets.check(target)
+        return self.targets.check(target, count)
 
     def resolve_targets(
         self,
@@ -471,8 +471,9 @@ class EngineCore:
 
         Args:
             images: [B, 3, H, W] in [0, 1] at the model's image size (`load_image` reads files).
-            targets: one per image, or one for all: label index, label name, `runner-up`, `opposite` (of two labels)
-                or `neighbour` (the nearest one that the engine was given).
+            targets: one per image, or one for all: label index, label name, `runner-up`, `opposite` (of two labels),
+                `neighbour` (the nearest one that the engine was given) or `runners-up` (of `config.count` answers one
+                towards each of the likeliest other labels).
             seeds: one per image; without them each image's own pixels and `config.seed` decide, so that an image has
                 the same noise wherever it stands.
             config: instead of the engine's; one for all, or one per image. Those of one call must agree on what decides
@@ -509,8 +510,8 @@ class EngineCore:
         if budget_s is not None and not budget_s > 0:
             raise UsageError(f"budget_s: expected seconds above 0, got {budget_s}")
         asked = one_each(targets, len(images))
-        for target in dict.fromkeys(asked):
-            self.check_target(target)
+        for target, each in dict.fromkeys(zip(asked, configs, strict=True)):
+            self.check_target(target, each.count)
         given = [None] * len(images) if seeds is None else list(seeds)
         if len(given) != len(images):
             raise UsageError(f"seeds: expected {len(images)}, one per image, got {len(given)}")

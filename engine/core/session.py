@@ -24,7 +24,7 @@ from ..runtime.spec import SLOTS
 from .answers import RENEWED, answer_seed
 from .regions import RegionLike, check_region
 from .result import ALREADY, Counterfactual, noise_seed
-from .targets import TargetLabels
+from .targets import RUNNERS_UP, TargetLabels
 from .whole_runs import NAME, WholeSampler
 
 KNOWN = 256  # configs of samples whose settings and facts are kept
@@ -129,7 +129,7 @@ class Session:
 
         Args:
             image: [3, H, W] in [0, 1] at the model's image size.
-            target: label index, label name, `runner-up`, `opposite` or `neighbour`.
+            target: label index, label name, `runner-up`, `runners-up`, `opposite` or `neighbour`.
             seed: without it the image's own pixels and `config.seed` decide.
             config: instead of the session's.
             budget_s: seconds from the moment that it is first worked on, see `EngineCore.counterfactual`.
@@ -148,7 +148,9 @@ class Session:
         self._check_sides((image.shape[1], image.shape[2]))
         if not 0 <= k < config.count:
             raise UsageError(f"k: expected 0 to {config.count - 1}, of {config.count} (count), got {k}")
-        seed = answer_seed(noise_seed(image, config) if seed is None else seed, k)
+        seed = noise_seed(image, config) if seed is None else seed
+        if target != RUNNERS_UP:
+            seed = answer_seed(seed, k)
         found = check_region(config.region if region is None else region, image)
         sample = _Sample(self._next_id, image, target, seed, config, settings, steps, budget_s, found, k)
         self._next_id += 1
@@ -262,7 +264,7 @@ class Session:
             assert self.sampler is not None
             job = Job(
                 sample.image, sample.wanted, sample.seed, sample.settings, sample.budget_s, sample.region,
-                renewed=RENEWED if sample.k else 0.0,
+                renewed=RENEWED if sample.k and sample.target != RUNNERS_UP else 0.0,
             )  # fmt: skip
             self._running[self.sampler.submit(job)] = sample
 
@@ -282,7 +284,7 @@ class Session:
             finite = bool(p.isfinite().all())
             sample.source = int(p.argmax()) if finite else -1
             try:
-                sample.wanted = self.models.targets.resolve(sample.target, p)
+                sample.wanted = self.models.targets.resolve(sample.target, p, sample.k)
             except UsageError as error:
                 sample.error = str(error)
                 continue

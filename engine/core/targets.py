@@ -10,8 +10,10 @@ from torch import Tensor
 from ..errors import UsageError
 from ..labels import find_label
 
-# Targets that depend on the prediction: its runner-up, the other one of two labels, the nearest label of a file.
-RELATIVE_TARGETS = ("runner-up", "opposite", "neighbour")
+RUNNERS_UP = "runners-up"
+# Targets that depend on the prediction: its runner-up, of several answers the likeliest others in turn, the other
+# one of two labels, the nearest label of a file.
+RELATIVE_TARGETS = ("runner-up", RUNNERS_UP, "opposite", "neighbour")
 
 
 Targets = str | int | Sequence[str | int] | Tensor
@@ -35,12 +37,18 @@ class TargetLabels:
             for k, nearest in (neighbours or {}).items()
         }
 
-    def check(self, target: str | int) -> int:
+    def check(self, target: str | int, count: int = 1) -> int:
         """Index of a label by name or index (see `find_label`); -1 for `RELATIVE_TARGETS`, which depend on the image.
 
         Raises:
-            UsageError: it is no label, or relative to something that this classifier does not have.
+            UsageError: it is no label, or relative to something that this classifier does not have, such as `count`
+                runners-up.
         """
+        if target == RUNNERS_UP and count >= len(self.labels):
+            raise UsageError(
+                f"count: {count} answers towards the runners-up need as many other labels, there are "
+                f"{len(self.labels) - 1}"
+            )
         if target == "opposite" and len(self.labels) != 2:
             raise UsageError(f"target: opposite needs a classifier with two labels, this one has {len(self.labels)}")
         if target == "neighbour" and (lonely := [n for i, n in enumerate(self.labels) if not self.neighbours.get(i)]):
@@ -53,16 +61,19 @@ class TargetLabels:
         self,
         target: str | int,
         probabilities: Tensor,  # [labels]
+        k: int = 0,
     ) -> int:
-        """The label that is meant for an image with these predictions.
+        """The label that answer k of an image with these predictions is aimed at.
 
         Raises:
             UsageError: see `check`.
         """
-        index = self.check(target)
+        index = self.check(target, k + 1)
         if index >= 0:
             return index
-        first, second = probabilities.topk(2).indices.tolist()
+        first, second, *others = probabilities.topk(k + 2 if target == RUNNERS_UP else 2).indices.tolist()
+        if others:
+            return int(others[-1])
         # Of two labels, the opposite one is the runner-up.
         return self.neighbours[first][0] if target == "neighbour" else int(second)
 

@@ -70,6 +70,26 @@ def test_the_first_answer_is_the_run_without_count_and_the_others_are_others(
     assert torch.equal(again.images, several.images)
 
 
+@pytest.mark.parametrize("kind", [{}, {"noise": "inversion", "solver": "dpm++"}])
+def test_towards_the_runners_up_each_answer_is_the_run_towards_one_of_them(
+    engine: Engine, kind: dict[str, Any]
+) -> None:
+    x = images(2)
+    falling = engine.probabilities(x).argsort(dim=1, descending=True)
+    several = engine.counterfactual(x, "runners-up", config=Config(**kind, count=3))
+    for i, answers in enumerate(several.by_image()):
+        assert sorted(a.k for a in answers) == [0, 1, 2]
+        for a in answers:
+            assert a.target == falling[i, a.k + 1]
+            alone = engine.counterfactual(x, a.target, config=Config(**kind))
+            torch.testing.assert_close(a.image, alone.images[i], atol=1e-4, rtol=0)  # in a batch of another size
+            assert a.seed == alone.seeds[i]
+    one = engine.counterfactual(x, "runners-up", config=Config(**kind))
+    assert torch.equal(one.images, engine.counterfactual(x, config=Config(**kind)).images)
+    with pytest.raises(UsageError, match=r"^count: 10 answers towards the runners-up .* there are 9$"):
+        engine.counterfactual(x, ["runner-up", "runners-up"], config=Config(**kind, count=10))
+
+
 def test_answers_keep_to_regions_and_counts_may_differ_by_image(engine: Engine) -> None:
     x, config = images(2), Config(noise="inversion", count=3)
     mask = torch.zeros(16, 16, dtype=torch.bool)
