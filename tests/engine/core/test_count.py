@@ -82,7 +82,7 @@ def test_towards_the_runners_up_each_answer_is_the_run_towards_one_of_them(
         for a in answers:
             assert a.target == falling[i, a.k + 1]
             alone = engine.counterfactual(x, a.target, config=Config(**kind))
-            torch.testing.assert_close(a.image, alone.images[i], atol=1e-4, rtol=0)  # in a batch of another size
+            torch.testing.assert_close(a.image, alone.images[i], atol=2e-3, rtol=0)  # in a batch of another size
             assert a.seed == alone.seeds[i]
     one = engine.counterfactual(x, "runners-up", config=Config(**kind))
     assert torch.equal(one.images, engine.counterfactual(x, config=Config(**kind)).images)
