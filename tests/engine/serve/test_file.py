@@ -133,13 +133,14 @@ def test_a_process_without_pytorch(file: Path) -> None:
         assert process.wait(timeout=30) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_drain_at_once_and_says_what_is_lost(file: Path) -> None:
     with serving(file) as (process, address):
         assert process.stderr is not None
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as held:
             head = b"POST /v1/predictions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            held.sendall(head + b"Content-Length: 90\r\n\r\n{")  # its body would be waited for
-            time.sleep(0.2)
+            held.sendall(head + b"Content-Length: 90\r\nExpect: 100-continue\r\n\r\n")
+            assert held.recv(100).startswith(b"HTTP/1.1 100 ")  # its body is waited for
             process.send_signal(signal.SIGTERM)
             while "stopping: what runs is finished" not in process.stderr.readline():
                 pass
