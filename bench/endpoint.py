@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from counterlens.engine.blackbox.answers import key_of
+from counterlens.engine.blackbox.open_inference import HEADER
 from counterlens.engine.models.protocols import Classifier, probabilities
 
 NONSENSE = ("html", "nan", "length", "sum")
@@ -118,8 +119,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """An answer, or what goes wrong."""
         server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        images = self._images(body)
+        body, length = self.rfile.read(int(self.headers["content-length"])), self.headers.get(HEADER)
+        self.binary = length is not None
+        if self.binary:
+            from counterlens.engine.serve.kserve import read_inference  # the server's own reader
+
+            asked, tensors = read_inference(body, length)
+            asked["inputs"][0]["data"] = tensors["image"]
+        else:
+            asked = json.loads(body)
+        images = self._images(asked)
         keys = [key_of(image) for image in images]
         with server.lock:
             server.requests += 1
@@ -173,7 +182,16 @@ class Handler(BaseHTTPRequestHandler):
                 server.answered.update(keys)
         if self.path.startswith("/v2/"):
             flat = [p for row in rows for p in row]
-            said: Any = {"outputs": [{"name": "scores", "shape": [len(rows), len(flat) // len(rows)], "data": flat}]}
+            shape = [len(rows), len(flat) // len(rows)]
+            scores: dict[str, Any] = {"name": "scores", "datatype": "FP32", "shape": shape}
+            said: Any = {"outputs": [scores]}
+            if self.binary:
+                blob = np.asarray(flat, dtype="<f4").tobytes()
+                scores["parameters"] = {"binary_data_size": len(blob)}
+                head = json.dumps(said).encode()
+                self._send(200, {"content-type": "application/octet-stream", HEADER: str(len(head))}, head + blob)
+                return
+            scores["data"] = flat
         elif self.path == "/score":
             said = {"result": {"scores": rows[0]}}
         else:

@@ -25,6 +25,7 @@ from .runtime.runners import REAL_IMAGES
 
 if TYPE_CHECKING:
     from .audit.results import Results
+    from .blackbox.opening import Shown
     from .core.regions import RegionLike
     from .core.result import Counterfactuals
     from .guidance.sampler import Observer
@@ -86,6 +87,7 @@ class Engine(EngineCore):
         image_size: int | None = None,
         dtype: str = "float32",
         box: BoxOptions | None = None,
+        shown: Shown | None = None,
         **options: Any,
     ) -> Engine:
         """Explain a classifier with a public diffusion model; everything is checked before the first step.
@@ -108,6 +110,8 @@ class Engine(EngineCore):
             dtype: of the diffusion model's weights: float32, bfloat16 or float16. Guidance is summed in float32, and
                 the classifier stays in float32: gradients of log p fall below what float16 holds.
             box: how a classifier that can only be called is asked.
+            shown: some of your images, [N, 3, H, W] in [0, 1], or what reads them at a size: an ONNX file guides where
+                it is shown to be right on these too. Without them a pack's.
             options: of `Engine`: backend, checkpointing, memory_budget, neighbours, guidance_decoder, device (`auto`).
 
         Raises:
@@ -146,7 +150,11 @@ class Engine(EngineCore):
         function = callable(what) and not isinstance(what, nn.Module) and not hasattr(what, "logits")
         if function or (isinstance(what, str | Path) and is_box(what)):
             named_labels = labels or (diffusion.labels if pack is not None else [])
-            explained = open_called(what, named_labels, image_size=size, options=box, preprocessing=preprocessing)
+            if shown is None and pack is not None:
+                shown = pack.samples("test", count=REAL_IMAGES).images
+            explained = open_called(
+                what, named_labels, image_size=size, options=box, preprocessing=preprocessing, images=shown
+            )
         elif isinstance(classifier, str | Path):
             explained = open_classifier(
                 classifier, image_size=size, labels=labels, prompts=said, head=head, weights=weights

@@ -132,7 +132,7 @@ class Asker:
             said = plain(self.source.ask(np.stack(images)), len(images))
         rows: list[Row | str] = []
         for one in said:
-            row = read(one, self.labels, self.options.output)
+            row = read(one, self.labels, self.source.output)
             if isinstance(row, str):
                 rows.append(self._shown(row))
                 continue

@@ -113,13 +113,13 @@ class BlackBox(nn.Module):
 
     module: nn.Module
 
-    def __init__(self, source: Source, labels: Sequence[str], image_size: int, options: BoxOptions) -> None:
+    def __init__(self, source: Source, image_size: int, options: BoxOptions) -> None:
         super().__init__()
-        self.source, self.labels, self.image_size, self.options = source, list(labels), image_size, options
+        self.source, self.labels, self.image_size, self.options = source, source.labels, image_size, options
         object.__setattr__(self, "module", self)  # as classifiers have it; no child of itself
         self.name = source.name
-        self.link: Literal["softmax", "sigmoid"] = "sigmoid" if options.output == "independent" else "softmax"
-        deciding = {**source.identity, "labels": self.labels, "output": options.output, "size": image_size}
+        self.link: Literal["softmax", "sigmoid"] = "sigmoid" if source.output == "independent" else "softmax"
+        deciding = {**source.identity, "labels": self.labels, "output": source.output, "size": image_size}
         self.identity = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
         self._answers = Answers(None, self.identity, self.name)
         self._lock = threading.RLock()
@@ -377,6 +377,7 @@ def open_box(
     *,
     image_size: int,
     options: BoxOptions | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     **given: Any,
 ) -> BlackBox:
     """Open a classifier that can only be called, and ask it about a few images: does it answer, and always the same?
@@ -384,19 +385,16 @@ def open_box(
     Args:
         name: an ONNX file, `python:package.module:function`, an address (`https://...`, `http://localhost...`), or a
             function from uint8 [N, H, W, 3] to probabilities [N, labels], or to N labels. Never from a request.
-        labels: of its answers, in their order.
+        labels: of its answers, in their order; none of an ONNX file that names its own.
         image_size: side of the images that it is asked about.
         options: how it is asked; `given` are single fields of it.
+        preprocessing: of an ONNX file, see `models.onnx_classifier.open_onnx_classifier`.
 
     Raises:
         UsageError: an option does not fit, or there is no such thing. CounterlensError: it does not answer.
     """
     chosen = options or BoxOptions(**given)
-    if len(labels) < 2:
-        raise UsageError(
-            f"labels: a black box needs the names of two or more, in the order of its answers, got {len(labels)}"
-        )
-    return BlackBox(open_source(name, list(labels), image_size, chosen), labels, image_size, chosen)
+    return BlackBox(open_source(name, list(labels), image_size, chosen, preprocessing), image_size, chosen)
 
 
 def as_box(classifier: object) -> BlackBox | None:

@@ -1,4 +1,4 @@
-"""A classifier behind an address: KServe's protocols v1 and v2, or whatever a template describes."""
+"""A classifier behind an address: KServe v1, the Open Inference Protocol (v2), or whatever a template describes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import CounterlensError, UsageError, install_hint
+from .open_inference import HEADER, Model, read_response
 from .options import BoxOptions, numbers
 from .reading import Refused, Unanswered, Unusable
+from .sending import Late, Sender, TooLong
 
 Pixels = NDArray[np.uint8]
 
@@ -32,7 +34,6 @@ LONGEST_PAUSE = 60.0  # seconds that a server may ask for
 WAITS = (408, 425, 429, 500, 502, 503, 504)  # may be answered another time
 ABOUT_IMAGE = (400, 413, 415, 422)  # this request is refused, another image may be taken
 V1 = {"request": {"instances": [{"image": {"b64": "$png"}}]}, "answer": "predictions[*]"}
-V2_TYPES = {"FP32": "float", "FP16": "float", "FP64": "float", "UINT8": "pixel"}
 STEP = re.compile(r"([^.\[\]]+)|\[(\d+|\*)\]")
 
 
@@ -53,17 +54,16 @@ class Endpoint:
         for logger in ("httpx", "httpcore"):  # they would log addresses and headers with what is secret in them
             logging.getLogger(logger).setLevel(logging.WARNING)
         self._httpx, self._address = httpx, address
-        self._labels, self._timeout, self._retries = len(labels), options.timeout, options.retries
+        self.labels, self.output, self._retries = list(labels), options.output, options.retries
         self._check_address(options.insecure)
         self._headers = _headers(options.header)
         self._expanded()  # or a variable is missing
         self.name = address
         self.concurrency = options.concurrency or 4
         self._mean, self._std = numbers("mean", options.mean, 0.0), numbers("std", options.std, 1.0)
-        self._client = httpx.Client(
-            timeout=options.timeout, limits=httpx.Limits(max_connections=self.concurrency), follow_redirects=False
-        )
-        self._fixed: int | None = None  # images that each request has to hold
+        self._sender = Sender(self.concurrency, options.timeout, LARGEST)
+        self._model: Model | None = None  # of the Open Inference Protocol
+        self._binary = options.binary
         path = urlsplit(address).path.rstrip("/")
         self._make: Callable[[Pixels], Any]
         self._take: Callable[[Any, int], Any]
@@ -73,20 +73,23 @@ class Endpoint:
         elif path.endswith(":predict"):
             described, many = V1, True
         elif re.search(r"/v2/models/[^/]+(/versions/[^/]+)?(/infer)?$", path):
-            self._v2(path)
+            self._model = self._v2(path)
             described, many = None, True
         else:
             raise UsageError(
                 f"classifier: {address} is no .../v1/models/NAME:predict and no .../v2/models/NAME/infer; say what is "
                 "sent and where the answer stands with --classifier-template FILE.json"
             )
+        if options.binary and self._model is None:
+            raise UsageError("classifier_binary: of the Open Inference Protocol alone (.../v2/models/NAME/infer)")
         if described is not None:
             wanted, answer = described["request"], str(described["answer"])
             self._make = lambda images: fill(wanted, images, self._value)
             self._take = lambda said, count: find(said, answer, count)
-        self.batch = options.batch or self._fixed or (8 if many else 1)
-        if self._fixed and self.batch > self._fixed:
-            raise UsageError(f"classifier_batch: {address} takes {self._fixed} images in a request, by its metadata")
+        fixed = self._model.fixed if self._model else None
+        self.batch = options.batch or fixed or (8 if many else 1)
+        if fixed and self.batch > fixed:
+            raise UsageError(f"classifier_batch: {address} takes {fixed} images in a request, by its metadata")
         if self.batch > 1 and not many:
             raise UsageError("classifier_batch: the template's request has no list of one image, so it holds one image")
         self.identity: dict[str, Any] = {
@@ -95,8 +98,14 @@ class Endpoint:
 
     def ask(self, images: Pixels) -> Any:
         """One request."""
-        said = self._json("POST", self._target(), self._make(images))
-        return self._take(said, len(images))
+        if (model := self._model) is None:
+            return self._take(self._json("POST", self._target(), self._make(images)), len(images))
+        array = model.array(self._floats(images) if model.floats else images)
+        if not self._binary:
+            return model.take(self._json("POST", self._target(), model.request(array)), len(images))
+        body, length = model.binary_request(array)
+        headers = {"content-type": "application/octet-stream", HEADER: str(length)}
+        return model.take(self._answer("POST", self._target(), body, headers), len(images))
 
     # What is sent
 
@@ -112,56 +121,14 @@ class Endpoint:
         """Pixels in [0, 1], normalised, channels last."""
         return ((images.astype(np.float64) / 255 - self._mean) / self._std).astype(np.float32)
 
-    def _v2(self, path: str) -> None:
+    def _v2(self, path: str) -> Model:
         """Read from the model's metadata what it takes and gives."""
         base = path.removesuffix("/infer")
-        about = self._metadata(self._target(base))
-        try:
-            (given,) = [i for i in about["inputs"] if i["datatype"] in V2_TYPES and 3 in i["shape"][-3:]]
-            shape = [int(n) for n in given["shape"]]
-            outputs = [str(o["name"]) for o in about["outputs"] if int(o["shape"][-1]) in (self._labels, -1)]
-            name, kind = str(given["name"]), str(given["datatype"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise UsageError(
-                f"classifier: {self._address}: its metadata says no single input of images; say what is sent with "
-                "--classifier-template FILE.json"
-            ) from error
-        if len(outputs) != 1:
-            raise UsageError(
-                f"classifier: {self._address}: {len(outputs)} of its outputs may hold {self._labels} scores; say which "
-                "with --classifier-template FILE.json"
-            )
-        if len(shape) not in (3, 4):
-            raise UsageError(f"classifier: {self._address}: input {name} has shape {shape}, expected [N, 3, H, W]")
-        last, alone = shape[-1] == 3, len(shape) == 3  # Triton's models without a batch take one image as it is
-        if alone or shape[0] > 0:
-            self._fixed = 1 if alone else shape[0]
-
-        def make(images: Pixels) -> Any:
-            if self._fixed:
-                images = np.concatenate([images, images[:1].repeat(self._fixed - len(images), 0)])
-            array = self._floats(images) if V2_TYPES[kind] == "float" else images
-            array = array if last else array.transpose(0, 3, 1, 2)
-            array = array[0] if alone else array
-            data = (
-                [round(x, 7) for x in array.reshape(-1).tolist()]
-                if V2_TYPES[kind] == "float"
-                else array.ravel().tolist()
-            )
-            tensor = {"name": name, "datatype": kind, "shape": list(array.shape), "data": data}
-            return {"inputs": [tensor], "outputs": [{"name": outputs[0]}]}
-
-        def take(said: Any, count: int) -> Any:
-            try:
-                (output,) = [o for o in said["outputs"] if o["name"] == outputs[0]]
-                rows = list(np.asarray(output["data"], dtype=object).reshape((1, -1) if alone else output["shape"]))
-            except (KeyError, TypeError, ValueError) as error:
-                raise Unanswered(f"answers without an output {outputs[0]!r} of scores") from error
-            rows = rows[:count] if self._fixed == len(rows) else rows
-            return [row.tolist() if hasattr(row, "tolist") else row for row in rows]
-
-        self._make, self._take = make, take
         self._infer = f"{base}/infer"
+        try:
+            return Model.of(self._metadata(self._target(base)), len(self.labels))
+        except Refused as error:
+            raise UsageError(f"classifier: {self._address}: {error} with --classifier-template FILE.json") from error
 
     def _metadata(self, address: str) -> Any:
         for attempt in range(self._retries + 1):
@@ -219,31 +186,28 @@ class Endpoint:
         return text
 
     def _json(self, method: str, address: str, body: Any = None) -> Any:
-        """The JSON that a request is answered with.
+        """What a request of JSON is answered with; see `_answer`."""
+        if body is None:
+            return self._answer(method, address, None, {})
+        return self._answer(method, address, json.dumps(body).encode(), {"content-type": "application/json"})
+
+    def _answer(self, method: str, address: str, content: bytes | None, headers: Mapping[str, str]) -> Any:
+        """The JSON that a request is answered with, tensors behind it put in.
 
         Raises:
             Unanswered: it may be answered another time. Refused: this request will not. Unusable: none will.
         """
-        host = urlsplit(self._address).netloc
-        content = None if body is None else json.dumps(body).encode()
-        headers = {**self._expanded(), "accept": "application/json"}
-        if content is not None:
-            headers["content-type"] = "application/json"
-        httpx, started = self._httpx, time.monotonic()
+        host, httpx = urlsplit(self._address).netloc, self._httpx
+        headers = {**self._expanded(), "accept": "application/json", **headers}
         try:
-            with self._client.stream(method, address, content=content, headers=headers) as response:
-                parts, size = [], 0
-                for part in response.iter_bytes():
-                    size += len(part)
-                    parts.append(part)
-                    if size > LARGEST:
-                        raise Unanswered(f"answers with more than {LARGEST >> 20} MB")
-                    if time.monotonic() - started > self._timeout:
-                        raise Unanswered(f"did not finish its answer within {self._timeout:g} s")
+            response, body = self._sender.send(method, address, content, headers)
+        except TooLong as error:
+            raise Unanswered(f"answers with more than {LARGEST >> 20} MB") from error
+        except Late as late:
+            how = "finish its answer" if late.began else "answer"
+            raise Unanswered(f"did not {how} within {self._sender.seconds:g} s") from late
         except httpx.DecodingError as error:
             raise Unanswered(f"answers with what cannot be decompressed ({error})") from error
-        except httpx.TimeoutException as error:
-            raise Unanswered(f"did not answer within {self._timeout:g} s") from error
         except httpx.InvalidURL as error:
             raise UsageError(f"classifier: {self.name!r} is no address ({error})") from error
         except httpx.RequestError as error:
@@ -255,8 +219,8 @@ class Endpoint:
                     "authority that signed it, where you trust it"
                 ) from error
             raise Unanswered(f"cannot be reached ({why or type(error).__name__})") from error
-        text, status = b"".join(parts).decode("utf-8", errors="replace"), response.status_code
-        start = " ".join(self.hide(text[:4096]).split())[:120]
+        text, status = body[:4096].decode("utf-8", errors="replace"), response.status_code
+        start = " ".join(self.hide(text).split())[:120]
         if response.is_redirect:
             there = self.hide(response.headers.get("location", ""))
             raise Unusable(
@@ -274,7 +238,7 @@ class Endpoint:
         if not response.is_success:
             raise Unusable(f"classifier: {host} answers with {status} ({start})")
         try:
-            return json.loads(text)
+            return read_response(body, response.headers.get(HEADER))
         except (ValueError, RecursionError) as error:
             what = "HTML" if text.lstrip()[:1] == "<" else "no JSON"
             raise Unanswered(f"answers with {what} ({start[:60]})") from error

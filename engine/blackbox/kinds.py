@@ -31,9 +31,9 @@ KINDS = {
     "python": Kind(lambda name: name.startswith("python:"), "sources:open_function"),
     "endpoint": Kind(
         lambda name: name.lower().startswith(("http://", "https://")), "http:Endpoint",
-        ("template", "header", "mean", "std", "timeout", "retries", "insecure"),
+        ("template", "header", "mean", "std", "timeout", "retries", "insecure", "binary"),
     ),
-    "onnx": Kind(lambda name: name.lower().endswith(".onnx"), "onnx:OnnxFile", ("mean", "std", "convert", "scores")),
+    "onnx": Kind(lambda name: name.lower().endswith(".onnx"), "onnx:OnnxBox", ("mean", "std", "convert", "scores")),
 }  # fmt: skip
 OF_SOME = tuple(dict.fromkeys(use for kind in KINDS.values() for use in kind.uses))
 

@@ -1,108 +1,104 @@
-"""A classifier in an ONNX file, run by ONNX Runtime: what its input wants is read from the file."""
+"""A classifier in an ONNX file that is only called: read, given images and understood as one that guides is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from counterlens.export.errors import onnxruntime_errors
 from counterlens.export.hashing import file_digest
 
-from ..errors import CounterlensError, UsageError, install_hint
-from ..models.preprocessing import Preprocessing
-from .options import BoxOptions, numbers
+from ..errors import CounterlensError, UsageError
+from ..models.onnx_classifier import IMAGES, natural_images
+from ..models.onnx_file import OnnxFile, open_session, read_onnx
+from ..models.onnx_graph import OnnxGraph, find_ending, makers
+from ..models.onnx_meaning import as_scores, meaning_of, own_labels, preprocessing_of
+from ..models.onnx_operators import NoGradient
+from .options import BoxOptions, Output, normalising
 from .reading import Refused
 
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
+class OnnxBox:
+    """An ONNX file of images, run by ONNX Runtime; its scores, maps of them, or labels alone are the answer.
 
-class OnnxFile:
-    """An ONNX file with one image input, [N, 3, H, W] or [N, H, W, 3], of floats (pixels / 255, normalised) or uint8.
-
-    Images are resized to a size that the file fixes, as Pillow does it. The output is the one with a score for each
-    label.
+    Attributes:
+        labels: as given, else the file's own. output: what its answers are, see `BoxOptions`.
 
     Raises:
-        UsageError: there is no such file, or its input is none for images. CounterlensError: it cannot be opened.
+        UsageError: its input is none for images, or its answers are none of these. CounterlensError: it cannot be
+            opened, or should not be; a package is missing.
     """
 
     remote = False
 
-    def __init__(self, name: str, labels: Sequence[str], size: int, options: BoxOptions) -> None:
-        path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"classifier: there is no file {path}")
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise CounterlensError(f"onnxruntime cannot be imported ({error}); {install_hint('cpu')}") from error
-        self.name, self.concurrency = name, options.concurrency or 1
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = torch.get_num_threads()
-        settings.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-        except onnxruntime_errors() as error:
-            raise CounterlensError(
-                f"classifier: {path}: ONNX Runtime cannot open it ({str(error).splitlines()[0]})"
-            ) from error
-        inputs = self._session.get_inputs()
-        given = [i for i in inputs if len(i.shape) == 4 and i.type in DTYPES]
-        if len(inputs) != 1 or not given:
-            said = "; ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
-            raise UsageError(
-                f"classifier: {path}: expected one input of images [N, 3, H, W] or [N, H, W, 3], got {said}"
-            )
-        self._input = given[0]
-        shape, self._dtype = self._input.shape, DTYPES[self._input.type]
-        self._last = shape[3] == 3 and shape[1] != 3
-        height, width = (shape[1], shape[2]) if self._last else (shape[2], shape[3])
-        wanted = tuple(n if isinstance(n, int) and n > 0 else size for n in (height, width))
-        if self._dtype == np.uint8 and (options.mean or options.std):
-            raise UsageError(f"classifier_mean: {path} takes pixels of 8 bits as they are")
-        mean, std = numbers("mean", options.mean, 0.0), numbers("std", options.std, 1.0)
-        self._prepare = Preprocessing(size, resize=(wanted[0], wanted[1]), mean=mean, std=std)
-        batch = shape[0]
-        self._fixed = batch if isinstance(batch, int) and batch > 0 else None
-        self.batch = options.batch or 64
-        self._output = self._choose(options.scores, len(labels), path)
+    def __init__(
+        self,
+        name: str,
+        labels: Sequence[str],
+        size: int,
+        options: BoxOptions,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> None:
+        file = read_onnx(name, output=options.scores, labels=len(labels) or None)
+        if file.picture.dtype == "uint8" and (options.mean or options.std):
+            raise UsageError(f"classifier_mean: {file.path} takes pixels of 8 bits as they are")
+        with suppress(NoGradient):  # what a few bytes would make of the memory is refused before anybody runs it
+            OnnxGraph(file)
+        self._file, self.name = file, name
+        self.concurrency, self.batch = options.concurrency or 1, options.batch or 64
+        self._prepare, _, assumed = preprocessing_of(file, size, normalising(options, preprocessing))
+        self._run = open_session(file, torch.get_num_threads(), self.batch)
+        self.labels, self.output, self._logits = list(labels) or own_labels(file), options.output, False
+        if assumed:
+            warnings.warn(f"{name}: {'; '.join(assumed)}", stacklevel=5)
+        if file.answer == "scores":
+            self._understand(file, size, options)
+        if len(self.labels) < 2:
+            raise UsageError(f"labels: {file.path} names none; give two or more, in the order of its answers")
+        p = self._prepare
         self.identity: dict[str, Any] = {
-            "onnx": file_digest(path), "mean": mean, "std": std, "scores": self._output,
+            "onnx": file_digest(file.path), "data": [file_digest(path) for path in file.data], "scores": file.output,
+            "pixels": [p.resize, p.size, p.order, p.geometry, p.colour, p.interpolation],
+            "mean": p.mean.flatten().tolist(), "std": p.std.flatten().tolist(), "sigmoid": self._logits,
         }  # fmt: skip
 
-    def _choose(self, wanted: str | None, labels: int, path: Path) -> int:
-        outputs = self._session.get_outputs()
-        names = [o.name for o in outputs]
-        if wanted is not None:
-            if wanted not in names:
-                raise UsageError(f"classifier_scores: {path} has no output {wanted!r}; it has {', '.join(names)}")
-            return names.index(wanted)
-        scored = [i for i, o in enumerate(outputs) if o.shape and o.shape[-1] == labels]
-        return scored[0] if scored else 0
+    def _understand(self, file: OnnxFile, size: int, options: BoxOptions) -> None:
+        """What its scores are, as one that guides takes them; what nothing tells has to be said."""
+        said = options.output if "output" in options.model_fields_set else None
+        ending, _ = find_ending(makers(file.model.graph), file.output)
+        scores = self._answers(natural_images(size, IMAGES))
+        meaning = meaning_of(file, ending, scores, self.labels, said=said)
+        self.labels = meaning.labels
+        if meaning.link == "binary" and meaning.probabilities is None:
+            raise UsageError(
+                f"classifier_output: nothing says whether the one score of {file.path} is a probability; say "
+                "--classifier-output probabilities or logits"
+            )
+        found: Output = "probabilities" if meaning.probabilities is not False else "logits"
+        if meaning.link == "sigmoid":
+            found, self._logits = "independent", not meaning.probabilities
+        self.output = found
+
+    def ask(self, images: NDArray[np.uint8]) -> Any:
+        """Its answer for each image."""
+        try:
+            out = self._answers(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+        except CounterlensError as error:
+            raise Refused(str(error).removeprefix(f"classifier: {self._file.path}: ")) from error
+        return 1 / (1 + np.exp(-out)) if self._logits else out
 
     @torch.no_grad()
-    def ask(self, images: NDArray[np.uint8]) -> Any:
-        """Its output for each image."""
-        x = self._prepare(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
-        x = x.permute(0, 2, 3, 1) if self._last else x
-        if self._dtype == np.uint8:
-            x = (x.clamp(0, 1) * 255).round()
-        array = np.ascontiguousarray(x.numpy()).astype(self._dtype)
-        step = self._fixed or len(array)
-        out = []
-        try:
-            for start in range(0, len(array), step):
-                some = array[start : start + step]
-                padded = np.concatenate([some, some[:1].repeat(step - len(some), 0)])
-                out.append(self._session.run(None, {self._input.name: padded})[self._output][: len(some)])
-        except onnxruntime_errors() as error:
-            raise Refused(f"fails: {str(error).splitlines()[0][:200]}") from error
-        return np.concatenate(out)
+    def _answers(self, images: Tensor) -> Any:
+        out = self._run(self._prepare(images).numpy())
+        if self._file.answer == "scores":
+            return as_scores(self._file, out)
+        return out if self._file.answer == "maps" else out.reshape(-1)
 
     def hide(self, text: str) -> str:
         """As it is."""

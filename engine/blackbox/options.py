@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from ..config import Options
 from ..errors import UsageError
+
+Output = Literal["probabilities", "logits", "independent"]
 
 
 class BoxOptions(Options):
@@ -17,7 +20,7 @@ class BoxOptions(Options):
 
     model_config = ConfigDict(title="Black boxes: --classifier model.onnx, python:module:function, https://...")
 
-    output: Literal["probabilities", "logits", "independent"] = Field(
+    output: Output = Field(
         "probabilities", description="What it answers: probabilities, logits, or independent (no sum of 1)."
     )
     convert: Literal["auto", "always", "never"] = Field(
@@ -40,6 +43,9 @@ class BoxOptions(Options):
     concurrency: int | None = Field(None, ge=1, le=64, description="Requests at once; 4 of an endpoint, else 1.")
     batch: int | None = Field(None, ge=1, le=4096, description="Images in one request.")
     max_queries: int | None = Field(None, ge=1, description="Images that may be sent, in all sessions of --out.")
+    binary: bool = Field(
+        False, description="Open Inference Protocol: tensors as bytes, of a server with that extension."
+    )
     insecure: bool = Field(False, description="Allow http:// to other machines.")
 
 
@@ -54,3 +60,11 @@ def numbers(name: str, text: str | None, default: float) -> list[float]:
     if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
         raise UsageError(f"classifier_{name}: expected three numbers such as 0.5,0.5,0.5, got {text!r}")
     return values
+
+
+def normalising(options: BoxOptions, preprocessing: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What stands before an ONNX file, mean and std of the options in it; None where nobody says anything."""
+    if not options.mean and not options.std:
+        return preprocessing
+    own = {"mean": numbers("mean", options.mean, 0.0), "std": numbers("std", options.std, 1.0)}
+    return {**(preprocessing or {}), **own}

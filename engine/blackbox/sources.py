@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
-from .kinds import KINDS, OF_SOME, Kind
-from .options import BoxOptions
+from .kinds import KINDS, OF_SOME, Kind, may_convert
+from .options import BoxOptions, Output
 from .reading import Refused
 
 
@@ -27,11 +27,14 @@ class Source(Protocol):
 
     Attributes:
         name: as people know it, without secrets.
+        labels: of its answers, in their order. output: what these are, see `BoxOptions`.
         batch: images in one request. concurrency: requests at once.
         remote: whether a request that failed is worth making again.
     """
 
     name: str
+    labels: list[str]
+    output: Output
     batch: int
     concurrency: int
     remote: bool
@@ -59,6 +62,8 @@ class Function:
 
     function: Callable[[NDArray[np.uint8]], Any]
     name: str
+    labels: list[str]
+    output: Output
     batch: int
     concurrency: int
     remote: bool = False
@@ -80,10 +85,12 @@ class Function:
         return text
 
 
-def of_function(function: Callable[..., Any], options: BoxOptions, name: str | None = None) -> Function:
+def of_function(
+    function: Callable[..., Any], labels: Sequence[str], options: BoxOptions, name: str | None = None
+) -> Function:
     """A source of a function."""
     said = name or f"python:{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', 'function')}"
-    return Function(function, said, options.batch or 64, options.concurrency or 1)
+    return Function(function, said, list(labels), options.output, options.batch or 64, options.concurrency or 1)
 
 
 def open_function(name: str, labels: Sequence[str], size: int, options: BoxOptions) -> Function:
@@ -105,19 +112,27 @@ def open_function(name: str, labels: Sequence[str], size: int, options: BoxOptio
         raise UsageError(f"classifier: {name} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise UsageError(f"classifier: {name} is a {type(found).__name__}, not a function of images")
-    return of_function(found, options, name)
+    return of_function(found, labels, options, name)
 
 
-def open_source(name: Any, labels: Sequence[str], size: int, options: BoxOptions) -> Source:
+def open_source(
+    name: Any, labels: Sequence[str], size: int, options: BoxOptions, preprocessing: Mapping[str, Any] | None = None
+) -> Source:
     """The source that a name means, or that a function is.
 
     Raises:
         UsageError: there is no such thing, or an option has no use for it. CounterlensError: it cannot be opened.
     """
-    kind = check_kind(name, options)
+    kind, own = check_kind(name, options), may_convert(name)  # an ONNX file may bring its labels
+    if preprocessing is not None and not own:
+        raise UsageError("preprocessing: of an ONNX file; any other black box brings its own")
+    if len(labels) < 2 and not own:
+        raise UsageError(
+            f"labels: a black box needs the names of two or more, in the order of its answers, got {len(labels)}"
+        )
     if _is_function(name):
-        return of_function(name, options)
-    source: Source = kind.load()(str(name), labels, size, options)
+        return of_function(name, labels, options)
+    source: Source = kind.load()(str(name), labels, size, options, *([preprocessing] if own else []))
     return source
 
 

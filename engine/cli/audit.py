@@ -32,6 +32,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..audit.rows import Row
     from ..audit.run import Progress
+    from ..blackbox.opening import Shown
     from ..engine import Engine
     from ..models.protocols import Classifier
 
@@ -96,14 +97,17 @@ def audit(
     from ..audit.auditor import open_auditor
     from ..audit.run import run_audit
     from ..core.photos import disagreement
+    from ..images.sources import some_images
 
     if overwrite and resume:
         raise UsageError("overwrite: not together with --resume")
     part = _shard(shard)
     called = is_box(opening.classifier) or not any(map(is_box, judge or ()))
-    engine = open_engine(config, opening, box if called else BoxOptions())  # else it is of the judges alone
+    shown = some_images(source, recursive)
+    own = box if called else BoxOptions()  # else it is of the judges alone
+    engine = open_engine(config, opening, own, shown=shown)
     auditor = open_auditor(
-        engine, source, config, _judges(engine, judge, opening, box),
+        engine, source, config, _judges(engine, judge, opening, box, shown),
         target=target, counterfactuals=counterfactuals, saliency=saliency, insight=insight, limit=limit,
         metrics=None if metrics is None else [name.strip() for name in metrics.split(",")],
         per_class=per_class, only_misclassified=only_misclassified, only_below=only_below, sample_seed=config.seed,
@@ -200,12 +204,15 @@ def report(
     text_console(as_json).print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def _judges(engine: Engine, names: list[str] | None, opening: EngineOptions, box: BoxOptions) -> dict[str, Classifier]:
+def _judges(
+    engine: Engine, names: list[str] | None, opening: EngineOptions, box: BoxOptions, shown: Shown | None = None
+) -> dict[str, Classifier]:
     """The judges that were named, black boxes too; of a pack with a `judge`, that one."""
     if called := [name for name in names or () if is_box(name)]:
         from ..blackbox.opening import open_called
 
-        opened = {n: open_called(n, engine.labels, image_size=engine.image_size, options=box) for n in called}
+        size = engine.image_size
+        opened = {n: open_called(n, engine.labels, image_size=size, options=box, images=shown) for n in called}
         rest = [name for name in names or () if name not in called]
         return {**opened, **_judges(engine, rest, opening, box)}
     if opening.model is None:

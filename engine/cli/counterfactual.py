@@ -88,6 +88,7 @@ def counterfactual(
 
     from ..images.files import make_folder
     from ..images.masks import AUTO, Masks
+    from ..images.sources import some_images
     from ..outputs import Source, open_run
 
     items = open_images(images or [], recursive, manifest, targets=True).samples
@@ -105,7 +106,7 @@ def counterfactual(
     created = not out.exists()
     out = make_folder(out)
     try:
-        engine = open_engine(config, opening, box, guides=True)
+        engine = open_engine(config, opening, box, guides=True, shown=some_images(items))
         for choice in dict.fromkeys(choices):
             engine.check_target(choice, config.count)
     except CounterlensError:

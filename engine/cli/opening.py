@@ -15,6 +15,7 @@ from .generated import prefixed, without
 from .options import RUNTIMES, errors
 
 if TYPE_CHECKING:
+    from ..blackbox.opening import Shown
     from ..engine import Engine
 
 # A run as a command takes it: which models are meant, `EngineOptions` say.
@@ -91,13 +92,19 @@ class EngineOptions(Options):
 
 
 def open_engine(
-    config: Config, options: EngineOptions, box: BoxOptions | None = None, *, guides: bool = False
+    config: Config,
+    options: EngineOptions,
+    box: BoxOptions | None = None,
+    *,
+    guides: bool = False,
+    shown: Shown | None = None,
 ) -> Engine:
     """The engine of a pack, or of --model and --classifier with what describes them; says what --match-official sets.
 
     Args:
         box: how a black box is asked, of a command that takes one.
         guides: the command needs a gradient, which an ONNX file may have.
+        shown: reads some of the command's images, on which that gradient is held to the file.
 
     Raises:
         UsageError: an option has no use here, or does not fit.
@@ -122,8 +129,9 @@ def open_engine(
         if options.model is None and (unused := [name for name in given if name != "labels"]):
             raise UsageError(f"{unused[0]}: needs --model; the pack's models have their own")
         engine = Engine.from_pretrained(
-            options.model or options.pack, options.classifier or "", config, box=box, **given, **options.of_engine()
-        )
+            options.model or options.pack, options.classifier or "", config, box=box, shown=shown,
+            **given, **options.of_engine(),
+        )  # fmt: skip
     elif options.model is None:
         if unused := [name for name in OF_PRETRAINED if getattr(options, name) is not None]:
             raise UsageError(f"{unused[0]}: needs --model; the pack's models have their own")

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from ..saliency.explain import Explanations
     from ..saliency.lax import LAX
 
+Own = Path | list[Path] | None  # what allows a classifier that is not the pack's: mostly the images
 ClassifierOption = Annotated[
     str,
     typer.Option(
@@ -162,9 +163,7 @@ class Subject:
     labels: LabelsOption = None
     image_size: SizeOption = None
 
-    def open(
-        self, own: Path | None, device: str = "cpu", option: str = "--images", box: BoxOptions | None = None
-    ) -> Opened:
+    def open(self, own: Own, device: str = "cpu", option: str = "--images", box: BoxOptions | None = None) -> Opened:
         """The classifier, on its device; `own` is what the option was given that allows one that is not the pack's.
 
         `box` says how a black box is asked, of a command that needs no gradient; it may see the pack's images.
@@ -184,7 +183,7 @@ class Subject:
             explained.module.to(there)
             return Opened(opened, self.classifier, explained, 32)
         if is_box(self.classifier):
-            return self._open_box(opened, own, box, device)
+            return self._open_box(opened, own, box, device, option == "--images")
         if own is None:
             known = ", ".join(opened.classifier_names())
             raise UsageError(
@@ -202,9 +201,10 @@ class Subject:
         explained.module.to(there)
         return Opened(None, self.classifier, explained, size)
 
-    def _open_box(self, pack: Pack, own: Path | None, options: BoxOptions | None, device: str) -> Opened:
+    def _open_box(self, pack: Pack, own: Own, options: BoxOptions | None, device: str, shown: bool) -> Opened:
         from ..blackbox.opening import open_called
         from ..images.collect import read_names
+        from ..images.sources import some_images
         from ..models.placing import choose_device
 
         asked = check_box(self.classifier, options)
@@ -213,11 +213,12 @@ class Subject:
             labels = read_names(self.labels)
         else:
             labels = list(pack.classifier(pack.classifier_names()[0]).labels) if own is None else []
-        called = open_called(self.classifier, labels, image_size=size, options=asked)
+        real = pack.samples("test", count=8).images if own is None else some_images(own) if shown else None
+        called = open_called(self.classifier, labels, image_size=size, options=asked, images=real)
         called.module.to(choose_device(device))
         return Opened(pack if own is None else None, getattr(called, "name", self.classifier), called, size)
 
-    def judge(self, name: str, own: Path | None, device: str, box: BoxOptions | None) -> Classifier:
+    def judge(self, name: str, own: Own, device: str, box: BoxOptions | None) -> Classifier:
         """Another classifier, opened alike."""
         other = replace(self, classifier=name)
         if is_box(self.classifier) and not is_box(name):  # labels and size were said of the box
@@ -368,7 +369,7 @@ def explain_images(
     there = choose_device(how.device)
     items = open_images(images, how.recursive).samples
     box = box if surrogate is None else only_called(subject.classifier, box)
-    opened = subject.open(images[0], how.device, box=box)
+    opened = subject.open(images, how.device, box=box)
     seen = opened if surrogate is None else _student(opened, surrogate, [method], there)  # what the method looks at
     check_callable(seen.classifier, [method])
     question = make_quantity(seen.classifier, subject.quantity)

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -138,6 +138,34 @@ class Source:
             if file.is_file():
                 h.update(str(file.stat().st_size).encode())
         return h.hexdigest()[:16]
+
+
+def some_images(
+    given: Path | Sequence[Path] | Sequence[Sample], recursive: bool = False, most: int = 8
+) -> Callable[[int], Tensor | None]:
+    """What reads the first few images that can be read, at a size: [n, 3, size, size] in [0, 1], None where none can.
+
+    Args:
+        given: samples, or what `open_sources` takes, which is not opened before.
+    """
+
+    def read(size: int) -> Tensor | None:
+        import torch
+
+        items = [given] if isinstance(given, Path) else list(given)
+        samples = [item for item in items if isinstance(item, Sample)]
+        if paths := [item for item in items if isinstance(item, Path)]:
+            with suppress(CounterlensError):  # the command itself says so
+                samples += open_sources(paths, recursive).samples
+        found: list[Tensor] = []
+        for sample in samples[: 4 * most]:
+            with suppress(CounterlensError, OSError):  # likewise, in its row
+                found.append(sample.load(size))
+            if len(found) == most:
+                break
+        return torch.stack(found) if found else None
+
+    return read
 
 
 def open_source(path: Path, slices: Sequence[str] = (), recursive: bool = False) -> Source:

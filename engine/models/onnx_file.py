@@ -1,7 +1,8 @@
-"""ONNX files of others: read without trusting them, their picture input and scores found, run by ONNX Runtime.
+"""ONNX files of others: read without trusting them, their picture input and answer found, run by ONNX Runtime.
 
 A file is bounded before anything of it is allocated: weights hold as many bytes as their shapes say, and external data
-lies in the file's own folder. Operators of one's own (`.so` libraries) are never loaded.
+lies in the file's own folder. Operators of one's own (`.so` libraries) are never loaded. A session would have opened
+all of that before it could be asked, so package onnx is needed, also by who only asks a file.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +25,7 @@ DYNAMIC_BATCH = 64  # images in one run, where the file leaves it open
 # Of pictures; what else an input may be is refused.
 PIXELS = {"float32": np.float32, "float16": np.float16, "float64": np.float64, "uint8": np.uint8}
 GREY = (0.299, 0.587, 0.114)  # of RGB, as Pillow's "L"
+Answer = Literal["scores", "maps", "labels"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,21 @@ class Picture:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A file that was read and checked; `model` without its external data, see `tensor`."""
+    """A file that was read and checked; `model` without its external data, see `tensor`.
+
+    Attributes:
+        output: name of the one that answers. answer: it holds scores of each label, maps of label to score (as
+            scikit-learn's are exported), or labels alone.
+        data: the files beside it that hold weights.
+    """
 
     path: Path
     model: Any
     picture: Picture
     output: str
+    answer: Answer
     metadata: Mapping[str, str]
+    data: tuple[Path, ...]
 
     def tensor(self, proto: Any) -> np.ndarray:
         """The values of one of its tensors."""
@@ -69,16 +79,17 @@ class OnnxFile:
         return np.fromfile(file, kind, count, offset=offset).reshape(list(proto.dims))
 
 
-def read_onnx(path: str | Path, *, output: str | None = None) -> OnnxFile:
+def read_onnx(path: str | Path, *, output: str | None = None, labels: int | None = None) -> OnnxFile:
     """Read a classifier's file and check it.
 
     Args:
         path: of the file.
-        output: name of the output that holds the scores, where there are several.
+        output: name of the output that answers, where there are several.
+        labels: how many there are, where that is known: it tells outputs apart.
 
     Raises:
         CounterlensError: the file is missing, corrupt, or reaches outside its folder, or a package is missing.
-        UsageError: it takes no pictures, or there are several outputs that could hold the scores.
+        UsageError: it takes no pictures, or there are several outputs that could answer.
     """
     try:
         import onnx
@@ -100,7 +111,10 @@ def read_onnx(path: str | Path, *, output: str | None = None) -> OnnxFile:
         _check_tensor(path, proto)
     _check_order(path, model.graph)
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return OnnxFile(path, model, _picture(path, model.graph), _scores(path, model.graph, output), metadata)
+    outside = [t for t in tensors(model) if t.data_location == onnx.TensorProto.EXTERNAL]
+    data = tuple(sorted({_external(path, proto)[0] for proto in outside}))
+    picture, (name, answer) = _picture(path, model.graph), _answer(path, model.graph, output, labels)
+    return OnnxFile(path, model, picture, name, answer, metadata, data)
 
 
 def tensors(model: Any) -> Iterator[Any]:
@@ -212,6 +226,8 @@ def _type_name(value: Any) -> str:
     import onnx
 
     kind = value.type.tensor_type.elem_type
+    if value.type.sequence_type.elem_type.HasField("map_type"):
+        return "maps"
     if not value.type.HasField("tensor_type") or not kind:
         return "no tensor"
     return str(onnx.TensorProto.DataType.Name(kind)).lower().replace("float", "float32").replace("float3216", "float16")
@@ -243,41 +259,60 @@ def _picture(path: Path, graph: Any) -> Picture:
     return Picture(inputs[0].name, dtype, last, channels or 3, size, batch)
 
 
-def _scores(path: Path, graph: Any, wanted: str | None) -> str:
-    """The output that holds a score for each label: the wanted one, the only one, or the only one called logits."""
-    names = [value.name for value in graph.output]
-    if wanted is not None:
-        if wanted not in names:
-            raise UsageError(f"scores: {path} has no output {wanted!r}; it has {', '.join(names)}")
-        return wanted
-    scores = [v.name for v in graph.output if "float" in _type_name(v) or "double" in _type_name(v)]
-    matrices = [v.name for v in graph.output if v.name in scores and len(_shape(v) or (0, 0)) == 2]
-    called = [name for name in scores if name.lower() in ("logits", "scores", "probabilities")]
-    for found in (scores, called, matrices):
-        if len(found) == 1:
-            return found[0]
+def _answer(path: Path, graph: Any, wanted: str | None, labels: int | None) -> tuple[str, Answer]:
+    """The output that answers, and what it holds: scores, else maps of them, else labels alone.
+
+    Of several with scores: the one with a score for each label, that is called so, or that is a matrix.
+    """
     said = ", ".join(f"{v.name} {_type_name(v)} {_shape(v) or '[?]'}".replace("None", "?") for v in graph.output)
+    kinds = {value.name: _kind_of(value) for value in graph.output}
+    if wanted is not None:
+        if wanted not in kinds:
+            raise UsageError(f"scores: {path} has no output {wanted!r}; it has {', '.join(kinds)}")
+        if (kind := kinds[wanted]) is None:
+            raise UsageError(f"scores: {path} has the outputs {said}; {wanted!r} holds no scores and no labels")
+        return wanted, kind
+    for answer in ("scores", "maps", "labels"):
+        some = {value.name: _shape(value) for value in graph.output if kinds[value.name] == answer}
+        each = [name for name, shape in some.items() if shape and shape[-1] == labels]
+        called = [name for name in some if name.lower() in ("logits", "scores", "probabilities")]
+        matrices = [name for name, shape in some.items() if len(shape or (0, 0)) == 2]
+        for found in (list(some), each, called, matrices):
+            if len(found) == 1:
+                return found[0], answer
+        if some:
+            break
     raise UsageError(f"scores: {path} has the outputs {said}; say which holds a score for each label")
+
+
+def _kind_of(value: Any) -> Answer | None:
+    """What an output may hold; None where it is no answer."""
+    name, shape = _type_name(value), _shape(value) or [None]
+    if name == "maps" or "float" in name or "double" in name:
+        return "maps" if name == "maps" else "scores"
+    alone = len(shape) == 1 or (len(shape) == 2 and shape[1] in (1, None))
+    return "labels" if alone and (name == "string" or name.startswith(("int", "uint"))) else None
 
 
 def to_feed(
     picture: Picture,
     pixels: np.ndarray,  # [B, 3, h, w]
 ) -> np.ndarray:
-    """Preprocessed pixels as a file takes them: [B, C, h, w] or [B, h, w, C], of its type."""
+    """Preprocessed pixels as a file takes them: [B, C, h, w] or [B, h, w, C], of its type; in [0, 1] for 8 bits."""
     if picture.channels == 1:
         pixels = np.tensordot(pixels, np.asarray(GREY, pixels.dtype), axes=(1, 0))[:, None]
     if picture.last:
         pixels = pixels.transpose(0, 2, 3, 1)
     if picture.dtype == "uint8":
-        pixels = pixels.round().clip(0, 255)
+        pixels = (pixels * 255).round().clip(0, 255)
     return np.ascontiguousarray(pixels, PIXELS[picture.dtype])
 
 
-def open_session(file: OnnxFile, threads: int = 1) -> Callable[[np.ndarray], np.ndarray]:
+def open_session(file: OnnxFile, threads: int = 1, most: int = DYNAMIC_BATCH) -> Callable[[np.ndarray], Any]:
     """The file under ONNX Runtime on the CPU: preprocessed pixels [B, 3, h, w] to its scores [B, ...] in float32.
 
-    A fixed batch is filled up with the last image.
+    Of a file that answers with labels alone they are an array [B], of one with maps a list of B. A fixed batch is
+    filled up with the last image; of an open one at most `most` images are given to it at once.
 
     Raises:
         CounterlensError: ONNX Runtime is missing or cannot open it; while it runs, that it failed.
@@ -296,9 +331,9 @@ def open_session(file: OnnxFile, threads: int = 1) -> Callable[[np.ndarray], np.
         session = onnxruntime.InferenceSession(str(file.path), options, providers=["CPUExecutionProvider"])
     except failures as error:
         raise CounterlensError(f"classifier: {file.path}: ONNX Runtime cannot open it ({_line(error)})") from error
-    step = file.picture.batch or DYNAMIC_BATCH
+    step = file.picture.batch or most
 
-    def run(pixels: np.ndarray) -> np.ndarray:
+    def run(pixels: np.ndarray) -> Any:
         feed, made = to_feed(file.picture, pixels), []
         for start in range(0, len(feed), step):
             part = feed[start : start + step]
@@ -310,12 +345,13 @@ def open_session(file: OnnxFile, threads: int = 1) -> Callable[[np.ndarray], np.
                 raise CounterlensError(
                     f"classifier: {file.path}: fails on {list(full.shape)}: {_line(error)}"
                 ) from error
-            if out.shape[:1] != full.shape[:1]:
+            shape = [len(out)] if isinstance(out, list) else list(out.shape)
+            if shape[:1] != [len(full)]:
                 raise UsageError(
-                    f"classifier: {file.path}: output {file.output!r} is {list(out.shape)} for {len(full)} images; "
-                    "expected a score for each label of each"
+                    f"classifier: {file.path}: output {file.output!r} is {shape} for {len(full)} images; expected a "
+                    "score for each label of each"
                 )
-            made.append(np.asarray(out[: len(part)], np.float32))
-        return np.concatenate(made)
+            made.append(np.asarray(out[: len(part)], np.float32) if file.answer == "scores" else out[: len(part)])
+        return [row for rows in made for row in rows] if file.answer == "maps" else np.concatenate(made)
 
     return run

@@ -184,6 +184,21 @@ def _hooked(nodes: nn.ModuleDict, see: Any) -> Iterator[None]:
             delattr(node, "forward")
 
 
+def makers(graph: Any) -> dict[str, Any]:
+    """The node that makes each value."""
+    return {name: node for node in graph.node for name in node.output if name}
+
+
+def find_ending(made: Mapping[str, Any], output: str) -> tuple[str, Any]:
+    """What an output went through last, softmax, log-softmax or sigmoid, and its node; empty and None where nothing."""
+    name = output
+    while (node := made.get(name)) is not None and node.domain in OWN and node.op_type in PASSING and node.input:
+        name = node.input[0]
+    if node is None or node.domain not in OWN or node.op_type not in ENDINGS or not node.input:
+        return "", None
+    return ENDINGS[node.op_type], node
+
+
 class _Builder:
     """Reads a file's graph: constants, the nodes that the scores need, and what they end in."""
 
@@ -200,7 +215,7 @@ class _Builder:
             raise NoGradient(file.path, [f"it is of opset {self.opset}; 7 to 25 are known"])
         if model.graph.sparse_initializer:
             raise NoGradient(file.path, ["its weights are sparse"])
-        self.made = {name: node for node in model.graph.node for name in node.output if name}
+        self.made = makers(model.graph)
         self.constants: dict[str, Any] = {}
         self.protos = {tensor.name: tensor for tensor in model.graph.initializer}
         self.renamed: dict[str, str] = {}
@@ -210,13 +225,8 @@ class _Builder:
 
     def _find_ending(self) -> None:
         """Leave out the last softmax or sigmoid: its input is the logits."""
-        name = self.file.output
-        while (node := self.made.get(name)) is not None and node.domain in OWN and node.op_type in PASSING:
-            name = node.input[0]
-        if node is None or node.domain not in OWN or node.op_type not in ENDINGS:
-            return
-        self.ending = ENDINGS[node.op_type]
-        if self.ending != "log-softmax":  # what it gives are logits as well
+        self.ending, node = find_ending(self.made, self.file.output)
+        if node is not None and self.ending != "log-softmax":  # what it gives are logits as well
             self.renamed[node.output[0]] = node.input[0]
             self.output = self.renamed.get(self.output, self.output)
 

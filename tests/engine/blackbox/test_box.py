@@ -312,11 +312,12 @@ def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
         ("python:math:pi", "ab", {}, "is a float, not a function"),
         ("python:numpy:mean", "ab", {"timeout": 3.0}, "classifier_timeout: has no use for"),
         ("numpy", "ab", {}, "is no ONNX file"),
-        (str(tmp_path / "a.onnx"), "ab", {}, "there is no file"),
         ("python:numpy:mean", "a", {}, "needs the names of two or more"),
     ):
         with pytest.raises(UsageError, match=message):
             open_box(name, list(labels), image_size=8, **options)
+    with pytest.raises(CounterlensError, match=r"a\.onnx: no such file"):
+        open_box(tmp_path / "a.onnx", ["a", "b"], image_size=8)
 
 
 def test_probes_are_always_the_same() -> None:

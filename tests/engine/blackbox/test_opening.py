@@ -16,6 +16,7 @@ from counterlens.engine.blackbox.box import as_box, open_box
 from counterlens.engine.blackbox.opening import open_called
 from counterlens.engine.blackbox.options import BoxOptions
 from counterlens.engine.errors import UsageError
+from counterlens.engine.images.files import save_png
 from counterlens.engine.models.onnx_classifier import conversion_of
 from counterlens.engine.packs import Pack
 from tests.engine.blackbox.conftest import LABELS
@@ -124,3 +125,73 @@ def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [row["flipped"] for row in rows] == [True, True]
     assert rows[0]["classifier"].endswith("clean.onnx")
+
+
+class Half(nn.Module):
+    """Computes a part in half precision, as mixed precision is exported: bright channels go beyond what that holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = (x.mean(dim=(2, 3)) * 90_000).half().float() * 1e-5
+        return (4 * torch.tanh(bright)).softmax(1)
+
+
+class Contrast(nn.Module):
+    """Divides by the contrast around, whose root has no slope where an image is flat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = nn.functional.avg_pool2d(x, 4)
+        contrast = (nn.functional.avg_pool2d(x.square(), 4) - around.square()).clamp_min(0).sqrt()
+        return 5 * (around / (contrast + 0.1)).mean(dim=(2, 3))
+
+
+RGB = ["red", "green", "blue"]
+
+
+def test_what_differs_on_the_users_images_alone_is_a_box(tmp_path: Path) -> None:
+    red = torch.zeros(2, 3, 32, 32)
+    red[:, 0] = 0.97
+    half, contrast = export(Half(), tmp_path / "half.onnx"), export(Contrast(), tmp_path / "contrast.onnx")
+    for path, said in (
+        (half, r"what was made of it differs from ONNX Runtime by .*% of its scores on your images"),
+        (contrast, "its gradient is NaN or infinite on your images"),
+    ):
+        for images in (None, torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))):
+            with pytest.warns(UserWarning, match="pixels are given"):
+                assert as_box(open_called(path, RGB, image_size=32, images=images)) is None
+        with pytest.raises(UsageError, match=f"can only be called.*{said}"):
+            open_called(path, RGB, image_size=32, images=red, options=BoxOptions(convert="always"))
+    with pytest.warns(
+        UserWarning, match=r"half\.onnx is asked as a black box: what was made of it differs .* on your images"
+    ):
+        box = as_box(open_called(half, RGB, image_size=32, images=lambda size: red[:, :, :size, :size]))
+    assert box is not None
+    red[1] = torch.nan  # an image of which the file itself says nothing
+    with pytest.warns(UserWarning, match="pixels are given"):
+        opened = open_called(half, RGB, image_size=32, images=red[1:])
+    assert as_box(opened) is None
+    found = conversion_of(opened)
+    assert found is not None
+    assert found.images == 4
+
+
+def test_commands_compare_on_their_own_images(tmp_path: Path) -> None:
+    half, photos = export(Half(), tmp_path / "half.onnx"), tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(b"no picture")
+    save_png(torch.tensor([0.97, 0.1, 0.2]).reshape(3, 1, 1).expand(3, 32, 32), photos / "b.png", {})
+    of = ["--classifier", half, "--labels", "red,green,blue"]
+    done = run("saliency", photos, *of, "--image-size", 32, "--method", "ablation", "--out", tmp_path / "out")
+    assert done.returncode == 1  # of a.png alone
+    assert "half.onnx is asked as a black box" in done.stderr
+    assert "on your images" in done.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+              if '"done"' in line]  # fmt: skip
+    assert Path(row["image"]).name == "b.png"
+    for command in (
+        ["counterfactual", photos, "--classifier", half, "--labels", "0,1,2"],
+        ["evaluate", "--images", photos, *of, "--image-size", 32, "--methods", "gradcam"],
+        ["audit", photos, "--classifier", half, "--labels", "0,1,2", "--no-counterfactuals", "--saliency", "ig"],
+    ):
+        done = run(*command, "--out", tmp_path / "more")
+        assert done.returncode == 2, done.stderr
+        assert "on your images" in done.stderr

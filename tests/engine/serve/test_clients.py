@@ -13,7 +13,9 @@ import pytest
 import torch
 import uvicorn
 
+from counterlens.engine.blackbox.box import open_box
 from counterlens.engine.core.core import EngineCore
+from counterlens.engine.images.files import to_uint8
 from counterlens.engine.serve.app import make_app
 from tests.engine.serve.test_worker import images, working
 
@@ -21,7 +23,7 @@ triton = pytest.importorskip("tritonclient.http", reason="needs tritonclient[htt
 
 
 @pytest.fixture(scope="module")
-def client(engine: EngineCore) -> Iterator[Any]:
+def address(engine: EngineCore) -> Iterator[str]:
     held = socket.create_server(("127.0.0.1", 0))
     with working(engine, slots=2, max_queue=8) as worker:
         server = uvicorn.Server(uvicorn.Config(make_app(engine, worker), log_level="error", lifespan="off"))
@@ -29,10 +31,15 @@ def client(engine: EngineCore) -> Iterator[Any]:
         thread.start()
         while not (server.started and worker.ready):
             time.sleep(0.005)
-        with triton.InferenceServerClient(f"127.0.0.1:{held.getsockname()[1]}") as made:
-            yield made
+        yield f"127.0.0.1:{held.getsockname()[1]}"
         server.should_exit = True
         thread.join(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[Any]:
+    with triton.InferenceServerClient(address) as made:
+        yield made
 
 
 def asked(array: np.ndarray, targets: list[int], binary: bool) -> list[Any]:
@@ -89,3 +96,15 @@ def test_what_does_not_fit_is_said(client: Any, binary: bool) -> None:
         client.infer("tiny", asked(shown, [-1], binary), outputs=[triton.InferRequestedOutput("nothing")])
     with pytest.raises(triton.InferenceServerException, match="is not served here"):
         client.infer("other", asked(shown, [-1], binary))
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_black_box_asks_this_server(client: Any, address: str, engine: EngineCore, binary: bool) -> None:
+    """Of images its v2 route makes counterfactuals: what it says of them is what the box is told, in JSON and bytes."""
+    box = open_box(f"http://{address}/v2/models/tiny/infer", engine.labels, image_size=16, binary=binary, batch=4)
+    pixels = to_uint8(images(2))
+    shown = (pixels.double() / 255).float().numpy()
+    outputs = [triton.InferRequestedOutput("probabilities", binary_data=True)]
+    expected = client.infer("tiny", asked(shown, [-1, -1], True), outputs=outputs).as_numpy("probabilities")
+    found = box.answer(pixels.permute(0, 2, 3, 1).contiguous().numpy())
+    assert np.allclose(found, expected, atol=1e-6 if binary else 1e-4)

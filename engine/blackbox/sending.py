@@ -1,0 +1,96 @@
+"""HTTP requests that end at their deadline, whatever the server does.
+
+A client's own time-outs are of one read: a server that sends a byte before each of them holds a request for ever. Here
+a request is a task of an event loop, which is cancelled as a whole, from looking up the name to the last byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import httpx
+
+
+class TooLong(Exception):
+    """An answer is longer than may be."""
+
+
+class Late(Exception):
+    """The time is over.
+
+    Attributes:
+        began: an answer had begun.
+    """
+
+    def __init__(self, began: bool) -> None:
+        super().__init__()
+        self.began = began
+
+
+class Sender:
+    """Sends requests; threads may share it.
+
+    Args:
+        connections: at once. seconds: for one request, from its start to the end of its answer.
+        largest: bytes of an answer, once it is decompressed.
+    """
+
+    def __init__(self, connections: int, seconds: float, largest: int) -> None:
+        import httpx
+
+        self.seconds, self.largest = seconds, largest
+        self._client = httpx.AsyncClient(
+            timeout=None, limits=httpx.Limits(max_connections=connections), follow_redirects=False
+        )
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=_run, args=(self._loop,), daemon=True, name="counterlens-http").start()
+        weakref.finalize(self, _close, self._loop, self._client).atexit = False
+
+    def send(
+        self, method: str, address: str, content: bytes | None, headers: Mapping[str, str]
+    ) -> tuple[httpx.Response, bytes]:
+        """The response, and its body decompressed.
+
+        Raises:
+            Late: the time is over. TooLong: see `largest`. httpx.RequestError, httpx.InvalidURL: it failed.
+        """
+        began = threading.Event()
+        asked = self._ask(method, address, content, headers, began)
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(asked, self.seconds), self._loop)
+        try:
+            return future.result()
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            raise Late(began.is_set()) from error
+        finally:
+            future.cancel()  # where somebody interrupts
+
+    async def _ask(
+        self, method: str, address: str, content: bytes | None, headers: Mapping[str, str], began: threading.Event
+    ) -> tuple[httpx.Response, bytes]:
+        async with self._client.stream(method, address, content=content, headers=headers) as response:
+            began.set()
+            parts, size = [], 0
+            async for part in response.aiter_bytes():
+                size += len(part)
+                parts.append(part)
+                if size > self.largest:
+                    raise TooLong
+        return response, b"".join(parts)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _close(loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> None:
+    async def close() -> None:
+        await client.aclose()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
