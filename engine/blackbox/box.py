@@ -117,6 +117,7 @@ class BlackBox(nn.Module):
         super().__init__()
         self.source, self.labels, self.image_size, self.options = source, source.labels, image_size, options
         object.__setattr__(self, "module", self)  # as classifiers have it; no child of itself
+        object.__setattr__(self, "preprocessing", source.preprocessing)  # likewise
         self.name = source.name
         self.link: Literal["softmax", "sigmoid"] = "sigmoid" if source.output == "independent" else "softmax"
         deciding = {**source.identity, "labels": self.labels, "output": source.output, "size": image_size}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import CounterlensError, UsageError, install_hint
+from ..models.preprocessing import Preprocessing
 from .open_inference import HEADER, Model, read_response
 from .options import BoxOptions, numbers
 from .reading import Refused, Unanswered, Unusable
@@ -45,6 +46,7 @@ class Endpoint:
     """
 
     remote = True
+    preprocessing: Preprocessing | None = None
 
     def __init__(self, address: str, labels: Sequence[str], size: int, options: BoxOptions) -> None:
         try:

@@ -20,6 +20,7 @@ from ..models.onnx_file import OnnxFile, open_session, read_onnx
 from ..models.onnx_graph import OnnxGraph, find_ending, makers
 from ..models.onnx_meaning import as_scores, meaning_of, own_labels, preprocessing_of
 from ..models.onnx_operators import NoGradient
+from ..models.preprocessing import Preprocessing
 from .options import BoxOptions, Output, normalising
 from .reading import Refused
 
@@ -36,6 +37,7 @@ class OnnxBox:
     """
 
     remote = False
+    preprocessing: Preprocessing | None
 
     def __init__(
         self,
@@ -52,7 +54,8 @@ class OnnxBox:
             OnnxGraph(file)
         self._file, self.name = file, name
         self.concurrency, self.batch = options.concurrency or 1, options.batch or 64
-        self._prepare, _, assumed = preprocessing_of(file, size, normalising(options, preprocessing))
+        made, _, assumed = preprocessing_of(file, size, normalising(options, preprocessing))
+        self._prepare, self.preprocessing = made, made
         self._run = open_session(file, torch.get_num_threads(), self.batch)
         self.labels, self.output, self._logits = list(labels) or own_labels(file), options.output, False
         if assumed:
@@ -61,11 +64,10 @@ class OnnxBox:
             self._understand(file, size, options)
         if len(self.labels) < 2:
             raise UsageError(f"labels: {file.path} names none; give two or more, in the order of its answers")
-        p = self._prepare
         self.identity: dict[str, Any] = {
             "onnx": file_digest(file.path), "data": [file_digest(path) for path in file.data], "scores": file.output,
-            "pixels": [p.resize, p.size, p.order, p.geometry, p.colour, p.interpolation],
-            "mean": p.mean.flatten().tolist(), "std": p.std.flatten().tolist(), "sigmoid": self._logits,
+            "pixels": [made.resize, made.size, made.order, made.geometry, made.colour, made.interpolation],
+            "mean": made.mean.flatten().tolist(), "std": made.std.flatten().tolist(), "sigmoid": self._logits,
         }  # fmt: skip
 
     def _understand(self, file: OnnxFile, size: int, options: BoxOptions) -> None:

@@ -91,6 +91,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 def _close(loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> None:
     async def close() -> None:
         await client.aclose()
+        await asyncio.sleep(0)  # sockets close in the loop's next turn
         loop.stop()
 
     asyncio.run_coroutine_threadsafe(close(), loop)

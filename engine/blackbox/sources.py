@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
+from ..models.preprocessing import Preprocessing
 from .kinds import KINDS, OF_SOME, Kind, may_convert
 from .options import BoxOptions, Output
 from .reading import Refused
@@ -30,6 +31,7 @@ class Source(Protocol):
         labels: of its answers, in their order. output: what these are, see `BoxOptions`.
         batch: images in one request. concurrency: requests at once.
         remote: whether a request that failed is worth making again.
+        preprocessing: what stands before it here, which tells how pictures that are not square are fitted; mostly None.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Source(Protocol):
     batch: int
     concurrency: int
     remote: bool
+    preprocessing: Preprocessing | None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -67,6 +70,7 @@ class Function:
     batch: int
     concurrency: int
     remote: bool = False
+    preprocessing: Preprocessing | None = None
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from counterlens.engine.blackbox.opening import open_called
 from counterlens.engine.blackbox.options import BoxOptions
 from counterlens.engine.errors import CounterlensError, UsageError
 from counterlens.engine.models.preprocessing import Preprocessing
+from counterlens.engine.models.processors import geometry_of
 from counterlens.engine.models.protocols import probabilities
 from tests.engine.blackbox.test_box import some
 from tests.engine.models.test_onnx_classifier import Small, bomb, export, looped, outside
@@ -153,6 +154,17 @@ def test_a_file_that_is_asked_means_what_it_means_as_one_that_guides(
     assert box.link == guides.link
     half = kind == TensorProto.FLOAT16
     assert torch.allclose(probabilities(box, pixels), probabilities(guides, pixels), atol=2e-3 if half else 1e-5)
+
+
+def test_pictures_that_are_not_square_are_fitted_as_for_one_that_guides(tmp_path: Path) -> None:
+    path, cut = write(tmp_path / "rgb.onnx", ["n", 3, 6, 6]), {"resize": 8, "crop": 6}
+    box, guides = (
+        open_called(path, RGB, image_size=8, options=BoxOptions(convert=convert), preprocessing=cut)
+        for convert in ("never", "always")
+    )
+    assert geometry_of(box) == geometry_of(guides) == "crop"
+    wide = torch.rand(2, 3, 8, 13, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(probabilities(box, wide), probabilities(guides, wide), atol=2e-3)  # rounded to 8 bits
 
 
 def test_pixels_of_8_bits_are_resized_and_left_to_the_file(tmp_path: Path) -> None:
