@@ -21,6 +21,7 @@ from ..errors import NotFinite
 from ..guidance.region import Region
 from ..metrics.msi_score import MSI
 from ..saliency.explain import Explanations, explain_by
+from ..saliency.table import METHODS
 from .guard import Limits, is_own
 from .offered import usable_methods
 from .tasks import KEPT, KEPT_S, Event, Tasks
@@ -207,6 +208,8 @@ class Server:
 
     async def saliency(self, image: Tensor, asked: SaliencyRequest, request: Request | None = None) -> dict[str, Any]:
         """A saliency map with MSI and its curve; see `call`."""
+        if self.engine.box is not None and asked.method in METHODS and METHODS[asked.method].adapter:
+            self.check_map("method")  # no pack has adapters of a surrogate
         options = {"explained": asked.target, "method": asked.method, "quantity": asked.quantity}
         made = await self.maps(image[None], request, **options)
         shown = to_base64(await asyncio.to_thread(png, made.saliency[0]))

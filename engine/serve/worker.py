@@ -23,9 +23,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..blackbox.box import as_box
+from ..blackbox.box import as_box, no_gradient
 from ..config import Config, StepOptions
-from ..core.checks import check_guides
 from ..core.core import EngineCore
 from ..core.regions import RegionLike
 from ..core.result import Counterfactual
@@ -215,11 +214,15 @@ class Worker:
         Raises:
             UsageError, Full, Draining: see `submit`.
         """
-        check_guides(self.engine.classifier)
+        self._check_guides()
         if self.draining:
             raise Draining("server: it is being stopped; ask another one")
         if (before := self.waiting) >= self.max_queue:
             raise Full(before, self._wait_for(1))
+
+    def _check_guides(self) -> None:
+        if (box := as_box(self.engine.classifier)) is not None:
+            raise UsageError(f"classifier: {no_gradient(box.name)}; serve with --surrogate FOLDER then")
 
     @property
     def tick_s(self) -> float:
@@ -251,7 +254,7 @@ class Worker:
             UsageError: an argument does not fit, or the classifier can only be called. Full, Draining, Late: it is not
                 taken.
         """
-        check_guides(self.engine.classifier)
+        self._check_guides()
         config = config or self.engine.config
         if budget_s is not None and not budget_s > 0:
             raise UsageError(f"budget_s: expected seconds above 0, got {budget_s:g}")

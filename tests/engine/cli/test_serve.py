@@ -114,7 +114,7 @@ def test_the_speed_of_requests_is_warm_too(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(serve, "_open", opened)
     assert CliRunner().invoke(app, ["serve", "--port", "0", "--speed", "exact"]).exit_code != 0
-    ((config, _, configs),) = asked
+    ((config, _, configs, *_),) = asked
     assert config.speed == "exact"
     assert [one.speed for one in configs] == ["exact", "fast"]
 

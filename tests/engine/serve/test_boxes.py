@@ -159,7 +159,9 @@ def test_maps_are_scored_by_the_box(guided: Any, images: Tensor) -> None:
         refused = post(client, "/v1/counterfactuals", images[4], saliency=True)
         assert (refused.status_code, refused.json()["field"]) == (400, "saliency")
         assert "rise" in refused.json()["detail"]
-        assert post(client, "/v1/saliency", images[4], method="lax").status_code == 400
+        refused = post(client, "/v1/saliency", images[4])  # by lax
+        assert (refused.status_code, refused.json()["field"]) == (400, "method")
+        assert "has no adapter here" in refused.json()["detail"]
         assert asked(engine).queries == before
 
 
@@ -262,6 +264,7 @@ def test_a_box_alone_predicts_and_shows_where_and_guides_nothing(tiny: Any, imag
             refused = post(client, path, images[4], **fields)
             assert refused.status_code == 400
             assert "`counterlens surrogate train` makes a student" in refused.json()["detail"]
+            assert ("serve with --surrogate FOLDER" in refused.json()["detail"]) == (path == "/v1/counterfactuals")
         (model,) = client.get("/v1/models").json()["models"]
         assert {"rise"} <= set(model["usable_methods"]) <= {"rise", "occlusion", "ablation"}
         assert not worker.failed
