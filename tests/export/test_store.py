@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from counterlens.export import hashing
 from counterlens.export.errors import ExportError
 from counterlens.export.store import MANIFEST, Store, default_folder, weights_digest
 
@@ -135,13 +137,14 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert default_folder() == tmp_path / "mine"
 
 
-def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path) -> None:
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     entry = store.get(KEY, lambda folder: {"size": (folder / "model.onnx").write_bytes(b"a" * 100)})
     path, memory = entry.file("model.onnx"), entry.folder / "hashed.json"
     assert store.find(KEY) is not None
     assert not memory.exists()  # it is too young: it could change again under the same time stamp
-    time.sleep(2.1)
+    later = SimpleNamespace(time_ns=lambda: time.time_ns() + 2_100_000_000)
+    monkeypatch.setattr(hashing, "time", later)
     assert store.find(KEY) is not None
     known = json.loads(memory.read_text())
     memory.write_text(json.dumps({"model.onnx": [known["model.onnx"][0], "0" * 64]}))

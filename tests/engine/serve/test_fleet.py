@@ -148,7 +148,7 @@ def test_two_replicas_of_which_one_is_killed(served: Served) -> None:
             assert "event: progress" in told.iter_lines()
         with pytest.raises(httpx.TimeoutException):
             client.post("/v1/counterfactuals", timeout=0.2, **slow)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         free = 0  # times in a row that no slot was busy: what a replica says is half a second old
         while free < 10 and time.monotonic() < end:
             free = 0 if total(client, "counterlens_slots_busy") else free + 1
