@@ -183,8 +183,15 @@ def gradient(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.func.grad(lambda v: net(v).square().sum())(x)
 
 
-@pytest.mark.parametrize(("through", "warm"), [("module", False), ("gradient", False), ("gradient", True)])
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+WARM = (Dict, ClassAttribute, CachedFunction)  # in the fast tier: of a module, of a class and of a library's wrapper
+WAYS = [
+    pytest.param(kind, through, warm, id=f"{kind.__name__}-{through}-{'warm' if warm else 'cold'}",
+                 marks=[pytest.mark.slow] if warm and kind not in WARM else [])
+    for kind in KINDS for through, warm in (("module", False), ("gradient", False), ("gradient", True))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "through", "warm"), WAYS)
 def test_what_forward_keeps(kind: Any, through: str, warm: bool, tmp_path: Path) -> None:
     """The file is right, and eager gives what it gave, with real tensors in every cache."""
     if kind is FilledBuffer and through == "gradient" and not warm:

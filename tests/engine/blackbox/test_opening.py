@@ -101,6 +101,7 @@ def test_mean_and_std_are_of_the_pixels(folder: Path) -> None:
     assert torch.allclose(opened.logits(images), Pack("digits").classifier("clean").module(normal), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_judge_of_an_audit_is_read_as_the_classifier_is(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="needs pyarrow (pip install '.[audit]')")
     assert run("samples", "--count", 2, "--out", tmp_path / "digits").returncode == 0
