@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -63,7 +64,8 @@ def test_any_replica_answers_for_a_task_and_deletes_it() -> None:
 
 
 def test_what_a_dead_replica_ran_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "GONE_S", 0.05)
+    clock = [0.0]
+    monkeypatch.setattr(fleet, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     async def go() -> None:
         board = Board([b"one"])
@@ -71,7 +73,7 @@ def test_what_a_dead_replica_ran_has_failed(monkeypatch: pytest.MonkeyPatch) -> 
         assert await board.open("task", "a")
         await board.renew([b"two"])
         await board.stop(3.0)
-        time.sleep(0.06)
+        clock[0] = fleet.GONE_S + 0.1
         assert await board.beat("b", b"") == ([b"two"], 3.0)
         assert list(await board.metrics()) == ["b"]
         ((kind, said),) = await board.events("task", 0, 0) or []
