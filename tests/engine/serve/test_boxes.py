@@ -98,8 +98,7 @@ def post(client: TestClient, path: str, image: Tensor, **fields: Any) -> Any:
 def test_a_served_answer_is_that_of_the_engine_on_as_many_slots(guided: Any, images: Tensor, slots: int) -> None:
     alone, beside = guided(), guided()
     alone.slots = (slots,)
-    wanted = [(images[i], target, config) for i in (2, 9, 20) for target in ("runner-up", "9") for config in (CONFIG,)]
-    wanted.append((images[5], "3", OTHER))
+    wanted = [(images[9], "runner-up", CONFIG), (images[20], "9", CONFIG), (images[5], "3", OTHER)]
     expected = [alone.counterfactual(x[None], target, config=config)[0] for x, target, config in wanted]
     with working(beside, slots=slots) as worker:
         tickets = [worker.submit(*one) for one in wanted]
@@ -146,6 +145,24 @@ def test_what_it_says_over_http(guided: Any, images: Tensor) -> None:
         metrics = client.get("/metrics").text
         assert f'counterlens_queries_total{{kind="asked"}} {float(asked(engine).queries.asked)}' in metrics
         assert "counterlens_queries_left" not in metrics
+
+
+def test_protocols_of_kserve_and_requests_that_name_a_classifier(guided: Any, images: Tensor) -> None:
+    engine = guided()
+    with served(engine) as (client, _):
+        tensor = {"name": "image", "datatype": "FP32", "shape": [1, 3, 16, 16], "data": images[4].flatten().tolist()}
+        outputs = [{"name": name} for name in ("prediction", "probabilities", "flipped")]
+        answer = client.post("/v2/models/tiny/infer", json={"inputs": [tensor], "outputs": outputs}).json()
+        said = {one["name"]: one["data"] for one in answer["outputs"]}
+        assert int(np.argmax(said["probabilities"])) == said["prediction"][0]
+        before = asked(engine).queries.asked
+        assert before <= 6 + 4  # the probabilities of what it judged are known
+        outputs = [{"name": "saliency"}]  # by lax
+        refused = client.post("/v2/models/tiny/infer", json={"inputs": [tensor], "outputs": outputs})
+        assert (refused.status_code, refused.json()["field"]) == (400, "outputs")
+        for fields in ({"classifier": "python:os:system"}, {"config": {"classifier": "python:os:system"}}):
+            assert post(client, "/v1/counterfactuals", images[4], **fields).status_code == 400
+        assert asked(engine).queries.asked == before
 
 
 def test_maps_are_scored_by_the_box(guided: Any, images: Tensor) -> None:
