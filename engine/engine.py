@@ -41,6 +41,10 @@ OnStage = Callable[[int, int, str, Any], None]
 OF_THE_ENGINE = ("module", "labels", "image_size")
 
 
+def _samples(pack: Pack) -> Callable[[int], Tensor]:
+    return lambda size: pack.samples("test", count=REAL_IMAGES).images
+
+
 class Engine(EngineCore):
     __doc__ = EngineCore.__doc__
 
@@ -151,7 +155,7 @@ class Engine(EngineCore):
         if function or (isinstance(what, str | Path) and is_box(what)):
             named_labels = labels or (diffusion.labels if pack is not None else [])
             if shown is None and pack is not None:
-                shown = pack.samples("test", count=REAL_IMAGES).images
+                shown = _samples(pack)
             explained = open_called(
                 what, named_labels, image_size=size, options=box, preprocessing=preprocessing, images=shown
             )

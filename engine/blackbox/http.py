@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -63,7 +64,9 @@ class Endpoint:
         self.name = address
         self.concurrency = options.concurrency or 4
         self._mean, self._std = numbers("mean", options.mean, 0.0), numbers("std", options.std, 1.0)
-        self._sender = Sender(self.concurrency, options.timeout, LARGEST)
+        host = urlsplit(address).hostname or ""
+        local = host if LOCAL.fullmatch(host) else None
+        self._sender = Sender(self.concurrency, options.timeout, LARGEST, local)
         self._model: Model | None = None  # of the Open Inference Protocol
         self._binary = options.binary
         path = urlsplit(address).path.rstrip("/")
@@ -232,9 +235,9 @@ class Endpoint:
         if status in (401, 403):
             raise Unusable(f"classifier: {host} refuses the request with {status}; is the header's variable right?")
         if status in WAITS:
-            asked = response.headers.get("retry-after", "")
-            after = min(float(asked), LONGEST_PAUSE) if asked.isdigit() else 0.0
-            raise Unanswered(f"answers with error {status} ({start})", after)
+            raise Unanswered(
+                f"answers with error {status} ({start})", pause_of(response.headers.get("retry-after", ""))
+            )
         if status in ABOUT_IMAGE:
             raise Refused(f"refuses this request with {status} ({start})")
         if not response.is_success:
@@ -244,6 +247,17 @@ class Endpoint:
         except (ValueError, RecursionError) as error:
             what = "HTML" if text.lstrip()[:1] == "<" else "no JSON"
             raise Unanswered(f"answers with {what} ({start[:60]})") from error
+
+
+def pause_of(asked: str) -> float:
+    """Seconds that a server wants to be left alone, by its `Retry-After`: a number or a date; 0 where it says none."""
+    if asked.isascii() and asked.isdecimal():
+        return min(float(asked), LONGEST_PAUSE)
+    try:
+        then = parsedate_to_datetime(asked)
+    except (TypeError, ValueError, IndexError):
+        return 0.0
+    return min(max(0.0, then.timestamp() - time.time()), LONGEST_PAUSE)
 
 
 def _headers(text: str | None) -> dict[str, str]:

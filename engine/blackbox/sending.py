@@ -38,15 +38,16 @@ class Sender:
     Args:
         connections: at once. seconds: for one request, from its start to the end of its answer.
         largest: bytes of an answer, once it is decompressed.
+        local: a host on this machine, to which no proxy of the environment is asked to go.
     """
 
-    def __init__(self, connections: int, seconds: float, largest: int) -> None:
+    def __init__(self, connections: int, seconds: float, largest: int, local: str | None = None) -> None:
         import httpx
 
         self.seconds, self.largest = seconds, largest
-        self._client = httpx.AsyncClient(
-            timeout=None, limits=httpx.Limits(max_connections=connections), follow_redirects=False
-        )
+        direct = {f"all://{f'[{local}]' if ':' in local else local}": None} if local else {}
+        limits = httpx.Limits(max_connections=connections)
+        self._client = httpx.AsyncClient(timeout=None, limits=limits, follow_redirects=False, mounts=direct)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(self._loop,), daemon=True, name="counterlens-http").start()
         weakref.finalize(self, _close, self._loop, self._client).atexit = False

@@ -213,7 +213,8 @@ class Subject:
             labels = read_names(self.labels)
         else:
             labels = list(pack.classifier(pack.classifier_names()[0]).labels) if own is None else []
-        real = pack.samples("test", count=8).images if own is None else some_images(own) if shown else None
+        some = some_images(own or []) if shown else None
+        real = some if own is not None else lambda _: pack.samples("test", count=8).images
         called = open_called(self.classifier, labels, image_size=size, options=asked, images=real)
         called.module.to(choose_device(device))
         return Opened(pack if own is None else None, getattr(called, "name", self.classifier), called, size)

@@ -8,6 +8,7 @@ import math
 import subprocess
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -301,3 +302,24 @@ def test_addresses_and_options_that_do_not_fit(server: Endpoint, tmp_path: Path)
             opened(server, address, **options)
         assert "\n" not in str(error.value)
     assert server.requests == 0
+
+
+def test_a_server_on_this_machine_is_asked_through_no_proxy(
+    server: Endpoint, digits: np.ndarray, judge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for host in ("localhost", "127.0.0.1"):
+        box = opened(server, server.address.replace("localhost", host), retries=0)
+        assert np.allclose(box.answer(digits[:1]), judge(digits[:1]), atol=1e-6)
+    with pytest.raises(CounterlensError, match="cannot be reached"):
+        opened(server, server.address.replace("localhost", "box.example"), retries=0, insecure=True)
+
+
+def test_how_long_a_server_wants_to_be_left_alone() -> None:
+    soon = formatdate(time.time() + 20, usegmt=True)
+    for text, seconds in (("7", 7), ("9" * 5000, 60), ("", 0), ("²", 0), ("-3", 0), ("soon", 0), (soon, 20),
+                          ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 99 Oct 9999999 07:28:00 GMT", 0)):  # fmt: skip
+        assert http.pause_of(text) == pytest.approx(seconds, abs=2)

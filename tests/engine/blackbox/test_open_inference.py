@@ -85,19 +85,20 @@ def test_bytes_give_the_answers_that_json_gives(server: Endpoint, judge: Any, di
         open_box(server.address, LABELS, image_size=32, binary=True)
 
 
+def head(size: Any = 40, **more: Any) -> bytes:
+    output = {"name": "scores", "datatype": "FP32", "shape": [1, 10], "parameters": {"binary_data_size": size}}
+    return json.dumps({"outputs": [output | more]}).encode()
+
+
 def wrong() -> Iterator[tuple[bytes, str | None, str]]:
+    """Body, what its header says, and what is said of it; nothing where it is no JSON."""
     scores = np.full((1, 10), 0.1, "<f4").tobytes()
-
-    def head(size: Any = 40, **more: Any) -> bytes:
-        output = {"name": "scores", "datatype": "FP32", "shape": [1, 10], "parameters": {"binary_data_size": size}}
-        return json.dumps({"outputs": [output | more]}).encode()
-
     good = head()
     yield good + scores, str(len(good) + 41), "JSON by its"  # longer than all there is
     yield good + scores, "12 bytes", "'12 bytes' of them JSON"
     yield good + scores, "-5", "'-5' of them JSON"
     yield good + scores, "9" * 5000, "of them JSON"
-    yield good + scores, str(len(good) - 3), "no JSON"  # ends within the JSON
+    yield good + scores, str(len(good) - 3), ""  # ends within the JSON
     yield good + scores[:-1], str(len(good)), "39 bytes of 'scores', 40 were said"
     yield good + scores + b"\0", str(len(good)), "1 bytes behind its tensors"
     for size in (-4, "40", 2**70, 1.5):
@@ -110,15 +111,23 @@ def wrong() -> Iterator[tuple[bytes, str | None, str]]:
         ({"datatype": "BYTES"}, "which are no 10 texts"),
     ):
         yield head(**more) + scores, str(len(head(**more))), said
-    yield good + scores, None, "no JSON"  # bytes, and nothing says so
-    nan = np.full((1, 10), np.nan, "<f4").tobytes()
-    yield good + nan, str(len(good)), "NaN"
+    yield good + scores, None, ""  # bytes, and nothing says so
 
 
-def test_wrong_lengths_are_said_and_never_cached(server: Endpoint, judge: Any, digits: np.ndarray) -> None:
+@pytest.mark.parametrize(("body", "length", "said"), [*wrong()])
+def test_wrong_lengths_are_said(body: bytes, length: str | None, said: str) -> None:
+    with pytest.raises((Unanswered, ValueError)) as caught:  # that it is no JSON, the endpoint says
+        read_response(body, length)
+    assert isinstance(caught.value, Unanswered) == bool(said)
+    assert said in str(caught.value)
+
+
+def test_wrong_bytes_are_never_cached(server: Endpoint, judge: Any, digits: np.ndarray) -> None:
     address = f"{server.address.split('/v1')[0]}/v2/models/box/infer"
     box = open_box(address, LABELS, image_size=32, binary=True, retries=0, batch=1)
-    cases = [*wrong()]
+    good = head()
+    cases = [*((body, length, said or "no JSON") for body, length, said in [*wrong()][3:7])]
+    cases.append((good + np.full(10, np.nan, "<f4").tobytes(), str(len(good)), "NaN"))
     for i, (body, length, said) in enumerate(cases):
         headers = {} if length is None else {HEADER: length}
         server.override = lambda path, images, answer=(200, headers, body): answer

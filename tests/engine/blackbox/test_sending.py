@@ -16,7 +16,7 @@ from counterlens.engine.blackbox.sending import Late, Sender
 from counterlens.engine.errors import CounterlensError
 from tests.engine.blackbox.conftest import LABELS
 
-SECONDS, PAUSE = 0.3, 0.05
+SECONDS, PAUSE = 0.2, 0.04
 BEGUN = {
     "nothing": b"",
     "headers": b"HTTP/1.1 200 OK\r\nX-Slow: ",
@@ -64,7 +64,7 @@ def test_a_server_that_drips_is_left_at_the_deadline(what: str) -> None:
     with dripping(what) as address:
         started = time.perf_counter()
         finish = "finish its answer" if what in ("a body", "chunks") else "answer"
-        with pytest.raises(CounterlensError, match=rf"did not {finish} within 0\.3 s"):
+        with pytest.raises(CounterlensError, match=rf"did not {finish} within 0\.2 s"):
             open_box(address, LABELS, image_size=32, timeout=SECONDS, retries=0)
         assert SECONDS <= time.perf_counter() - started < SECONDS + 1.5
 
