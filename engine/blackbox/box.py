@@ -125,6 +125,7 @@ class BlackBox(nn.Module):
         self._answers = Answers(None, self.identity, self.name)
         self._lock = threading.RLock()
         self._reasons: dict[bytes, str] = {}
+        self._flying: dict[bytes, threading.Event] = {}  # images that are asked about now
         self._last = ""
         self._asking: set[threading.Event] = set()  # what ends each call that asks just now
         self._stopped = False
@@ -189,10 +190,7 @@ class BlackBox(nn.Module):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise UsageError(f"images: expected uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
         keys = [key_of(image) for image in images]
-        known = self._answers.get(list(dict.fromkeys(keys)))
-        todo = {key: image for key, image in zip(keys, images, strict=True) if key not in known}
-        self._answers.count(cached=len(known))
-        known |= self._ask_all(list(todo.items()))
+        known = self._ask_once(dict(zip(keys, images, strict=True)))
         nothing = np.full(len(self.labels), np.nan, np.float32)
         return np.stack([known.get(key, nothing) for key in keys]) if keys else np.zeros((0, len(self.labels)), "f4")
 
@@ -283,6 +281,30 @@ class BlackBox(nn.Module):
         found: dict[Any, Row | str] = {}
         for start in range(0, len(items), self.source.batch):
             found |= self._asker.ask(items[start : start + self.source.batch], threading.Event(), lambda rows: None)
+        return found
+
+    def _ask_once(self, images: Mapping[bytes, Pixels]) -> dict[bytes, Row]:
+        """Answers to these images; those that are known, or that another thread asks for now, are not asked again."""
+        done = threading.Event()
+        with self._lock:
+            found = self._answers.get(list(images))
+            others = {key: self._flying[key] for key in images if key in self._flying and key not in found}
+            mine = [(key, image) for key, image in images.items() if key not in found and key not in others]
+            self._flying |= {key: done for key, _ in mine}
+        self._answers.count(cached=len(found))
+        try:
+            found |= self._ask_all(mine)
+        finally:
+            with self._lock:
+                for key, _ in mine:
+                    del self._flying[key]
+            done.set()
+        if others:
+            for event in others.values():
+                event.wait()
+            theirs = self._answers.get(list(others))
+            self._answers.count(cached=len(theirs))
+            found |= theirs | self._ask_all([(key, images[key]) for key in others if key not in theirs])
         return found
 
     def _ask_all(self, todo: Sequence[tuple[bytes, Pixels]]) -> dict[bytes, Row]:

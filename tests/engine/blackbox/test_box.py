@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -323,3 +325,46 @@ def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
 def test_probes_are_always_the_same() -> None:
     assert np.array_equal(probes(8), probes(8))
     assert len({key_of(image) for image in probes(8)}) == len(probes(8))
+
+
+def test_threads_that_want_one_image_at_once_ask_once() -> None:
+    """Eight threads, of which one asks and the others wait; what got no answer there is asked again."""
+    calls, gate, here = list[int](), threading.Event(), threading.Barrier(9)
+
+    def slow(x: np.ndarray) -> np.ndarray:
+        if gate.is_set():
+            calls.append(len(x))
+            time.sleep(0.1)
+        return dark(x)
+
+    box = opened(slow)
+    gate.set()
+
+    def ask(n: int) -> np.ndarray:
+        here.wait()
+        return box.answer(some(9)[n % 2 : n % 2 + 8])
+
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(ask, n) for n in range(8)]
+        here.wait()
+        rows = [future.result() for future in futures]
+    assert sum(calls) == 9
+    assert box.queries.cached == 8 * 8 - 9
+    for n, found in enumerate(rows):
+        assert np.allclose(found, dark(some(9)[n % 2 : n % 2 + 8]), atol=1e-6)
+    assert not box._flying
+
+    lost = iter([True])
+
+    def first_fails(x: np.ndarray) -> np.ndarray:
+        time.sleep(0.05)
+        if gate.is_set() and len(x) == 1 and next(lost, False):
+            raise VendorError("not now")
+        return dark(x)
+
+    gate.clear()
+    box = opened(first_fails)
+    gate.set()
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda _: box.answer(some(1)), range(2)))
+    assert sum(int(np.isnan(found).any()) for found in rows) <= 1
