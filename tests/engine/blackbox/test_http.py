@@ -134,7 +134,7 @@ box.answer(np.load({str(tmp_path / "digits.npy")!r}))
 """
     np.save(tmp_path / "digits.npy", digits)
     process = subprocess.Popen(["python", "-c", code])
-    while sum(server.asked.values()) < 26:
+    while sum(server.asked.values()) < 26 and process.poll() is None:
         time.sleep(0.005)
     process.kill()
     process.wait()
