@@ -72,6 +72,9 @@ def serve(
         Path | None,
         _option("Of a black box: folder for its answers, of all sessions and replicas; in memory without it."),
     ] = None,
+    adapter: Annotated[
+        Path | None, _option("Folder of a trained adapter, for lax (a surrogate's, say); the pack's own without it.")
+    ] = None,
     ray: Annotated[
         str | None, _option("On Ray Serve: `local` starts Ray here, `auto` or ray://... joins a cluster.", panel="Ray")
     ] = None,
@@ -123,8 +126,8 @@ def serve(
         )
     if file is not None:
         own = {
-            "ray": ray is not None, "answers": answers is not None, "slots": slots != "auto",
-            "preload-speeds": preload_speeds != "fast",
+            "ray": ray is not None, "answers": answers is not None, "adapter": adapter is not None,
+            "slots": slots != "auto", "preload-speeds": preload_speeds != "fast",
         }  # fmt: skip
         if given := [
             *said,
@@ -138,6 +141,7 @@ def serve(
         whole = FileWorker(file, max_queue)
         app = make_file_app(whole, keys=keys, limits=limits, cors_origins=cors_origin)
         return _run(app, whole, _listen(host, port), host, keys, grace, max_connections)
+    from ..saliency.explain import find_adapter
     from ..serve.app import make_app
     from ..serve.sizing import check_slots, fit
     from ..serve.worker import Worker
@@ -155,14 +159,15 @@ def serve(
     if ray is not None:
         return _on_ray(
             opens, _fleet(ray, replicas, replica_cpus, replica_gpus, opening), host, port, keys,
-            slots=width, max_queue=max_queue, limits=limits, cors_origins=cors_origin, grace_s=grace,
+            slots=width, max_queue=max_queue, limits=limits, cors_origins=cors_origin, grace_s=grace, adapter=adapter,
         )  # fmt: skip
     listening = _listen(host, port)
     engine, warm = opens()
     measured = fit(engine)
     check_slots(width, measured)
     worker = Worker(engine, slots=width, max_queue=max_queue)
-    app = make_app(engine, worker, keys=keys, limits=limits, cors_origins=cors_origin, measured=measured)
+    maps = None if adapter is None else find_adapter(adapter, engine.classifier)
+    app = make_app(engine, worker, keys=keys, limits=limits, cors_origins=cors_origin, measured=measured, adapter=maps)
     said_of = [str(measured)] if measured else ["no counterfactuals without --surrogate"]
     said_of += [f"asks {worker.box.name}"] if worker.box is not None else []
     _run(app, worker, listening, host, keys, grace, max_connections, lambda: warm(worker), f"{'; '.join(said_of)}; ")

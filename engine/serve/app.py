@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.core import EngineCore
 from ..core.result import Counterfactual
 from ..errors import CounterlensError
+from ..saliency.lax import LAX
 from ..saliency.table import METHODS
 from .described import add_docs
 from .guard import Keys, Limits, guarded, own_name
@@ -79,6 +80,7 @@ def make_app(
     tasks: Tasks | None = None,
     metrics: Metrics | None = None,
     measured: Fit | None = None,
+    adapter: LAX | None = None,
 ) -> Any:
     """The server's ASGI application.
 
@@ -90,17 +92,18 @@ def make_app(
         tasks: where what callers come back for is kept; in this process without it.
         metrics: of the worker.
         measured: what `sizing.fit` found, for `/v1/models`.
+        adapter: of `lax`; the pack's without it.
     """
     limits = limits or Limits()
     metrics = metrics or Metrics(worker)
-    server = Server(engine, worker, metrics, limits, tasks)
+    server = Server(engine, worker, metrics, limits, tasks, adapter)
     app = FastAPI(
         title="counterlens", version="1", description="Explanations of one classifier.", docs_url=None, redoc_url=None
     )
     if server.box is not None:
         metrics.count_queries(server.box)
     running: set[asyncio.Task[None]] = set()
-    offered = facts(engine)
+    offered = facts(engine, adapter)
 
     add_problems(app)
     add_docs(app)

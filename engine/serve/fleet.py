@@ -25,6 +25,7 @@ from starlette.responses import Response
 
 from ..core.core import EngineCore
 from ..errors import CounterlensError, UsageError, install_hint
+from ..saliency.explain import find_adapter
 from .app import make_app
 from .guard import Keys, Limits
 from .sizing import Fit, check_slots, fit, free_bytes
@@ -82,6 +83,7 @@ class Serving:
         keys: bearer keys; none let everybody in.
         limits, cors_origins: see `make_app`.
         grace_s: that running requests have when it is stopped.
+        adapter: folder of one, for `lax`.
     """
 
     make: Callable[[], tuple[EngineCore, Callable[[Worker], None]]]
@@ -91,6 +93,7 @@ class Serving:
     limits: Limits = field(default_factory=Limits)
     cors_origins: list[str] | None = None
     grace_s: float = 30.0
+    adapter: Path | None = None
 
 
 class Board:
@@ -244,6 +247,7 @@ class Replica:
         self.inner = make_app(
             engine, self.worker, keys=self.keys, limits=serving.limits, cors_origins=serving.cors_origins,
             tasks=self.tasks, metrics=self.metrics, measured=measured,
+            adapter=None if serving.adapter is None else find_adapter(serving.adapter, engine.classifier),
         )  # fmt: skip
         await asyncio.wrap_future(self.worker.start(lambda: warm(self.worker)))
         self.stopping = False

@@ -10,6 +10,7 @@ from ..core.core import EngineCore
 from ..models.processors import card_fit
 from ..packs import Pack
 from ..saliency.explain import pack_adapters
+from ..saliency.lax import LAX
 from ..saliency.table import METHODS
 from .tasks import KEPT_S
 from .wire import png, to_base64
@@ -17,10 +18,11 @@ from .wire import png, to_base64
 SAMPLES = 20  # of the pack
 
 
-def usable_methods(engine: EngineCore) -> list[str]:
-    """Saliency methods that work here."""
+def usable_methods(engine: EngineCore, adapter: LAX | None = None) -> list[str]:
+    """Saliency methods that work here, with an adapter beside the pack's."""
     pack = Pack(engine.source["pack"]) if "pack" in engine.source else None
     adapted = pack is not None and (engine.source.get("classifier", ""), "class") in pack_adapters(pack)
+    adapted = adapted or adapter is not None
     called = as_box(engine.classifier) is not None
     return [
         name
@@ -30,11 +32,11 @@ def usable_methods(engine: EngineCore) -> list[str]:
     ]  # fmt: skip
 
 
-def facts(engine: EngineCore) -> dict[str, Any]:
+def facts(engine: EngineCore, adapter: LAX | None = None) -> dict[str, Any]:
     """What the page offers beside what is served: what a request that says nothing gets, and methods that work here."""
     config = engine.config
     return {
-        "usable_methods": usable_methods(engine), "modes": ["realistic", "audit", "official"],
+        "usable_methods": usable_methods(engine, adapter), "modes": ["realistic", "audit", "official"],
         "default_mode": config.mode_name, "default_speed": config.speed, "kept_s": KEPT_S, "streams": True,
         "fit": fit_of(engine),
     }  # fmt: skip

@@ -20,7 +20,9 @@ from ..core.result import Counterfactual
 from ..errors import NotFinite
 from ..guidance.region import Region
 from ..metrics.msi_score import MSI
+from ..metrics.quantities import make_quantity
 from ..saliency.explain import Explanations, explain_by
+from ..saliency.lax import LAX
 from ..saliency.table import METHODS
 from .guard import Limits, is_own
 from .offered import usable_methods
@@ -79,12 +81,13 @@ class Server:
     """What the routes share."""
 
     def __init__(
-        self, engine: EngineCore, worker: Worker, metrics: Metrics, limits: Limits, tasks: Tasks | None = None
-    ) -> None:
+        self, engine: EngineCore, worker: Worker, metrics: Metrics, limits: Limits, tasks: Tasks | None = None,
+        adapter: LAX | None = None,
+    ) -> None:  # fmt: skip
         self.engine, self.worker, self.metrics, self.limits = engine, worker, metrics, limits
         self.tasks = tasks or Tasks()
         self.decoder = Decoder(limits.pixels)
-        self.box, self.usable = worker.box, usable_methods(engine)
+        self.box, self.adapter, self.usable = worker.box, adapter, usable_methods(engine, adapter)
         self._maps = threading.BoundedSemaphore(MAPS)
         self.name = engine.names.get("pack") or Path(engine.names.get("model", "model")).name
 
@@ -194,12 +197,12 @@ class Server:
             NoAnswer: a black box says nothing of one of those that it is asked about.
         """
         if self.box is None:
-            return await self.call(lambda: explain_by(self.engine, images, **options), request)
+            return await self.call(lambda: explain_by(self.engine, images, adapter=self.adapter, **options), request)
         box = self.box
 
         def explained() -> Explanations:
             with self._maps:
-                return explain_by(self.engine, images, **options)
+                return explain_by(self.engine, images, adapter=self.adapter, **options)
 
         try:
             return await self.call(explained, request)
@@ -208,8 +211,13 @@ class Server:
 
     async def saliency(self, image: Tensor, asked: SaliencyRequest, request: Request | None = None) -> dict[str, Any]:
         """A saliency map with MSI and its curve; see `call`."""
-        if self.engine.box is not None and asked.method in METHODS and METHODS[asked.method].adapter:
+        by_adapter = asked.method in METHODS and METHODS[asked.method].adapter
+        if self.engine.box is not None and by_adapter:
             self.check_map("method")  # no pack has adapters of a surrogate
+        if self.adapter is not None and by_adapter:
+            explained = self.adapter.quantity.name
+            if make_quantity(self.engine.classifier, asked.quantity).name != explained:
+                raise Problem(400, f"quantity: this server's adapter explains {explained}", "quantity")
         options = {"explained": asked.target, "method": asked.method, "quantity": asked.quantity}
         made = await self.maps(image[None], request, **options)
         shown = to_base64(await asyncio.to_thread(png, made.saliency[0]))

@@ -22,6 +22,7 @@ from counterlens.engine import Config, Engine
 from counterlens.engine.blackbox.box import BlackBox, open_box
 from counterlens.engine.images.files import as_saved, to_uint8
 from counterlens.engine.saliency.explain import explain_by
+from counterlens.engine.saliency.lax import LAX, new_adapter
 from counterlens.engine.serve.app import make_app
 from counterlens.engine.serve.sizing import fit as fitting
 from counterlens.engine.serve.wire import png
@@ -81,9 +82,9 @@ def asked(engine: Engine) -> BlackBox:
 
 
 @contextmanager
-def served(engine: Engine, **options: Any) -> Iterator[tuple[TestClient, Worker]]:
+def served(engine: Engine, adapter: LAX | None = None, **options: Any) -> Iterator[tuple[TestClient, Worker]]:
     with working(engine, **{"slots": 1, "max_queue": 8} | options) as worker:
-        app = make_app(engine, worker)
+        app = make_app(engine, worker, adapter=adapter)
         with TestClient(app, raise_server_exceptions=False) as client:
             while not worker.ready:
                 time.sleep(0.001)
@@ -180,6 +181,20 @@ def test_maps_are_scored_by_the_box(guided: Any, images: Tensor) -> None:
         assert (refused.status_code, refused.json()["field"]) == (400, "method")
         assert "has no adapter here" in refused.json()["detail"]
         assert asked(engine).queries == before
+
+
+def test_lax_looks_into_the_student_with_an_adapter_of_its_own(guided: Any, images: Tensor) -> None:
+    engine = guided()
+    adapter = new_adapter(engine.classifier, 16)
+    with served(engine, adapter) as (client, _):
+        found = post(client, "/v1/saliency", images[4], target="3").json()
+        made = explain_by(guided(), images[4:5], explained="3", adapter=adapter)
+        assert found["msi"] == pytest.approx(made.msi.score.item(), abs=1e-5)
+        refused = post(client, "/v1/saliency", images[4], quantity="0,1/2,3")
+        assert (refused.status_code, refused.json()["field"]) == (400, "quantity")
+        both = post(client, "/v1/counterfactuals", images[4], target="9", saliency=True).json()
+        assert both["saliency"]["method"] == "lax"
+        assert "lax" in client.get("/v1/models").json()["models"][0]["usable_methods"]
 
 
 def test_a_spent_budget_is_said_and_what_is_known_is_answered(guided: Any, images: Tensor) -> None:
