@@ -169,8 +169,8 @@ class Server:
         """
         if (wanted := SaliencyRequest(image="").method) not in self.usable:
             raise Problem(
-                400, f"{field}: by {wanted}, for which this classifier has no adapter here; /v1/saliency has others: "
-                f"{', '.join(self.usable)}", field,
+                400, f"{field}: by {wanted}, for which this server has no adapter (--adapter FOLDER); /v1/saliency has "
+                f"others: {', '.join(self.usable)}", field,
             )  # fmt: skip
 
     async def probabilities(

@@ -179,7 +179,7 @@ def test_maps_are_scored_by_the_box(guided: Any, images: Tensor) -> None:
         assert "rise" in refused.json()["detail"]
         refused = post(client, "/v1/saliency", images[4])  # by lax
         assert (refused.status_code, refused.json()["field"]) == (400, "method")
-        assert "has no adapter here" in refused.json()["detail"]
+        assert "this server has no adapter (--adapter FOLDER)" in refused.json()["detail"]
         assert asked(engine).queries == before
 
 
