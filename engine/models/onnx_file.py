@@ -21,6 +21,7 @@ from ..errors import CounterlensError, UsageError, install_hint
 
 LARGEST = 2**31 - 1  # bytes that protobuf can hold
 LONGEST = 8192  # pixels of a side
+MOST = 2**30  # bytes of pixels in a batch that the file fixes
 DYNAMIC_BATCH = 64  # images in one run, where the file leaves it open
 # Of pictures; what else an input may be is refused.
 PIXELS = {"float32": np.float32, "float16": np.float16, "float64": np.float64, "uint8": np.uint8}
@@ -256,6 +257,9 @@ def _picture(path: Path, graph: Any) -> Picture:
     size = None if height is None or width is None else (height, width)
     if size is not None and max(size) > LONGEST:
         raise UsageError(f"classifier: {path}: its input is {said}, more than {LONGEST} pixels high or wide")
+    pixels = math.prod((batch or 1, channels or 3, *(size or (1, 1)))) * np.dtype(PIXELS[dtype]).itemsize
+    if pixels > MOST:
+        raise UsageError(f"classifier: {path}: its input is {said}, more than {MOST >> 20} MB of pixels at once")
     return Picture(inputs[0].name, dtype, last, channels or 3, size, batch)
 
 

@@ -22,7 +22,7 @@ from counterlens.engine.models.preprocessing import Preprocessing
 from counterlens.engine.models.processors import geometry_of
 from counterlens.engine.models.protocols import probabilities
 from tests.engine.blackbox.test_box import some
-from tests.engine.models.test_onnx_classifier import Small, bomb, export, looped, outside
+from tests.engine.models.test_onnx_classifier import Small, bomb, damaged, export, looped, outside
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pixels are given to it in")
 RGB = ["red", "green", "blue"]
@@ -258,6 +258,19 @@ def test_a_file_that_is_only_asked_is_not_trusted_either(change: Any, said: str,
     with pytest.raises(CounterlensError, match=said) as caught:
         open_box(path, RGB, image_size=12)
     assert "\n" not in str(caught.value)
+
+
+def test_damaged_files_are_asked_or_refused_in_one_line(tmp_path: Path) -> None:
+    whole, path = export(Small("softmax"), tmp_path / "m.onnx").read_bytes(), tmp_path / "damaged.onnx"
+    refused = []
+    for seed in [*range(30), 266, 284, 320]:  # the last ones say that a batch is of 2**31 images
+        path.write_bytes(damaged(whole, seed))
+        try:
+            open_box(path, RGB, image_size=12)
+        except CounterlensError as error:
+            refused.append(str(error))
+    assert sum("MB of pixels at once" in said for said in refused) >= 3
+    assert not [said for said in refused if "\n" in said]
 
 
 def test_weights_beside_a_file_are_part_of_what_it_is(tmp_path: Path) -> None:
