@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 PullbackMode = Literal["functional", "autograd"]
 PULLBACK_MODES: tuple[PullbackMode, ...] = ("functional", "autograd")
 
 
 Pull = Callable[[Tensor], Tensor]
+
+
+def in_eager(mode: PullbackMode, modules: Iterable[nn.Module]) -> PullbackMode:
+    """The mode of steps of these models that run as they are: on a CPU `autograd`, of the same bits.
+
+    The first use of `torch.func` imports torch's compiler, which takes longer than many a run. Weights that were made
+    in inference mode need it: autograd keeps none of them.
+    """
+    held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return "autograd" if all(t.device.type == "cpu" and not t.is_inference() for t in held) else mode
 
 
 @overload
@@ -32,6 +42,8 @@ def pullback(fn: Any, x: Tensor, mode: PullbackMode = "functional", *, aside: bo
     (`torch.autograd.grad`) also takes activation checkpointing, xformers and custom operators. With `aside` the
     function returns a second tensor, which is not differentiated and comes back third.
     """
+    if mode == "autograd" and torch.is_inference_mode_enabled():  # where autograd records nothing, and torch.func does
+        mode = "functional"
     if mode == "functional" and aside:
         y, pull, other = torch.func.vjp(fn, x, has_aux=True)  # type: ignore[misc]
         return y, lambda v: pull(v)[0], other

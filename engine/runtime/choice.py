@@ -18,7 +18,7 @@ from counterlens.export.errors import ExportError
 from counterlens.export.store import Artefact, Store
 
 from ..files import write_atomically
-from ..guidance.pullback import PullbackMode
+from ..guidance.pullback import PullbackMode, in_eager
 from ..guidance.step import GuidedStep
 from . import artefacts, registry
 from .compiled import CompiledStep, expected_inputs
@@ -111,7 +111,8 @@ class StepRunner:
     def eager(self, with_directions: bool = False) -> GuidedStep:
         """The step in eager, whatever the runtime; with the directions that its filter compares."""
         step = self.spec.step()
-        step.backend, step.mode, step.with_directions = self.backend, self.pullback, with_directions
+        step.backend, step.with_directions = self.backend, with_directions
+        step.mode = in_eager(self.pullback, self.spec.modules)
         step.together = together(self.spec.device)
         return step
 

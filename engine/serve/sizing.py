@@ -13,6 +13,7 @@ from ..config import Config
 from ..core.core import EngineCore
 from ..errors import CounterlensError, UsageError
 from ..guidance.memory import step_bytes
+from ..guidance.pullback import in_eager
 from ..runtime.spec import SLOTS
 
 SHARE = 0.5  # of what is free is for steps; the rest for images and answers in memory, and what other graphs keep
@@ -92,11 +93,8 @@ def fit(engine: EngineCore, config: Config | None = None, free: tuple[int, str] 
         return None
     settings = engine.settings(config or engine.config)
     with engine.frozen():
-        decoder = engine.runners.decoder(settings)
-        one, two = (
-            step_bytes(engine.diffusion, engine.classifier, batch, settings, engine.pullback, decoder)
-            for batch in (1, 2)
-        )
+        decoder, mode = engine.runners.decoder(settings), in_eager(engine.pullback, engine.modules())
+        one, two = (step_bytes(engine.diffusion, engine.classifier, batch, settings, mode, decoder) for batch in (1, 2))
     each = max(one, two - one)
     there, of = free or free_bytes(engine.device)
     fitting = tuple(s for s in engine.slots if s * each <= SHARE * there)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.baselines.literal import filter_angles, literal_step
 from counterlens.engine.config import StepOptions
-from counterlens.engine.guidance.pullback import PULLBACK_MODES, pullback
+from counterlens.engine.guidance.pullback import PULLBACK_MODES, in_eager, pullback
 from counterlens.engine.guidance.step import GuidedStep, unit_largest
 from counterlens.engine.models.freezing import frozen
 
@@ -86,6 +86,18 @@ def test_pullback_modes_agree() -> None:
             torch.testing.assert_close(pull(2 * v), 2 * expected)
     with pytest.raises(ValueError, match="functional"):
         pullback(torch.sin, x, "other")  # type: ignore[arg-type]
+
+
+def test_in_inference_mode_and_of_weights_made_there_a_step_runs() -> None:
+    with torch.inference_mode():
+        layer = torch.nn.Linear(2, 1, bias=False)
+        y, pull = pullback(lambda x: layer(x) ** 2, torch.ones(1, 2), "autograd")
+        expected = 2 * layer.weight.sum() * layer.weight
+        torch.testing.assert_close(pull(torch.ones_like(y)), expected)
+    assert in_eager("functional", [layer]) == "functional"
+    mine = torch.nn.Linear(2, 1)
+    assert in_eager("functional", [mine]) == "autograd"
+    assert in_eager("functional", [mine.to("meta")]) == "functional"
 
 
 def test_pullback_modes_agree_on_a_step(tiny) -> None:

@@ -178,12 +178,13 @@ def test_names_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
 
 
-def test_looking_for_artefacts_imports_nothing_that_builds_them(tmp_path: Path) -> None:
+def test_looking_for_artefacts_and_running_without_import_nothing_that_builds_them(tmp_path: Path) -> None:
     code = (
-        "import sys; from counterlens.engine import Engine\n"
+        "import sys; from counterlens.engine import Config, Engine; from counterlens.engine.packs import Pack\n"
         f"engine = Engine.from_pack(store={str(tmp_path)!r}, device='cpu')\n"
         "assert 'no compiled step in the store' in engine.runtime_choice(1).why\n"
         "engine.facts(engine.config)\n"
+        "engine.counterfactual(Pack('digits').samples('test', count=1).images, config=Config(speed='fast'))\n"
         "print({'onnx', 'diffusers', 'transformers', 'torch._dynamo', 'scipy', 'pyarrow'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
