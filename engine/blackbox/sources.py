@@ -81,7 +81,7 @@ class Function:
         """Call it."""
         try:
             return self.function(images)
-        except Exception as error:  # theirs: vendors' clients have exceptions of their own
+        except (Exception, SystemExit) as error:  # theirs: vendors' clients have exceptions of their own
             raise Refused(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
     def hide(self, text: str) -> str:
