@@ -70,7 +70,9 @@ function refusal(status, detail, after) {
     409: "The run was stopped.",
     413: `The image is too large for this server (${detail}).`,
     429: `The server is busy.${when}`,
-    503: "The server is being started or stopped and takes nothing just now.",
+    502: `The model that this server asks gave no answer (${detail}).`,
+    503: detail.startsWith("classifier: ") ? `The model that this server asks may be asked no more (${detail}).`
+      : "The server is being started or stopped and takes nothing just now.",
     504: "The server had no time for this.",
   }[status] || (status >= 500 ? `Something went wrong in the server (${status}).` : `The server cannot do this: ${detail || status}.`);
   return new Refused(sentence, status);
@@ -168,7 +170,7 @@ async function renew() {
 const predicted = () => shares.indexOf(Math.max(...shares));
 
 function ready() {
-  $("run").disabled = !(shares || asking);
+  $("run").disabled = model.guides === false || !(shares || asking);
   $("look").disabled = !shares;
 }
 
@@ -208,6 +210,11 @@ function offerRadios(id, names, told, chosen) {
 const chosen = (id) => document.querySelector(`input[name=${id}]:checked`)?.value;
 
 function explainChoices() {
+  if (model.guides === false) {
+    $("meaning").textContent = "This server's model can only be asked, so nothing here can lead a change. It takes a student of " +
+      "it (--surrogate); what the model says, and where it looks, is there without one.";
+    return;
+  }
   const parts = [[SPEEDS, "speeds"], [MODES, "modes"]].map(([told, id]) => told[chosen(id)]?.slice().join(": "));
   $("meaning").textContent = parts.filter(Boolean).map((part) => `${part}.`).join(" ");
 }

@@ -38,7 +38,7 @@ def facts(engine: EngineCore, adapter: LAX | None = None) -> dict[str, Any]:
     return {
         "usable_methods": usable_methods(engine, adapter), "modes": ["realistic", "audit", "official"],
         "default_mode": config.mode_name, "default_speed": config.speed, "kept_s": KEPT_S, "streams": True,
-        "fit": fit_of(engine),
+        "fit": fit_of(engine), "guides": as_box(engine.classifier) is None,
     }  # fmt: skip
 
 

@@ -339,11 +339,13 @@ def test_a_key_is_asked_for_and_kept_out_of_addresses(
 
 
 REFUSALS = [
-    (429, {"Retry-After": "7"}, "The server is busy. There should be room in about 7 seconds."),
-    (413, {}, "The image is too large for this server (why)."),
-    (422, {}, "The server cannot do this: why."),
-    (503, {}, "The server is being started or stopped and takes nothing just now."),
-    (0, {}, "The server cannot be reached."),
+    (429, "why", "The server is busy. There should be room in about 7 seconds."),
+    (413, "why", "The image is too large for this server (why)."),
+    (422, "why", "The server cannot do this: why."),
+    (502, "why", "The model that this server asks gave no answer (why)."),
+    (503, "classifier: why", "The model that this server asks may be asked no more (classifier: why)."),
+    (503, "why", "The server is being started or stopped and takes nothing just now."),
+    (0, "", "The server cannot be reached."),
 ]
 
 
@@ -353,11 +355,11 @@ def test_what_goes_wrong_is_said_in_a_sentence_and_tried_again(browser: Any, add
         tab.page.goto(address)
         tab.page.wait_for_selector("body[data-ready]")
         tab.open(picture(9))
-        for status, headers, sentence in REFUSALS:
+        for status, detail, sentence in REFUSALS:
 
-            def refuse(route: Any, *, status: int = status, headers: dict[str, str] = headers) -> None:
+            def refuse(route: Any, *, status: int = status, detail: str = detail) -> None:
                 if status:
-                    route.fulfill(status=status, headers=headers, json={"detail": "why"})
+                    route.fulfill(status=status, headers={"Retry-After": "7"}, json={"detail": detail})
                 else:
                     route.abort()
 
@@ -375,6 +377,18 @@ def test_what_goes_wrong_is_said_in_a_sentence_and_tried_again(browser: Any, add
         )
         tab.page.click("#run")
         tab.page.get_by_text("The connection broke off before the result was there.").wait_for()
+
+        def called_only(route: Any) -> None:
+            told = route.fetch().json()
+            told["models"][0]["guides"] = False
+            route.fulfill(json=told)
+
+        tab.page.route("**/v1/models", called_only)
+        tab.page.reload()
+        tab.page.get_by_text("This server's model can only be asked").wait_for()
+        tab.page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": picture(9)})
+        tab.page.wait_for_selector("#look:enabled")
+        assert tab.page.is_disabled("#run")
         assert [text for text in tab.said if "Failed to load resource" not in text] == []
 
 
