@@ -23,7 +23,7 @@ from ..images.files import to_uint8
 from .answers import Answers, key_of
 from .asking import Asker, Pixels
 from .options import BoxOptions
-from .reading import Row
+from .reading import Row, Unusable
 from .sources import Source, open_source
 
 FLOOR = 1e-9  # of a probability as a logit: a label alone is no endless log-odds
@@ -129,6 +129,7 @@ class BlackBox(nn.Module):
         self._last = ""
         self._asking: set[threading.Event] = set()  # what ends each call that asks just now
         self._stopped = False
+        self._caller = threading.local()  # see `unless`
         self._asker = Asker(source, self.labels, options, self._spend)
         self._print = self._probe()
 
@@ -189,6 +190,8 @@ class BlackBox(nn.Module):
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise UsageError(f"images: expected uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
+        if hasattr(self._caller, "left") and self._caller.left.is_set():
+            raise Unusable(f"classifier: nobody waits for what {self.name} says any more")
         keys = [key_of(image) for image in images]
         known = self._ask_once(dict(zip(keys, images, strict=True)))
         nothing = np.full(len(self.labels), np.nan, np.float32)
@@ -197,9 +200,12 @@ class BlackBox(nn.Module):
     def why(self, image: Tensor | None = None) -> str:
         """Why there was no answer: of an image [3, H, W] in [0, 1], else of the last one that failed; empty if none."""
         if image is not None:
-            pixels = to_uint8(image.detach()).permute(1, 2, 0).cpu().contiguous().numpy()
-            return self._reasons.get(key_of(pixels), self._last)
+            return self._reasons.get(key_of(_pixels(image)), self._last)
         return self._last
+
+    def knows(self, image: Tensor) -> bool:
+        """Whether its answer to an image [3, H, W] in [0, 1] is known, or there is none to ask for."""
+        return not image.isfinite().all() or bool(self._answers.get([key_of(_pixels(image))]))
 
     @property
     def queries(self) -> Queries:
@@ -233,7 +239,7 @@ class BlackBox(nn.Module):
                 kept.close()
                 raise CounterlensError(
                     f"classifier: {self.name} is not what it was when the answers in {path} were kept: {change}. "
-                    "Choose another --out, or remove that file"
+                    "Choose another folder for them, or remove that file"
                 )
             kept.merge(self._answers)
             self._answers.close()
@@ -245,6 +251,15 @@ class BlackBox(nn.Module):
             self._stopped = True
             for asking in self._asking:
                 asking.set()
+
+    @contextmanager
+    def unless(self, left: threading.Event) -> Iterator[None]:
+        """Within this, the thread is given no answer once that is set: `Unusable`."""
+        self._caller.left = left
+        try:
+            yield
+        finally:
+            del self._caller.left
 
     def fingerprint(self) -> Fingerprint:
         """What it said of the probe images when it was opened."""
@@ -363,6 +378,11 @@ class BlackBox(nn.Module):
                 self._answers.count(retried=again)
             sent.update(allowed)
         return allowed
+
+
+def _pixels(image: Tensor) -> Pixels:
+    """An image [3, H, W] in [0, 1] as it is sent."""
+    return to_uint8(image.detach()).permute(1, 2, 0).cpu().contiguous().numpy()
 
 
 def no_gradient(name: str) -> str:

@@ -209,7 +209,12 @@ def _open(
     from ..images.files import make_folder
 
     engine = open_engine(config, opening, asked)
-    if answers is not None and (box := engine.box or as_box(engine.classifier)) is not None:
+    if answers is not None:
+        if (box := engine.box or as_box(engine.classifier)) is None:
+            raise UsageError(
+                f"answers: {opening.classifier} has a gradient and is asked nothing; --classifier-convert never has it "
+                "asked"
+            )
         box.keep(make_folder(answers) / FILE)
 
     def warm(worker: Worker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -19,31 +20,56 @@ def taken() -> Future[Any]:
 
 
 class Beside:
-    """Runs each call in a thread of its own, which the end of the process does not wait for.
+    """Runs calls in threads of their own, which the end of the process does not wait for.
 
     Args:
         change: held while a call is begun, and when it is done.
         told: what callers hear of what a call raised.
         done: told that one is done.
+        most: threads for parts of what is counted elsewhere.
 
     Attributes:
-        calls: those that run and were not begun as somebody's part.
+        calls: those that run and are no parts.
     """
 
     def __init__(
-        self, change: threading.Condition, told: Callable[[Exception], Exception], done: Callable[[], None]
+        self, change: threading.Condition, told: Callable[[Exception], Exception], done: Callable[[], None], most: int
     ) -> None:
-        self.change, self.told, self.done = change, told, done
+        self.change, self.told, self.done, self.most = change, told, done, most
         self.calls: set[Future[Any]] = set()
+        self._parts: deque[tuple[Callable[[], Any], Future[Any]]] = deque()  # that no thread has begun
+        self._busy = 0  # threads for parts
 
-    def run(self, call: Callable[[], T], *, part: bool = False) -> Future[T]:
-        """Begin a call; `part`: of something that is counted elsewhere."""
+    def run(self, call: Callable[[], T]) -> Future[T]:
+        """Begin a call."""
         future: Future[T] = taken()
         with self.change:
-            if not part:
-                self.calls.add(future)
-        threading.Thread(target=self._work, args=(call, future), name="counterlens-beside", daemon=True).start()
+            self._start(self._work, call, future)
+            self.calls.add(future)
         return future
+
+    def part(self, call: Callable[[], T]) -> Future[T]:
+        """Have a part done once a thread is free; cancelling its future before then spares it."""
+        future: Future[T] = Future()
+        with self.change:
+            self._parts.append((call, future))
+            if self._busy < self.most:
+                self._start(self._work_parts)
+                self._busy += 1
+        return future
+
+    def _start(self, work: Callable[..., None], *given: Any) -> None:
+        threading.Thread(target=work, args=given, name="counterlens-beside", daemon=True).start()
+
+    def _work_parts(self) -> None:
+        while True:
+            with self.change:
+                if not self._parts:
+                    self._busy -= 1
+                    return
+                call, future = self._parts.popleft()
+            if future.set_running_or_notify_cancel():
+                self._work(call, future)
 
     def _work(self, call: Callable[[], T], future: Future[T]) -> None:
         result: Any = None
@@ -72,3 +98,4 @@ class Beside:
             for future in self.calls:
                 future.set_exception(error)
             self.calls.clear()
+            self._parts.clear()

@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from ..config import Config
 from ..core.result import Counterfactual
+from ..errors import CounterlensError
 from ..images.files import as_saved
 from .server import Server
-from .wire import Problem, from_base64, parse_json, png, to_base64
+from .wire import Problem, from_base64, parse_json, png, problem_of, to_base64
 from .worker import Ticket
 
 HEADER = "inference-header-content-length"
@@ -133,22 +136,35 @@ async def run_all(
 ) -> list[Counterfactual]:
     """A counterfactual of each image; what is not wanted any more is cancelled."""
     tickets: list[Ticket[Counterfactual]] = []
+    results: list[Counterfactual] = []
     if len(images) > (most := server.worker.max_queue):
         raise Problem(413, f"image: {len(images)} at once, more than the {most} that may wait here", "image")
     try:
         for x, t in zip(images, targets, strict=True):
             tickets.append(server.worker.submit(x, t, config))
-        results = [await server.wait(request, ticket) for ticket in tickets]
+        for place, ticket in enumerate(tickets):
+            with naming(place, len(tickets)):
+                results.append(await server.wait(request, ticket))
+                server.metrics.answered(ticket)
+                server.metrics.explain.observe(ticket.finished - ticket.arrived)
+                if results[-1].status == "failed":
+                    raise Problem(422, str(results[-1].error))
     finally:
         for ticket in tickets:
             if not ticket.future.done():
                 server.worker.cancel(ticket)
-    for ticket, result in zip(tickets, results, strict=True):
-        server.metrics.answered(ticket)
-        server.metrics.explain.observe(ticket.finished - ticket.arrived)
-        if result.status == "failed":
-            raise Problem(422, str(result.error))
     return results
+
+
+@contextmanager
+def naming(place: int, count: int) -> Iterator[None]:
+    """What is wrong with one image of several says with which, from 0."""
+    try:
+        yield
+    except CounterlensError as error:
+        found = problem_of(error)
+        which = f"image {place}: " if count > 1 else ""
+        raise Problem(found.status, f"{which}{found.detail}", found.field, found.headers) from error
 
 
 def add_routes(app: FastAPI, server: Server) -> None:

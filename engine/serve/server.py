@@ -185,29 +185,33 @@ class Server:
         """
         p = await self.call(lambda: self.engine.probabilities(images), request)
         if not (there := p.isfinite().all(1)).all():
+            place = int((~there).nonzero()[0])
+            which = "this image" if len(images) == 1 else f"image {place}"
             if self.box is not None:
-                raise NoAnswer(f"classifier: it gives no answer ({self.box.why(images[int((~there).nonzero()[0])])})")
-            raise Problem(422, f"classifier: NaN or infinity for {'this' if len(images) == 1 else 'an'} image")
+                raise NoAnswer(f"classifier: it gives no answer for {which} ({self.box.why(images[place])})")
+            raise Problem(422, f"classifier: NaN or infinity for {which}")
         return p
 
     async def maps(self, images: Tensor, request: Request | None = None, **options: Any) -> Explanations:
-        """Saliency of images, see `explain_by` and `call`.
+        """Saliency of images, see `explain_by` and `call`; a black box is asked no more once the caller is gone.
 
         Raises:
             NoAnswer: a black box says nothing of one of those that it is asked about.
         """
         if self.box is None:
             return await self.call(lambda: explain_by(self.engine, images, adapter=self.adapter, **options), request)
-        box = self.box
+        box, left = self.box, threading.Event()
 
         def explained() -> Explanations:
-            with self._maps:
+            with self._maps, box.unless(left):
                 return explain_by(self.engine, images, adapter=self.adapter, **options)
 
         try:
             return await self.call(explained, request)
         except NotFinite as error:
-            raise NoAnswer(f"classifier: it gives no answer ({box.why()})") from error
+            raise NoAnswer(f"classifier: it gives no answer ({box.why() or error})") from error
+        finally:
+            left.set()
 
     async def saliency(self, image: Tensor, asked: SaliencyRequest, request: Request | None = None) -> dict[str, Any]:
         """A saliency map with MSI and its curve; see `call`."""

@@ -5,7 +5,7 @@ will be done with its oldest sample first, so that a fast request does not wait 
 others have worked `SHARE` times as long as one of its own ticks takes comes next, so that none starves.
 
 A black box is asked in threads beside it, as many requests at once as its concurrency: whoever waits for its word is in
-no slot, and holds up nobody who does not.
+no slot, and holds up nobody who does not. Whoever leaves before their turn is not asked about.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ Group = tuple[StepOptions, torch.Size]  # the graph and the image's shape: sampl
 LANES = 2  # of one graph that are busy at once
 KEPT_LANES = 32  # with their graphs and slots; more only if all are busy
 AHEAD = 3  # batches that a lane of all slots holds beside the one in them: inverted, encoded, or waiting for a pass
+ASKING = 4  # times a box's concurrency: threads that ask it, some of them in a pause between two tries
 PATIENCE_FULL = 8  # of a lane with more than a batch behind its slots: a decoder pass for few costs all of them more
 SMOOTHING = 0.2  # weight of the newest tick in a lane's measured seconds a tick
 KNOWN_TICK_S = 0.02  # before the first one was measured
@@ -114,9 +115,10 @@ class _Request:
 class _Lane:
     """The slots of one graph, and who is in them."""
 
-    def __init__(self, session: Session, slots: int, ahead: int) -> None:
+    def __init__(self, session: Session, slots: int, ahead: int, asking: int) -> None:
         self.session, self.slots = session, slots
-        self.most = (1 + ahead) * slots  # requests, those that are prepared meanwhile included
+        # Requests, those that are prepared meanwhile or wait for a black box included.
+        self.most = (1 + ahead) * slots + asking
         self.filling = True
         self.requests: dict[int, _Request] = {}
         self.tick_s = 0.0
@@ -176,7 +178,8 @@ class Worker:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._lanes: list[tuple[Group, _Lane]] = []
         self._change = threading.Condition()
-        self._beside = Beside(self._change, self._told, self._tell_thread)
+        asking = 0 if self.box is None else ASKING * self.box.source.concurrency
+        self._beside = Beside(self._change, self._told, self._tell_thread, asking)
         self._stop = False
         self._held = 0  # see `holding`
         self._news = False  # something has happened since the thread last looked
@@ -305,8 +308,20 @@ class Worker:
         return future
 
     def _ask(self, image: Tensor) -> Future[Tensor]:
-        """The box's probabilities of an image [3, H, W]."""
-        return self._beside.run(lambda: self.engine.probabilities(image[None])[0], part=True)
+        """The box's probabilities of an image [3, H, W]; those that it has said wait behind nobody's."""
+
+        def ask() -> Tensor:
+            return self.engine.probabilities(image[None])[0]
+
+        assert self.box is not None
+        said: Future[Tensor] = Future()
+        try:
+            if not self.box.knows(image):
+                return self._beside.part(ask)
+            said.set_result(ask())
+        except CounterlensError as error:
+            said.set_exception(error)
+        return said
 
     def _tell_thread(self) -> None:
         """It looks again; for those who hold `_change`."""
@@ -436,7 +451,8 @@ class Worker:
             if len(lane.requests) < lane.slots or (lane.slots >= self.largest and lane.takes):
                 return lane
         if len(busy) == LANES or (busy and self.slots != "auto"):
-            return next((lane for lane in busy if lane.takes), None)
+            takes = (lane for lane in busy if lane.takes)
+            return min(takes, key=lambda lane: len(lane.requests) / lane.slots, default=None)
         count = sum(r.graph == request.graph for r in waiting)
         slots = min(self.engine.slots_for(count), self.largest) if self.slots == "auto" else self.largest
         for lane in mine:
@@ -445,7 +461,8 @@ class Worker:
         if len(self._lanes) >= KEPT_LANES:  # images may have any size: of lanes that nobody is in the oldest goes
             idle = [one for one in self._lanes if not one[1].requests]
             self._lanes = [one for one in self._lanes if not idle or one is not idle[0]]
-        lane = _Lane(self._session(request.config, slots), slots, AHEAD if slots == self.largest else 1)
+        ahead = AHEAD if slots == self.largest else 1
+        lane = _Lane(self._session(request.config, slots), slots, ahead, self._beside.most)
         self._lanes.append((request.graph, lane))
         return lane
 

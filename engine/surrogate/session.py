@@ -76,8 +76,10 @@ class ConfirmingSession(Session):
 
     def cancel(self, id: int) -> bool:
         """See `Session.cancel`."""
-        held = self._chases.pop(id, None) is not None
-        return super().cancel(id) or held
+        chase = self._chases.pop(id, None)
+        if chase is not None and chase.said is not None:
+            chase.said.cancel()  # nothing is asked for it, if nothing is yet
+        return super().cancel(id) or chase is not None
 
     def tick(self) -> list[Counterfactual]:
         """Go on with those whom the box has answered, take one step of all in the slots, and return what is done."""

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counterlens.engine import Engine
+from counterlens.engine import Config, Engine
 from counterlens.engine.blackbox.box import as_box, open_box
 from counterlens.engine.blackbox.opening import open_called
 from counterlens.engine.blackbox.options import BoxOptions
+from counterlens.engine.cli.opening import EngineOptions
+from counterlens.engine.cli.serve import _open
 from counterlens.engine.errors import UsageError
 from counterlens.engine.images.files import save_png
 from counterlens.engine.models.onnx_classifier import conversion_of
@@ -89,6 +91,13 @@ def test_a_file_is_a_box_where_one_is_asked_for(folder: Path) -> None:
     images = Pack("digits").samples("test", count=5).images
     assert torch.allclose(opened.logits(images).softmax(1), box.logits(images).softmax(1), atol=1e-4)
     assert conversion_of(box) is None
+
+
+def test_a_server_keeps_no_answers_of_a_file_that_is_not_asked(folder: Path, tmp_path: Path) -> None:
+    opening = EngineOptions(classifier=str(folder / "clean.onnx"))
+    with pytest.raises(UsageError, match="answers: .* --classifier-convert never"), pytest.warns(UserWarning):
+        _open(Config(), opening, [], BoxOptions(), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
 
 
 def test_mean_and_std_are_of_the_pixels(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from starlette.requests import Request
 from starlette.testclient import TestClient
 from torch import Tensor
 
@@ -24,9 +26,12 @@ from counterlens.engine.images.files import as_saved, to_uint8
 from counterlens.engine.saliency.explain import explain_by
 from counterlens.engine.saliency.lax import LAX, new_adapter
 from counterlens.engine.serve.app import make_app
+from counterlens.engine.serve.guard import Limits
+from counterlens.engine.serve.server import Server
 from counterlens.engine.serve.sizing import fit as fitting
-from counterlens.engine.serve.wire import png
-from counterlens.engine.serve.worker import Draining, Worker
+from counterlens.engine.serve.telemetry import Metrics
+from counterlens.engine.serve.wire import Problem, png
+from counterlens.engine.serve.worker import Cancelled, Draining, Worker
 from counterlens.engine.surrogate.student import new_students
 from counterlens.engine.surrogate.surrogate import Surrogate
 from counterlens.engine.surrogate.training import fit
@@ -141,6 +146,7 @@ def test_what_it_says_over_http(guided: Any, images: Tensor) -> None:
         (model,) = client.get("/v1/models").json()["models"]
         assert model["queries"]["asked"] == asked(engine).queries.asked
         assert model["surrogate"]
+        assert model["guides"]
         assert {"rise", "gradxinput"} <= set(model["usable_methods"])
         assert "lax" not in model["usable_methods"]
         metrics = client.get("/metrics").text
@@ -226,6 +232,11 @@ def test_a_box_that_fails_fails_that_request_alone(guided: Any, images: Tensor) 
             assert (failed.status_code, failed.json()["field"]) == (502, "classifier"), path
             assert "raised ValueError: too dark" in failed.json()["detail"]
             assert post(client, path, images[20], **fields).status_code == 200, path
+        both = [{"b64": base64.b64encode(png(images[i])).decode()} for i in (20, 0)]
+        for verb in ("predict", "explain"):
+            failed = client.post(f"/v1/models/tiny:{verb}", json={"instances": both})
+            assert (failed.status_code, failed.json()["field"]) == (502, "classifier"), verb
+            assert "image 1" in failed.json()["detail"]
         other = post(client, "/v1/counterfactuals", images[20], target="opposite")  # of ten labels
         assert (other.status_code, other.json()["title"]) == (400, "Bad request")
 
@@ -285,6 +296,73 @@ def test_a_slow_box_holds_up_nobody_else_and_no_stop(guided: Any, images: Tensor
         let.set()
 
 
+def test_many_who_leave_a_slow_box_take_few_threads_and_queries_and_what_is_known_waits_for_none(
+    guided: Any, images: Tensor
+) -> None:
+    let = threading.Event()
+    known = to_uint8(images[20]).permute(1, 2, 0).numpy()
+
+    def sluggish(some: np.ndarray) -> np.ndarray:
+        if some.shape[0] == 1 and not np.array_equal(some[0], known):
+            assert let.wait(30)
+        return brightness(some)
+
+    engine = guided(sluggish, concurrency=2)
+    said = engine.probabilities(images[20:21])[0]
+    before = asked(engine).queries.asked
+    with working(engine, slots=1, max_queue=64) as worker:
+        for image in images[:18]:
+            leaver = worker.submit(image, "9")
+            while not leaver.started:
+                time.sleep(0.001)
+            worker.cancel(leaver)
+            with pytest.raises(Cancelled):
+                leaver.future.result(timeout=10)
+        assert sum(thread.name == "counterlens-beside" for thread in threading.enumerate()) <= 8
+        held = [worker.submit(image, "9") for image in images[:8]]
+        again = worker.submit(images[20], int(said.argmax()))  # which it says already
+        assert again.future.result(timeout=10).status == "skipped"
+        for ticket in held:
+            worker.cancel(ticket)
+        let.set()
+        assert worker.submit(images[25], "9").future.result(timeout=30).error is None
+        assert asked(engine).queries.asked - before <= 8 + 4
+
+
+def test_a_map_whose_caller_is_gone_asks_no_more(guided: Any, images: Tensor) -> None:
+    reached, let = threading.Event(), threading.Event()
+
+    def sluggish(some: np.ndarray) -> np.ndarray:
+        if len(some) > 8:
+            reached.set()
+            assert let.wait(30)
+        return brightness(some)
+
+    async def ask(server: Server) -> None:
+        gone = asyncio.Event()
+
+        async def receive() -> Any:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        waiting = asyncio.create_task(server.maps(images[4:5], Request({"type": "http"}, receive), method="rise"))
+        assert await asyncio.to_thread(reached.wait, 30)
+        gone.set()
+        with pytest.raises(Problem, match="the caller is gone"):
+            await waiting
+
+    engine = guided(sluggish)
+    before = asked(engine).queries.asked
+    with working(engine, slots=1) as worker:
+        while not worker.ready:
+            time.sleep(0.001)
+        asyncio.run(ask(Server(engine, worker, Metrics(worker), Limits())))
+        let.set()
+        while worker.unfinished:
+            time.sleep(0.001)
+    assert asked(engine).queries.asked - before <= 1 + 256  # the pass that was under way
+
+
 def test_a_box_alone_predicts_and_shows_where_and_guides_nothing(tiny: Any, images: Tensor) -> None:
     engine = Engine(tiny[0], open_box(brightness, LABELS, image_size=16), CONFIG, runtime="eager")
     engine.names |= {"model": "tiny"}
@@ -299,6 +377,7 @@ def test_a_box_alone_predicts_and_shows_where_and_guides_nothing(tiny: Any, imag
             assert ("serve with --surrogate FOLDER" in refused.json()["detail"]) == (path == "/v1/counterfactuals")
         (model,) = client.get("/v1/models").json()["models"]
         assert {"rise"} <= set(model["usable_methods"]) <= {"rise", "occlusion", "ablation"}
+        assert model["guides"] is False
         assert not worker.failed
 
 
