@@ -29,6 +29,13 @@ def surrogates_table() -> str:
     rows = [[said, rate(r[name]["touched"]), rate(r[name]["confirmed"])] for name, said in who.items()]
     header = ["`shortcut` as a box, across 5 or more; guided by", "marker touched", "confirmed by the box"]
     text += f"\n\n{table(header, rows)}\n\n{provenance(result, 'surrogate', 'shortcut')}"
+    curve = result["curve"]
+    rows = [[f"{int(q):,}", *(rate(row[q]["confirmed_at_once"]) for row in curve.values())]
+            for q in next(iter(curve.values()))]  # fmt: skip
+    least = min(cell["confirmed"]["mean"] for row in curve.values() for cell in row.values())
+    header = ["queries of the training", *(f"{name}: confirmed at the first try" for name in curve)]
+    said = f"After all tries at least {100 * least:.1f} % of each."
+    text += f"\n\n{table(header, rows)}\n\n{said} {provenance(result, 'surrogate', 'curve')}"
     r = result["lax"]
     who = {"student": "LAX through the student", "white box": "LAX on `shortcut` itself",
            "rise, 5 queries": "RISE, 5 queries", "rise, 400 queries": "RISE, 400 queries"}  # fmt: skip
