@@ -10,6 +10,7 @@ import hashlib
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ CREATE TABLE IF NOT EXISTS answers (
 ) WITHOUT ROWID;
 """
 MOST = 500  # keys in one query
+PATIENCE_S = 30  # that others who write are waited for
 
 
 def key_of(
@@ -61,14 +63,29 @@ class Answers:
         self.session = dict.fromkeys(COUNTS, 0)
         try:
             self._db = sqlite3.connect(
-                ":memory:" if path is None else path, check_same_thread=False, isolation_level=None, timeout=30
+                ":memory:" if path is None else path,
+                check_same_thread=False,
+                isolation_level=None,
+                timeout=PATIENCE_S,
             )
-            self._db.execute("PRAGMA journal_mode=WAL")
+            self._share()
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(SCHEMA)
             self._run("INSERT OR IGNORE INTO boxes (box, name) VALUES (?, ?)", box, name)
         except sqlite3.Error as error:
             raise self._failed(error) from error
+
+    def _share(self) -> None:
+        """Have readers and a writer at the same time; SQLite itself does not wait where others do this just now."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.01)
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
         """What is known of these images."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -328,11 +329,10 @@ def make_folder(path: Path) -> Path:
     Raises:
         UsageError: it cannot be; the message names it.
     """
-    probe = path / ".counterlens-probe"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):  # of no name that another process may choose, too
+            pass
     except OSError as error:
         raise UsageError(f"out: {path} cannot be written ({error.strerror or error})") from error
     return path

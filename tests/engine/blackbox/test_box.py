@@ -230,6 +230,13 @@ def test_a_budget_is_one_for_all_who_share_the_file(tmp_path: Path) -> None:
     assert boxes[0].queries == counted
 
 
+def test_a_file_that_another_one_makes_just_now_is_waited_for(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / FILE, check_same_thread=False, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    threading.Timer(0.1, other.rollback).start()
+    assert len(Answers(tmp_path / FILE, "box", "name")) == 0
+
+
 def test_what_could_not_be_kept_hinders_no_later_answer(tmp_path: Path) -> None:
     answers = Answers(tmp_path / FILE, "box", "name")
     row = np.array([0.5, 0.5], np.float32)

@@ -95,7 +95,8 @@ def test_a_file_is_a_box_where_one_is_asked_for(folder: Path) -> None:
 
 def test_a_server_keeps_no_answers_of_a_file_that_is_not_asked(folder: Path, tmp_path: Path) -> None:
     opening = EngineOptions(classifier=str(folder / "clean.onnx"))
-    with pytest.raises(UsageError, match="answers: .* --classifier-convert never"), pytest.warns(UserWarning):
+    refused = pytest.raises(UsageError, match=r"answers: .* --classifier-convert never")
+    with pytest.warns(UserWarning, match="its scores are logits"), refused:
         _open(Config(), opening, [], BoxOptions(), tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 

@@ -7,6 +7,7 @@ import socket
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
@@ -294,3 +295,9 @@ def test_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
         make_folder(tmp_path / "file" / "deeper")
     with pytest.raises(CounterlensError, match=r"gone/a\.png"):
         save_png(torch.zeros(3, 4, 4), tmp_path / "gone" / "a.png")
+
+
+def test_many_may_make_one_folder_at_the_same_time(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(make_folder, [tmp_path / "new"] * 400)) == {tmp_path / "new"}
+    assert not [*(tmp_path / "new").iterdir()]
