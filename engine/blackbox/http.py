@@ -24,7 +24,7 @@ from ..models.preprocessing import Preprocessing
 from .open_inference import HEADER, Model, read_response
 from .options import BoxOptions, numbers
 from .reading import Refused, Unanswered, Unusable
-from .sending import Late, Sender, TooLong
+from .sending import Late, Packed, Sender, TooLong
 
 Pixels = NDArray[np.uint8]
 
@@ -64,9 +64,7 @@ class Endpoint:
         self.name = address
         self.concurrency = options.concurrency or 4
         self._mean, self._std = numbers("mean", options.mean, 0.0), numbers("std", options.std, 1.0)
-        host = urlsplit(address).hostname or ""
-        local = host if LOCAL.fullmatch(host) else None
-        self._sender = Sender(self.concurrency, options.timeout, LARGEST, local)
+        self._sender = self._open_sender(options.timeout)
         self._model: Model | None = None  # of the Open Inference Protocol
         self._binary = options.binary
         path = urlsplit(address).path.rstrip("/")
@@ -133,7 +131,9 @@ class Endpoint:
         try:
             return Model.of(self._metadata(self._target(base)), len(self.labels))
         except Refused as error:
-            raise UsageError(f"classifier: {self._address}: {error} with --classifier-template FILE.json") from error
+            raise UsageError(
+                f"classifier: {self._address}: {self.hide(str(error))} with --classifier-template FILE.json"
+            ) from error
 
     def _metadata(self, address: str) -> Any:
         for attempt in range(self._retries + 1):
@@ -145,9 +145,26 @@ class Endpoint:
             except Refused as refusal:
                 why = str(refusal)
                 break
-        raise CounterlensError(f"classifier: {self.name} {why}")
+        raise CounterlensError(f"classifier: {self.name} {self.hide(why)}")
 
     # The request
+
+    def _open_sender(self, seconds: float) -> Sender:
+        """What sends; certificates and proxies are those of the environment, but for hosts on this machine."""
+        host = urlsplit(self._address).hostname or ""
+        try:
+            return Sender(self.concurrency, seconds, LARGEST, host if LOCAL.fullmatch(host) else None)
+        except OSError as error:
+            raise CounterlensError(
+                f"classifier: certificates cannot be read ({error}); look at SSL_CERT_FILE and SSL_CERT_DIR"
+            ) from error
+        except (ImportError, ValueError, self._httpx.InvalidURL) as error:
+            # An address is not shown: it may hold a password.
+            why = f" ({error})" if isinstance(error, ImportError) else ", it is no http:// or https:// address"
+            raise CounterlensError(
+                f"classifier: the proxy of the environment cannot be used{why}; look at HTTPS_PROXY, HTTP_PROXY, "
+                "ALL_PROXY and NO_PROXY"
+            ) from error
 
     def _check_address(self, insecure: bool) -> None:
         try:
@@ -161,6 +178,10 @@ class Endpoint:
             )
         if not parts.hostname or re.search(r"\s", self._address):
             raise UsageError(f"classifier: {self._address!r} names no host")
+        try:
+            _ = parts.port, self._httpx.URL(self._address).host
+        except (ValueError, self._httpx.InvalidURL) as error:
+            raise UsageError(f"classifier: {self._address!r} is no address ({error})") from error
         for pair in filter(None, parts.query.split("&")):
             name, _, value = pair.partition("=")
             if SECRET.search(name) and not VARIABLE.search(value):
@@ -211,10 +232,8 @@ class Endpoint:
         except Late as late:
             how = "finish its answer" if late.began else "answer"
             raise Unanswered(f"did not {how} within {self._sender.seconds:g} s") from late
-        except httpx.DecodingError as error:
+        except Packed as error:
             raise Unanswered(f"answers with what cannot be decompressed ({error})") from error
-        except httpx.InvalidURL as error:
-            raise UsageError(f"classifier: {self.name!r} is no address ({error})") from error
         except httpx.RequestError as error:
             why = " ".join(self.hide(str(error)).split())[:200]
             if "CERTIFICATE_VERIFY_FAILED" in why:
@@ -254,10 +273,10 @@ def pause_of(asked: str) -> float:
     if asked.isascii() and asked.isdecimal():
         return min(float(asked), LONGEST_PAUSE)
     try:
-        then = parsedate_to_datetime(asked)
-    except (TypeError, ValueError, IndexError):
+        then = parsedate_to_datetime(asked).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
-    return min(max(0.0, then.timestamp() - time.time()), LONGEST_PAUSE)
+    return min(max(0.0, then - time.time()), LONGEST_PAUSE)
 
 
 def _headers(text: str | None) -> dict[str, str]:

@@ -93,7 +93,7 @@ class OnnxBox:
             out = self._answers(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
         except CounterlensError as error:
             raise Refused(str(error).removeprefix(f"classifier: {self._file.path}: ")) from error
-        return 1 / (1 + np.exp(-out)) if self._logits else out
+        return torch.from_numpy(out).sigmoid().numpy() if self._logits else out
 
     @torch.no_grad()
     def _answers(self, images: Tensor) -> Any:

@@ -16,6 +16,7 @@ from .reading import Refused, Unanswered
 
 Pixels = NDArray[np.uint8]
 HEADER = "Inference-Header-Content-Length"  # bytes of JSON, of a body with bytes behind it
+MOST = 4096  # images in a request
 PICTURES = {"FP32": "<f4", "FP16": "<f2", "FP64": "<f8", "UINT8": "u1"}
 DTYPES = {
     **PICTURES, "BOOL": "?", "INT8": "i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8", "UINT16": "<u2",
@@ -52,10 +53,12 @@ class Model:
             shape = [int(n) for n in given["shape"]]
             ends = {str(o["name"]): int(o["shape"][-1]) for o in about["outputs"]}
             name, datatype = str(given["name"]), str(given["datatype"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise Refused("its metadata says no single input of images; say what is sent") from error
         if len(shape) not in (3, 4):
             raise Refused(f"input {name} has shape {shape}, expected [N, 3, H, W]; say what is sent")
+        if len(shape) == 4 and shape[0] > MOST:
+            raise Refused(f"input {name} has a batch of {shape[0]}, more than {MOST}; say what is sent")
         outputs = [o for o, n in ends.items() if n == labels] or [o for o, n in ends.items() if n == -1]
         if len(outputs) != 1:
             raise Refused(f"{len(outputs)} of its outputs may hold {labels} scores; say which")
@@ -101,7 +104,10 @@ class Model:
         """
         try:
             (output,) = [o for o in said["outputs"] if o["name"] == self.output]
-            rows = list(np.asarray(output["data"], dtype=object).reshape((1, -1) if self.alone else output["shape"]))
+            table = np.asarray(output["data"], dtype=object).reshape((1, -1) if self.alone else output["shape"])
+            if not table.size:  # of nothing there may be any number of rows
+                raise ValueError("it is empty")
+            rows = list(table)
         except (KeyError, TypeError, ValueError) as error:
             raise Unanswered(f"answers without an output {self.output!r} of scores") from error
         rows = rows[:count] if self.fixed == len(rows) else rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 class TooLong(Exception):
     """An answer is longer than may be."""
+
+
+class Packed(Exception):
+    """An answer cannot be decompressed, or is compressed as nobody asked for."""
 
 
 class Late(Exception):
@@ -46,8 +51,10 @@ class Sender:
 
         self.seconds, self.largest = seconds, largest
         direct = {f"all://{f'[{local}]' if ':' in local else local}": None} if local else {}
-        limits = httpx.Limits(max_connections=connections)
-        self._client = httpx.AsyncClient(timeout=None, limits=limits, follow_redirects=False, mounts=direct)
+        self._client = httpx.AsyncClient(
+            timeout=None, limits=httpx.Limits(max_connections=connections), follow_redirects=False, mounts=direct,
+            headers={"accept-encoding": "gzip"},
+        )  # fmt: skip
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(self._loop,), daemon=True, name="counterlens-http").start()
         weakref.finalize(self, _close, self._loop, self._client).atexit = False
@@ -58,7 +65,8 @@ class Sender:
         """The response, and its body decompressed.
 
         Raises:
-            Late: the time is over. TooLong: see `largest`. httpx.RequestError, httpx.InvalidURL: it failed.
+            Late: the time is over. TooLong: see `largest`. Packed: it cannot be decompressed. httpx.RequestError: it
+                failed.
         """
         began = threading.Event()
         asked = self._ask(method, address, content, headers, began)
@@ -75,12 +83,22 @@ class Sender:
     ) -> tuple[httpx.Response, bytes]:
         async with self._client.stream(method, address, content=content, headers=headers) as response:
             began.set()
-            parts, size = [], 0
-            async for part in response.aiter_bytes():
-                size += len(part)
-                parts.append(part)
+            packed, parts, size = response.headers.get("content-encoding", "identity").strip().lower(), [], 0
+            if packed not in ("", "identity", "gzip", "x-gzip"):
+                raise Packed(f"{packed[:40]!r} is not what was asked for")
+            unpack = zlib.decompressobj(wbits=31) if "gzip" in packed else None
+            # httpx would decompress a part as a whole before anybody can count it.
+            async for part in response.aiter_raw():
+                try:
+                    more = part if unpack is None else unpack.decompress(part, self.largest + 1 - size)
+                except zlib.error as error:
+                    raise Packed(str(error)) from error
+                size += len(more)
+                parts.append(more)
                 if size > self.largest:
                     raise TooLong
+            if unpack is not None and size and not unpack.eof:
+                raise Packed("it ends too early")
         return response, b"".join(parts)
 
 

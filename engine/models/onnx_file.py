@@ -89,8 +89,8 @@ def read_onnx(path: str | Path, *, output: str | None = None, labels: int | None
         labels: how many there are, where that is known: it tells outputs apart.
 
     Raises:
-        CounterlensError: the file is missing, corrupt, or reaches outside its folder, or a package is missing.
-        UsageError: it takes no pictures, or there are several outputs that could answer.
+        UsageError: there is no such file, it takes no pictures, or there are several outputs that could answer.
+        CounterlensError: the file is corrupt or reaches outside its folder, or a package is missing.
     """
     try:
         import onnx
@@ -99,7 +99,7 @@ def read_onnx(path: str | Path, *, output: str | None = None, labels: int | None
         raise CounterlensError(f"classifier: ONNX files need onnx and onnxruntime; {install_hint('cpu')}") from error
     path = Path(path).expanduser()
     if not path.is_file():
-        raise CounterlensError(f"classifier: {path}: no such file")
+        raise UsageError(f"classifier: {path}: no such file")
     if path.stat().st_size > LARGEST:
         raise CounterlensError(f"classifier: {path}: over 2 GB, which no ONNX file without external data can be")
     try:
@@ -278,7 +278,7 @@ def _answer(path: Path, graph: Any, wanted: str | None, labels: int | None) -> t
         return wanted, kind
     for answer in ("scores", "maps", "labels"):
         some = {value.name: _shape(value) for value in graph.output if kinds[value.name] == answer}
-        each = [name for name, shape in some.items() if shape and shape[-1] == labels]
+        each = [name for name, shape in some.items() if labels and shape and shape[-1] == labels]
         called = [name for name in some if name.lower() in ("logits", "scores", "probabilities")]
         matrices = [name for name, shape in some.items() if len(shape or (0, 0)) == 2]
         for found in (list(some), each, called, matrices):

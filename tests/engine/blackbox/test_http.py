@@ -235,6 +235,8 @@ def test_what_cannot_be_decompressed_or_is_endless_is_said(
     for headers, body, said in (
         (packed, b"no gzip", "answers with what cannot be decompressed"),
         (packed, gzip.compress(bytes(4 << 20)), "answers with more than 1 MB"),
+        (packed, gzip.compress(b'{"predictions": [[0.1]]}')[:-12], "it ends too early"),
+        ({"content-encoding": "gzip, gzip"}, gzip.compress(gzip.compress(bytes(4 << 20))), "not what was asked for"),
     ):
         server.override = lambda path, images, headers=headers, body=body: (200, headers, body)
         assert np.isnan(box.answer(digits[:1])).all()
@@ -296,6 +298,9 @@ def test_addresses_and_options_that_do_not_fit(server: Endpoint, tmp_path: Path)
         (server.address, {"std": "1,0,1"}, "classifier_std: expected three numbers"),
         ("https://", {}, "names no host"),
         ("https://[::1/v1/models/a:predict", {}, "is no address"),
+        ("http://localhost:99999/v1/models/a:predict", {}, "is no address"),
+        ("http://127.0.0.999/v1/models/a:predict", {}, "is no address"),
+        ("https://xn--/v1/models/a:predict", {}, "is no address"),
         ("https://example.com/v1/models/a:predict?code=123", {}, r"give it as code=\$VARIABLE"),
     ):
         with pytest.raises(UsageError, match=message) as error:
@@ -316,6 +321,31 @@ def test_a_server_on_this_machine_is_asked_through_no_proxy(
         assert np.allclose(box.answer(digits[:1]), judge(digits[:1]), atol=1e-6)
     with pytest.raises(CounterlensError, match="cannot be reached"):
         opened(server, server.address.replace("localhost", "box.example"), retries=0, insecure=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SSL_CERT_FILE", "nowhere.pem", "certificates cannot be read .* SSL_CERT_FILE"),
+        ("HTTPS_PROXY", "foo://me:hidden@proxy.example", "the proxy of the environment cannot be used"),
+        ("HTTPS_PROXY", "http://me:hid/den@proxy.example", "the proxy of the environment cannot be used"),
+    ],
+)
+def test_what_is_wrong_in_the_environment_is_said(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(CounterlensError, match=said) as error:
+        open_box("https://box.example/v1/models/box:predict", LABELS, image_size=32)
+    assert "hid" not in str(error.value)
+
+
+def test_a_secret_that_a_models_metadata_repeats_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOX_TOKEN", "s3cr3t")
+    about = {"inputs": [{"name": "s3cr3t", "datatype": "FP32", "shape": [1, 1, 3, 32, 32]}], "outputs": []}
+    monkeypatch.setattr(http.Endpoint, "_json", lambda *args: about)
+    with pytest.raises(UsageError, match=r"input \$BOX_TOKEN has shape"):
+        open_box("https://box.example/v2/models/box/infer", LABELS, image_size=32, header="X-Token: $BOX_TOKEN")
 
 
 def test_how_long_a_server_wants_to_be_left_alone() -> None:

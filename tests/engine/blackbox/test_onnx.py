@@ -18,6 +18,7 @@ from counterlens.engine.blackbox.box import as_box, open_box
 from counterlens.engine.blackbox.opening import open_called
 from counterlens.engine.blackbox.options import BoxOptions
 from counterlens.engine.errors import CounterlensError, UsageError
+from counterlens.engine.models.onnx_file import read_onnx
 from counterlens.engine.models.preprocessing import Preprocessing
 from counterlens.engine.models.processors import geometry_of
 from counterlens.engine.models.protocols import probabilities
@@ -205,6 +206,25 @@ def test_maps_and_labels_alone_as_scikit_learn_exports_them(tmp_path: Path) -> N
     both = write(tmp_path / "d.onnx", ["n", 3, 8, 8], more=[choice], outputs=[label, values("p", 1, "n", 3)])
     assert not open_box(both, RGB, image_size=8).hard
     assert open_box(both, RGB, image_size=8, scores="place").hard
+
+
+def test_a_size_that_is_open_is_no_number_of_labels(tmp_path: Path) -> None:
+    twice = helper.make_node("Concat", ["p", "p"], ["features"], axis=1)
+    outputs = [values("p", 1, "n", 3), values("features", 1, "n", "k")]
+    path = write(tmp_path / "m.onnx", ["n", 3, 8, 8], more=[twice], outputs=outputs)
+    with pytest.raises(UsageError, match=r"m\.onnx has the outputs .*; say which holds a score for each label"):
+        read_onnx(path)
+    assert read_onnx(path, labels=3).output == "p"
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_logits_of_any_size_are_probabilities(tmp_path: Path) -> None:
+    far = helper.make_node("Mul", ["p", "thousand"], ["far"])
+    thousand = helper.make_node("Constant", [], ["thousand"], value_float=-1000.0)
+    path = write(tmp_path / "m.onnx", ["n", 3, 8, 8], end="Identity", more=[thousand, far],
+                 outputs=[values("far", 1, "n", 3)])  # fmt: skip
+    box = open_box(path, RGB, image_size=8, output="independent")
+    assert (box.answer(some(2) // 2 + 100) == 0).all()
 
 
 def test_preprocessing_stays_where_a_file_turns_out_to_be_a_box(tmp_path: Path) -> None:

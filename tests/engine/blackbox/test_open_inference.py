@@ -12,7 +12,7 @@ import pytest
 from bench.endpoint import Endpoint, serving
 from counterlens.engine.blackbox.box import open_box
 from counterlens.engine.blackbox.open_inference import HEADER, Model, read_response
-from counterlens.engine.blackbox.reading import Unanswered
+from counterlens.engine.blackbox.reading import Refused, Unanswered
 from counterlens.engine.errors import UsageError
 from counterlens.engine.serve.kserve import _respond, read_inference
 from tests.engine.blackbox.conftest import LABELS
@@ -143,5 +143,9 @@ def test_what_metadata_has_to_say() -> None:
     place, scores = {"name": "place", "shape": [-1]}, {"name": "scores", "shape": [-1, 10]}
     assert Model.of({"inputs": [image], "outputs": [place, scores]}, 10).output == "scores"
     assert Model.of({"inputs": [image], "outputs": [place]}, 10).output == "place"  # labels alone
-    with pytest.raises(Unanswered, match="without an output 'scores'"):
-        Model.of({"inputs": [image], "outputs": [scores]}, 10).take({"outputs": []}, 1)
+    for outputs in ([], [{"name": "scores", "shape": [10**9, 0], "data": []}]):  # so many rows of nothing
+        with pytest.raises(Unanswered, match="without an output 'scores'"):
+            Model.of({"inputs": [image], "outputs": [scores]}, 10).take({"outputs": outputs}, 1)
+    for batch, said in ((10**12, "a batch of 1000000000000"), (float("inf"), "no single input of images")):
+        with pytest.raises(Refused, match=said):
+            Model.of({"inputs": [image | {"shape": [batch, 3, 8, 8]}], "outputs": [scores]}, 10)

@@ -124,7 +124,7 @@ def test_a_judge_of_an_audit_is_read_as_the_classifier_is(folder: Path, tmp_path
 def test_on_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert run("samples", "--count", 2, "--out", tmp_path / "digits").returncode == 0
     words = ["counterfactual", tmp_path / "digits", "--speed", "fast", "--out", tmp_path / "out", "--classifier"]
-    one_line_error(run(*words, folder / "none.onnx"), 1, "none.onnx", "no such file")
+    one_line_error(run(*words, folder / "none.onnx"), 2, "none.onnx", "no such file")
     one_line_error(run(*words, folder / "bytes.onnx"), 2, "can only be called", "8-bit pixels", "surrogate")
     one_line_error(run(*words, folder / "clean.onnx", "--labels", "a,b"), 2, "labels: 2 names for the 10")
     one_line_error(run(*words, folder / "clean.onnx", "--classifier-convert", "never"), 2, "can only be called")

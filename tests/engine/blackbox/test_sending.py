@@ -37,6 +37,10 @@ def dripping(what: str, reads: bool = True) -> Iterator[str]:
                 if reads:
                     connection.recv(65536)
                 connection.sendall(BEGUN[what])
+                if what == "half":
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):  # closed with a request unread, the answer would be lost
+                        pass
                 while what != "half" and not done.wait(PAUSE):
                     connection.sendall(b"1\r\nx\r\n" if what == "chunks" else b"x" if BEGUN[what] else b"")
             except OSError:

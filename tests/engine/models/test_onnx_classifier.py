@@ -379,7 +379,7 @@ def test_files_that_are_no_onnx(tmp_path: Path) -> None:
         with pytest.raises(CounterlensError, match=r"bad\.onnx") as caught:
             open_onnx_classifier(path, image_size=SIZE, labels=LABELS)
         assert "\n" not in str(caught.value)
-    with pytest.raises(CounterlensError, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         open_onnx_classifier(tmp_path / "none.onnx", image_size=SIZE, labels=LABELS)
 
 
