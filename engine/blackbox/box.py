@@ -7,7 +7,7 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -350,7 +350,7 @@ class BlackBox(nn.Module):
             with ThreadPoolExecutor(self.source.concurrency) as pool:
                 futures = [pool.submit(ask, batch) for batch in batches]
                 try:
-                    for future in futures:
+                    for future in as_completed(futures):  # a failure ends it, whatever waits before it
                         future.result()
                 finally:
                     stop.set()

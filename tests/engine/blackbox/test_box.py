@@ -265,6 +265,24 @@ def test_a_long_wait_for_the_rate_ends_with_the_run() -> None:
     assert time.monotonic() - started < 5
 
 
+def test_a_failure_ends_the_run_while_the_first_request_is_under_way() -> None:
+    asked = list[float]()
+
+    def gone(images: np.ndarray) -> Any:
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            time.sleep(1)
+            return np.full((len(images), 2), 0.5)
+        time.sleep(0.02)
+        raise Unusable("gone")
+
+    box = opened(batch=1, concurrency=2)
+    box.source.ask = gone  # type: ignore[method-assign]
+    with pytest.raises(Unusable, match="gone"):
+        box.answer(some(40))
+    assert len(asked) < 20
+
+
 def test_a_box_that_changed_since_is_named_and_one_that_did_not_goes_on(tmp_path: Path) -> None:
     box = opened(dark)
     box.answer(some(3))
