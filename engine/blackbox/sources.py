@@ -11,16 +11,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError
-from ..models.preprocessing import Preprocessing
 from .kinds import KINDS, OF_SOME, Kind, may_convert
 from .options import BoxOptions, Output
 from .reading import Refused
+
+if TYPE_CHECKING:
+    from ..models.preprocessing import Preprocessing  # which needs torch
 
 
 class Source(Protocol):
