@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..config import Config, Settings
 from ..errors import UsageError
-from ..guidance.jobs import Job, Outcome, check_graph, count_ticks, guided_steps
-from ..guidance.region import Region, compose
+from ..guidance.jobs import Job, Outcome, check_graph, count_ticks, finished, guided_steps
+from ..guidance.region import Region
 from ..guidance.sampler import PATIENCE, Observer, Sampler
 from ..guidance.schedule import schedule_of
 from ..images.files import as_saved
@@ -183,11 +183,7 @@ class Session:
             for outcome in self.sampler.tick():
                 sample = self._running.pop(outcome.id)
                 sample.outcome, sample.error = outcome, outcome.error
-                if outcome.image is not None:
-                    sample.made = outcome.image.clamp(0, 1).to(sample.image)
-                    if outcome.region is not None:
-                        outcome.region = outcome.region.to(sample.image.device)
-                        sample.made = compose(sample.image, sample.made, outcome.region)
+                sample.made = finished(outcome, sample.image).image
                 outcome.z = outcome.image = None  # of the device
                 self._done.append(sample)
         if self.slots is None and self._running:

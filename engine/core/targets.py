@@ -71,9 +71,9 @@ class TargetLabels:
         index = self.check(target, k + 1)
         if index >= 0:
             return index
-        first, second, *others = probabilities.topk(k + 2 if target == RUNNERS_UP else 2).indices.tolist()
-        if others:
-            return int(others[-1])
+        if target == RUNNERS_UP:
+            return int(probabilities.topk(k + 2).indices[-1])
+        first, second = probabilities.topk(2).indices.tolist()
         # Of two labels, the opposite one is the runner-up.
         return self.neighbours[first][0] if target == "neighbour" else int(second)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import Settings, StepOptions
 from ..errors import UsageError
 from ..showing import one_line
-from .region import Held, Region
+from .region import Held, Region, compose
 from .schedule import Schedule
 
 
@@ -45,7 +45,7 @@ class Outcome:
     Attributes:
         id: as `submit` gave it.
         z: final latents [C, h, w]; the last guided clean estimate where the budget ended the run; None with an error.
-        image: z decoded, [3, H, W] nominally in [0, 1], not clamped, before `region.compose`; None with an error.
+        image: z decoded, [3, H, W] nominally in [0, 1], not clamped, before `finished`; None with an error.
         kept: for each step taken, the share of locations that the filter kept; NaN where the step was not guided.
         total: how many steps the schedule has.
         complete: the whole schedule was run.
@@ -65,6 +65,19 @@ class Outcome:
     region: Tensor | None = None
 
     __repr__ = one_line
+
+
+def finished(
+    outcome: Outcome,
+    image: Tensor,  # [3, H, W] in [0, 1], the job's
+) -> Outcome:
+    """The outcome with what was made clamped to [0, 1] and laid into its region, where the job's image is."""
+    if outcome.image is not None:
+        outcome.image = outcome.image.clamp(0, 1).to(image)
+        if outcome.region is not None:
+            outcome.region = outcome.region.to(image.device)
+            outcome.image = compose(image, outcome.image, outcome.region)
+    return outcome
 
 
 @dataclass

@@ -21,8 +21,8 @@ from ..core.regions import check_region, one_region_each
 from ..core.result import ALREADY, Counterfactual, Counterfactuals, noise_seed
 from ..core.targets import one_each
 from ..errors import UsageError
-from ..guidance.jobs import Job, Outcome
-from ..guidance.region import Region, compose
+from ..guidance.jobs import Job, Outcome, finished
+from ..guidance.region import Region
 from ..images.files import as_saved
 from .student import Students
 
@@ -249,17 +249,7 @@ def make(
                 found[outcome.id] = outcome
             if on_tick is not None:
                 on_tick()
-    return [finished(found[id], job) for id, job in zip(ids, jobs, strict=True)]
-
-
-def finished(outcome: Outcome, job: Job) -> Outcome:
-    """A sampler's outcome, its image clamped to [0, 1] and laid into the job's region."""
-    if outcome.image is not None:
-        outcome.image = outcome.image.clamp(0, 1).to(job.image)
-        if outcome.region is not None:
-            outcome.region = outcome.region.to(job.image.device)
-            outcome.image = compose(job.image, outcome.image, outcome.region)
-    return outcome
+    return [finished(found[id], job.image) for id, job in zip(ids, jobs, strict=True)]
 
 
 def _reason(engine: EngineCore, image: Tensor) -> str:

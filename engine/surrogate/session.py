@@ -15,8 +15,8 @@ from ..blackbox.reading import NoAnswer
 from ..core.result import Counterfactual
 from ..core.session import KNOWN, Session
 from ..errors import CounterlensError, UsageError
-from ..guidance.jobs import Job
-from .confirming import Case, Pursuit, finished, pursue, result_of
+from ..guidance.jobs import Job, finished
+from .confirming import Case, Pursuit, pursue, result_of
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -93,7 +93,7 @@ class ConfirmingSession(Session):
             for outcome in self.sampler.tick() if self._running else []:
                 chase = self._chases[self._running.pop(outcome.id).id]
                 assert chase.job is not None
-                done.append(self._go_on(chase, finished(outcome, chase.job)))
+                done.append(self._go_on(chase, finished(outcome, chase.job.image)))
         return [result for result in done if result is not None]
 
     def _begin_one(self, sample: _Sample) -> Counterfactual | None:
