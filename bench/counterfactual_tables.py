@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from bench.tables import load, number, provenance, rate, table
-
-
-def _points(v: dict[str, float]) -> str:
-    """A paired difference of shares, in points."""
-    mean, low, high = (f"{100 * v[k]:+.1f}" for k in ("mean", "low", "high"))
-    return f"{mean} points ({low} to {high})"
+from bench.tables import load, number, points, provenance, rate, table
 
 
 def regions_table() -> str:
@@ -17,9 +11,9 @@ def regions_table() -> str:
     auto = result["auto"]
     paired = auto["paired"]
     rows = [
-        ["flips", rate(auto["anywhere"]["flip"]), rate(auto["auto"]["flip"]), _points(paired["flip"])],
+        ["flips", rate(auto["anywhere"]["flip"]), rate(auto["auto"]["flip"]), points(paired["flip"])],
         ["confirmed by the judge", rate(auto["anywhere"]["transfer"]), rate(auto["auto"]["transfer"]),
-         _points(paired["transfer"])],
+         points(paired["transfer"])],
         ["L1", number(auto["anywhere"]["l1"]), number(auto["auto"]["l1"]), number(paired["l1"])],
         ["share of the image", "100 %", rate(auto["auto"]["region_area"]), ""],
     ]  # fmt: skip
@@ -62,7 +56,7 @@ def turbo_table() -> str:
     for mode in ("realistic", "audit"):
         fast, turbo, paired = (result[mode][k] for k in ("fast", "turbo", "turbo against fast"))
         rows += [
-            [f"{mode}: flips", rate(fast["flip"]), rate(turbo["flip"]), _points(paired["flip"])],
+            [f"{mode}: flips", rate(fast["flip"]), rate(turbo["flip"]), points(paired["flip"])],
             [f"{mode}: change of the marker, times the rest's", *(number(v["marker_ratio"], 1) for v in (fast, turbo)),
              number(paired["marker_ratio"], 1)],
         ]  # fmt: skip

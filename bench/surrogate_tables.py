@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.tables import load, number, provenance, rate, table
+from bench.tables import load, number, points, provenance, rate, table
 
 
 def surrogates_table() -> str:
@@ -10,10 +10,8 @@ def surrogates_table() -> str:
     result = load("surrogate")
     rows = []
     for box, r in result["confirmed"].items():
-        difference = r["difference_to_clean_alone"]
-        low, high = (f"{100 * difference[k]:+.1f}" for k in ("low", "high"))
         rows.append([f"`{box}`", str(r["queries"]), rate(r["confirmed"]), f"{r['queries_each']['mean']:.1f}",
-                     rate(r["clean_alone"]), f"{100 * difference['mean']:+.1f} points ({low} to {high})"])  # fmt: skip
+                     rate(r["clean_alone"]), points(r["difference_to_clean_alone"])])  # fmt: skip
     header = [
         "box",
         "queries of the training",

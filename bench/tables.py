@@ -18,6 +18,12 @@ def rate(v: dict[str, float]) -> str:
     return f"{100 * v['mean']:.1f} % ({100 * v['low']:.1f} to {100 * v['high']:.1f})"
 
 
+def points(v: dict[str, float]) -> str:
+    """A paired difference of shares with its interval, in points."""
+    mean, low, high = (f"{100 * v[k]:+.1f}" for k in ("mean", "low", "high"))
+    return f"{mean} points ({low} to {high})"
+
+
 def number(v: dict[str, float], digits: int = 4) -> str:
     """A mean with its interval."""
     return f"{v['mean']:.{digits}f} ({v['low']:.{digits}f} to {v['high']:.{digits}f})"

@@ -23,7 +23,7 @@ from counterlens.engine.models.preprocessing import Preprocessing
 from counterlens.engine.models.processors import geometry_of
 from counterlens.engine.models.protocols import probabilities
 from tests.engine.blackbox.test_box import some
-from tests.engine.models.test_onnx_classifier import Small, bomb, damaged, export, looped, outside
+from tests.engine.models.test_onnx_classifier import Small, bomb, damaged, export, looped, outside, untrusted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pixels are given to it in")
 RGB = ["red", "green", "blue"]
@@ -269,12 +269,7 @@ def test_what_scores_are_is_said_of_both_alike(tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_only_asked_is_not_trusted_either(change: Any, said: str, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_bytes(bytes(32))
-    (tmp_path / "sub").mkdir()
-    model = onnx.load(export(Small(), tmp_path / "m.onnx"))
-    change(model)
-    path = tmp_path / "sub" / "m.onnx"
-    path.write_bytes(model.SerializeToString())
+    path = untrusted(change, tmp_path)
     with pytest.raises(CounterlensError, match=said) as caught:
         open_box(path, RGB, image_size=12)
     assert "\n" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,17 @@ def looped(model: Any) -> None:
     next(node for node in model.graph.node if node.input).input[0] = "nothing that anybody makes"
 
 
+def untrusted(change: Callable[[Any], object], tmp_path: Path) -> Path:
+    """A file that was changed, in a folder beside which something secret lies."""
+    (tmp_path / "secret").write_bytes(bytes(32))
+    (tmp_path / "sub").mkdir()
+    model = onnx.load(export(Small(), tmp_path / "m.onnx"))
+    change(model)
+    path = tmp_path / "sub" / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -319,12 +331,7 @@ def looped(model: Any) -> None:
     ],
 )
 def test_files_that_nobody_should_trust(change: Any, said: str, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_bytes(bytes(32))
-    (tmp_path / "sub").mkdir()
-    model = onnx.load(export(Small(), tmp_path / "m.onnx"))
-    change(model)
-    path = tmp_path / "sub" / "m.onnx"
-    path.write_bytes(model.SerializeToString())
+    path = untrusted(change, tmp_path)
     with pytest.raises(CounterlensError, match=said) as caught:
         open_onnx_classifier(path, image_size=SIZE, labels=LABELS)
     assert not isinstance(caught.value, NoGradient)
